@@ -315,7 +315,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     )
     prepared = PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
     phase = Phase(*training_phases(settings)[0], plan, folder)
-    adapted.focus(phase.parts)
+    adapted.train_only(phase.parts)
     if case.contestant.endswith("compiled"):
         checkpointing.compile_layers(model)
     else:

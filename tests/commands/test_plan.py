@@ -16,7 +16,7 @@ from tongwen.commands import plan
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
-from tongwen.model.kernels.loss import learned_loss, spare_head
+from tongwen.model.kernels.loss import learned_loss, use_blockwise_head
 from tongwen.model.loading.load import ModelRef, load_config, load_model
 from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.checkpoints import commit
@@ -44,7 +44,7 @@ def real_peak(folder: Path, how: TrainingSetup) -> dict[str, int]:
     batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
     batch |= {"rows": torch.zeros(ROWS, dtype=torch.int64), "targets": torch.zeros(ROWS, dtype=torch.int64)}
     batch["learned"] = ROWS
-    spare_head(model, batch)
+    use_blockwise_head(model, batch)
     fuse_blocks(model)
     live = LiveTensors()
     with live:

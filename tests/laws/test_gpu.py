@@ -19,7 +19,7 @@ from tongwen.model.adapters.attach import adapt
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import compile_layers
 from tongwen.model.kernels.fused_blocks import fuse_blocks
-from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, spare_head
+from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, use_blockwise_head
 from tongwen.model.loading.load import ModelRef, load_model
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
@@ -92,7 +92,7 @@ def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
     model.cuda()
     batch = to_device(batch_of(4), model)
     for spared in (False, True)[: 2 if method == "lora" else 1]:
-        assert not spared or spare_head(model, batch)
+        assert not spared or use_blockwise_head(model, batch)
         for dtype, near in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
             with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 found_loss, found = gradient(model, batch)

@@ -30,7 +30,7 @@ from tongwen.cli.main import main
 from tongwen.core import artifact
 from tongwen.core.errors import ModelError
 from tongwen.export.card import make_card
-from tongwen.model.adapters.adalora import budget_of
+from tongwen.model.adapters.adalora import rank_allocator
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.loading.load import ModelRef, cpu_has_bf16, load_model
@@ -163,7 +163,7 @@ def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
     model = adapt(
         load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(method="adalora", rank=4), [], steps=20
     )
-    budget = budget_of(model.model)
+    budget = rank_allocator(model.model)
     assert budget is not None
     ids = torch.arange(5)[None]
     with torch.no_grad():

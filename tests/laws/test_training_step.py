@@ -25,7 +25,7 @@ from tongwen.model.kernels import loss as score
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
 from tongwen.model.kernels.fused_projections import FusedProjections, FusedProjectionsFunction
-from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
+from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, use_blockwise_head
 from tongwen.model.loading.load import ModelRef, load_model
 from tongwen.recipe.fields import Duration
 from tongwen.recipe.training import AdapterConfig
@@ -156,7 +156,7 @@ def test_a_spared_head_gives_the_same_loss_and_gradients(
             if "lora_B" in name:
                 part.copy_(torch.randn_like(part) * 0.1)
     wanted, theirs = loss_and_gradients(model, batch)
-    assert spare_head(model, batch) and "HeadLoss" in operations(model, batch)
+    assert use_blockwise_head(model, batch) and "HeadLoss" in operations(model, batch)
     loss, gradients = loss_and_gradients(model, batch)
     assert loss == pytest.approx(wanted, rel=1e-6)
     assert all(torch.allclose(one, theirs[name], rtol=1e-4, atol=1e-6) for name, one in gradients.items())
@@ -170,13 +170,13 @@ def test_a_head_that_learns_or_whose_output_is_changed_is_not_spared(folder: Pat
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     batch = pack([random_store(2).sample(index) for index in range(2)])
-    assert not spare_head(adapt(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
+    assert not use_blockwise_head(adapt(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
     rows = adapt(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
-    assert not spare_head(rows, batch)
+    assert not use_blockwise_head(rows, batch)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=500, num_key_value_heads=1, head_dim=16, **shape))
     batch = pad([random_store(2).sample(index) for index in range(2)])
-    assert not spare_head(adapt(gemma, LORA, []).model, batch), "its logits are capped"
+    assert not use_blockwise_head(adapt(gemma, LORA, []).model, batch), "its logits are capped"
 
 
 def test_bits_per_byte_is_its_definition(folder: Path) -> None:

@@ -44,7 +44,7 @@ def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_mo
 
     file = write_rows(tmp_path / "rows.jsonl", dialogues(3))
     place = Workspace.of([str(tmp_path)], [str(chat_model)])
-    look = make_backend(place, ChatBackend(list, (), lambda *_: [], lambda *_: iter(()))).look
+    look = make_backend(place, ChatBackend(list, (), lambda *_: [], lambda *_: iter(()))).data
     assert look
     rows, samples = look.inspect(file, str(chat_model), "own")
     assert "alpaca" in rows and "the model has no chat template of its own" in samples

@@ -24,7 +24,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     folder = Path(out)
     artifact.clear_path(folder, again=again)
     names = {"target": target, "instruct": instruct, "base": base}
-    opened = {role: load.fetched(load.locate(name)) for role, name in names.items()}
+    opened = {role: load.ensure_local(load.locate(name)) for role, name in names.items()}
     for role, model in opened.items():
         if model.adapters:
             raise RecipeError(

@@ -67,8 +67,8 @@ def _check_export(recipe: Recipe) -> None:
         return
     check_type(recipe.export.quantize)
     model_ref = load.ModelRef(recipe.base, recipe.base)
-    with load.explained(model_ref):
-        kind = load.load_kind(model_ref)
+    with load.explain_errors(model_ref):
+        kind = load.read_model_type(model_ref)
     if kind:
         check_family(kind)
 

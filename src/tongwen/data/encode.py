@@ -64,7 +64,7 @@ class Encoder:
         self.fast: FastEncoder | None = None
         self._fast_searched = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = "" if getattr(tokenizer, "answers_keep_leading_blank", False) else self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_start_with_blank", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_searched and len(texts) >= FAST_FROM:

@@ -1,1 +1,1 @@
-"""What leaves the house: a model in the forms that other programs read, each checked by reading it back."""
+"""Export a model to the formats that other programs read, and check each file by reading it back."""

@@ -1,5 +1,7 @@
-"""A model card, `README.md`, written from what the stages recorded: base, data, method, scores. Nothing is claimed that no
-manifest says, and what nobody recorded, such as a licence, is asked for by name."""
+"""Write a model card, `README.md`, from the stages' records: base, data, method, scores.
+
+Every claim comes from a manifest. The card asks the author to add facts that are not recorded, such as a licence.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from tongwen.core.artifact import Artifact, find
 
 
 def make_card(title: str, model: Artifact) -> str:
-    """The card of a finished model and of everything that it was made from."""
-    stages = family(model)
+    """Return the card of a finished model and of the stages that it was made from."""
+    stages = ancestry(model)
     base: dict[str, Any] = next(
         (one.manifest["parents"]["base"] for one in reversed(stages) if "base" in one.manifest["parents"]), {}
     )
@@ -34,26 +36,30 @@ def make_card(title: str, model: Artifact) -> str:
     return "\n".join(parts) + "\n"
 
 
-def family(model: Artifact) -> list[Artifact]:
-    """The model and the stages before it, as far as their folders are still there; nearest first."""
+def ancestry(model: Artifact) -> list[Artifact]:
+    """Return the model and the stages before it, nearest first, as far as their folders still exist."""
     out = [model]
     for parent in model.manifest.get("parents", {}).values():
         above = find(Path(parent["path"])) if parent.get("kind") else None
         if above is not None and above.fingerprint == parent.get("fingerprint"):
-            out += [one for one in family(above) if one.path not in {seen.path for seen in out}]
+            out += [one for one in ancestry(above) if one.path not in {seen.path for seen in out}]
     return out
 
 
 def _method(manifest: Mapping[str, Any]) -> str:
     settings = manifest.get("settings", {})
-    said = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
-    adapter = said.get("adapter", {})
-    rank = adapter.get("rank") if adapter.get("method") == "lora" else None  # one that is trained further keeps its own
-    words = [adapter.get("method"), f"rank {rank}" if rank else None]
-    words += [f"{key} {said[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if said.get(key)]
-    words += [f"{manifest['steps']} steps, {manifest['tokens']:,} tokens"] if "steps" in manifest else []
-    words += ["merged against its lineage by --force"] if manifest.get("forced") else []
-    return ", ".join(str(word) for word in words if word)
+    section = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
+    adapter = section.get("adapter", {})
+    rank = (
+        adapter.get("rank") if adapter.get("method") == "lora" else None
+    )  # an adapter that is trained further keeps its own rank
+    parts = [adapter.get("method"), f"rank {rank}" if rank else None]
+    parts += [
+        f"{key} {section[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if section.get(key)
+    ]
+    parts += [f"{manifest['steps']} steps, {manifest['tokens']:,} tokens"] if "steps" in manifest else []
+    parts += ["merged against its lineage by --force"] if manifest.get("forced") else []
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _data(manifest: Mapping[str, Any]) -> list[str]:
@@ -76,7 +82,7 @@ def _scores(stage: Artifact) -> list[str]:
 
 
 def _licence(base: Path) -> str:
-    """What the base's own card says."""
+    """Return the licence in the base's own card; "" without one."""
     card = base / "README.md"
     found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
     return found[1] if found else ""

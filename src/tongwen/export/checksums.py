@@ -1,8 +1,8 @@
-"""What is known of files by their hashes: published lists, md5 lists beside a download, lists of one's own.
+"""Identify files by their hashes: published lists, md5 lists beside a download, and the user's own lists.
 
-`known.json` holds the SHA256 of the original LLaMA files and of Chinese-LLaMA/Alpaca's adapters, tokenizers and merged
-files, as their authors published them. A merged file is the same model under another hash when another version of torch
-wrote it, so an unknown hash is a question and no proof.
+`known.json` holds the published SHA256 of the original LLaMA files and of Chinese-LLaMA/Alpaca's adapters, tokenizers
+and merged files. Another version of torch writes the same merged model with another hash, so an unknown hash does not
+prove that a file is wrong.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def known_files() -> list[KnownFile]:
 
 
 def read_list(file: Path) -> dict[str, str]:
-    """File name -> hash, from `HASH  NAME` lines (sha256 or md5) or a JSON object. Raises ArtifactError on anything else."""
+    """Read file name -> hash from `HASH  NAME` lines (sha256 or md5) or a JSON object. Raises ArtifactError otherwise."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if text.lstrip().startswith("{"):
         try:
             found = json.loads(text)
-            found = found.get("files", found)  # a manifest of ours, or name -> hash
+            found = found.get("files", found)  # one of our manifests, or name -> hash
             return {
                 str(name): str(one["sha256"] if isinstance(one, dict) else one).lower() for name, one in found.items()
             }
@@ -64,8 +64,10 @@ def read_list(file: Path) -> dict[str, str]:
 def hash_files(
     files: Mapping[Path, Sequence[str]], done: Path, progress: Callable[[int], None]
 ) -> dict[Path, dict[str, str]]:
-    """file -> algorithm -> hash, several files at once. done: where finished files are noted, so that a broken-off run
-    goes on with the next one; it is removed at the end."""
+    """Return file -> algorithm -> hash, hashing several files in parallel.
+
+    done: a file that records finished hashes, so that an interrupted run can continue; it is removed at the end.
+    """
     noted = _read_notes(done)
     out: dict[Path, dict[str, str]] = {}
     read = 0

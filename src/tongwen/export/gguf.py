@@ -1,8 +1,8 @@
-"""Any tensors -> one GGUF file for llama.cpp and Ollama, written a few rows at a time and read back.
+"""Write tensors to one GGUF file for llama.cpp and Ollama, a few rows at a time, and read it back.
 
-Numbers become F32, F16, BF16, Q8_0 or the older 4- and 5-bit types by the `gguf` library's own quantisers, and the K types
-by llama.cpp's (see kquants.py). Names are those of the `gguf` library's own map; a family that is not proven, or a tensor
-without a name there, is refused rather than guessed.
+The `gguf` library's quantisers produce F32, F16, BF16, Q8_0 and the older 4- and 5-bit types, llama.cpp's own the K
+types (see kquants.py). Tensor names come from the `gguf` library's map. An unverified family, or a tensor that is not in
+the map, raises an error.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from tongwen.core.errors import MissingPackage, ModelError, NumbersError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, blocks, row_count
 from tongwen.export import kquants
-from tongwen.export.gguf_metadata import ARCHITECTURES, add_facts, extra_tensors, head_width
+from tongwen.export.gguf_metadata import ARCHITECTURES, add_metadata, extra_tensors, head_width
 from tongwen.export.gguf_vocab import Vocabulary
 from tongwen.export.pth import heads, read_rows
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
-TURNED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py
-TURNING = ("llama", "smollm3")  # the architectures that want them so
+PERMUTED = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "q_proj.bias",
+    "k_proj.bias",
+)  # row order of LLaMA's own files, see pth.py
+PERMUTED_ARCHITECTURES = ("llama", "smollm3")  # the architectures with that order
 
 
 def check_type(kind: str) -> None:
-    """Raise ModelError or MissingPackage for a number type that cannot be written here."""
+    """Raise ModelError or MissingPackage for a number type that cannot be written."""
     _library()
     if kind in kquants.KINDS:
         kquants.check_library()
@@ -40,15 +45,17 @@ def check_type(kind: str) -> None:
 
 
 def bytes_per_weight(kind: str) -> float:
-    """Of most tensors in a file of this number type."""
+    """Return the bytes per weight of most tensors in a file of this number type."""
     gguf = _library()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kquants.KINDS.get(kind, kind.upper())]]
     return float(size / block)
 
 
 def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
-    """Rows of the embedding."""
-    embedding = next(ours for ours, theirs in _names(tensors, config).items() if theirs == "token_embd.weight")
+    """Return the number of rows of the embedding."""
+    embedding = next(
+        hf_name for hf_name, gguf_name in _names(tensors, config).items() if gguf_name == "token_embd.weight"
+    )
     return tensors.facts[embedding][1][0]
 
 
@@ -61,21 +68,23 @@ def write(
     kind: str,
     progress: Callable[[int], None],
 ) -> None:
-    """One GGUF file of one number type. config: as `facts.check_config` has passed it."""
+    """Write a GGUF file of one number type. config: must have passed `gguf_metadata.check_config`."""
     gguf = _library()
     names, extra = _names(tensors, config), extra_tensors(config)
     writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
-    add_facts(writer, config, _title(config, vocabulary), vocabulary_rows(tensors, config), kind)
+    add_metadata(writer, config, _title(config, vocabulary), vocabulary_rows(tensors, config), kind)
     if vocabulary is not None:
         _add_vocabulary(writer, vocabulary, template)
     for name, tensor in extra.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
-    for ours, theirs in names.items():
-        _unused, shape = tensors.facts[ours]
-        stored = type_of(theirs, shape, kind, config)
+    for hf_name, gguf_name in names.items():
+        _unused, shape = tensors.facts[hf_name]
+        stored = type_of(gguf_name, shape, kind, config)
         nbytes = row_count(shape) * kquants.row_bytes(shape[1] if len(shape) > 1 else 1, stored)
-        there = _shape_there(theirs, shape, config)
-        writer.add_tensor_info(theirs, there, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType[stored])
+        stored_shape = _stored_shape(gguf_name, shape, config)
+        writer.add_tensor_info(
+            gguf_name, stored_shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType[stored]
+        )
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -84,55 +93,59 @@ def write(
     for tensor in extra.values():
         stream.write(tensor.tobytes())
         writer.write_padding(stream, stream.tell())
-    for done, (ours, theirs) in enumerate(names.items(), 1):
-        stored = type_of(theirs, tensors.facts[ours][1], kind, config)
-        for rows in iter_rows(tensors, ours, config):
-            stream.write(memoryview(_checked(_quantised(rows, stored), stored, ours).reshape(-1)))
+    for done, (hf_name, gguf_name) in enumerate(names.items(), 1):
+        stored = type_of(gguf_name, tensors.facts[hf_name][1], kind, config)
+        for rows in iter_rows(tensors, hf_name, config):
+            stream.write(memoryview(_checked(_quantised(rows, stored), stored, hf_name).reshape(-1)))
         writer.write_padding(stream, stream.tell())
         progress(done)
     writer.close()
 
 
 def _title(config: Mapping[str, Any], vocabulary: Vocabulary | None) -> str:
-    """The model's name. llama.cpp drops blanks behind special tokens where a name says Phi-3, whose tokenizer does so, and
-    fails there when Phi-3's tokens are not in the vocabulary: a name that says it wrongly becomes another."""
+    """Return the model's name, changed if it would mislead llama.cpp about Phi-3.
+
+    For a name with "phi-3" llama.cpp drops blanks after special tokens, as Phi-3's tokenizer does, and fails when the
+    vocabulary lacks Phi-3's tokens.
+    """
     title = str(config.get("_name_or_path") or config["model_type"]).rstrip("/").split("/")[-1]
-    said = any(word in title.lower() for word in ("phi-3", "phi3"))
-    if vocabulary is None or said == vocabulary.drops_blanks:
+    named_phi3 = any(marker in title.lower() for marker in ("phi-3", "phi3"))
+    if vocabulary is None or named_phi3 == vocabulary.drops_blanks:
         return title
     return f"phi-3 {title}" if vocabulary.drops_blanks else "phi"
 
 
 def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str) -> None:
-    """Read the file back: every tensor there, of its shape and type, and its first, middle and last rows to the bit.
+    """Read the file back and compare every tensor's shape, type and first, middle and last rows, to the bit.
 
-    Raises NumbersError.
+    Raises NumbersError when they differ.
     """
     gguf = _library()
     reader = gguf.GGUFReader(str(file))
     held = {tensor.name: tensor for tensor in reader.tensors}
     for name in extra_tensors(config):
         held.pop(name)
-    for ours, theirs in _names(tensors, config).items():
-        tensor, (_unused, shape) = held.pop(theirs, None), tensors.facts[ours]
-        if tensor is None or tuple(map(int, reversed(tensor.shape))) != _shape_there(theirs, shape, config):
-            raise _unlike(theirs, file)
-        stored = type_of(theirs, shape, kind, config)
+    for hf_name, gguf_name in _names(tensors, config).items():
+        tensor, (_unused, shape) = held.pop(gguf_name, None), tensors.facts[hf_name]
+        if tensor is None or tuple(map(int, reversed(tensor.shape))) != _stored_shape(gguf_name, shape, config):
+            raise _mismatch(gguf_name, file)
+        stored = type_of(gguf_name, shape, kind, config)
         found = tensor.data.reshape(row_count(shape), -1)
-        for begin, rows in _some_rows(tensors, ours, config):
+        for begin, rows in _some_rows(tensors, hf_name, config):
             expected = _quantised(rows, stored)
             if not np.array_equal(found[begin : begin + len(rows)].view(np.uint8), expected):
-                raise _unlike(theirs, file)
+                raise _mismatch(gguf_name, file)
     if held:
-        raise _unlike(sorted(held)[0], file)
+        raise _mismatch(sorted(held)[0], file)
     if vocabulary is not None:
         written = reader.fields["tokenizer.ggml.tokens"]
         if len(written.data) != len(vocabulary.tokens):
-            raise _unlike("tokenizer.ggml.tokens", file)
+            raise _mismatch("tokenizer.ggml.tokens", file)
 
 
-def _shape_there(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stacked experts are (experts, rows, columns) in the file, DeepSeek's decompression (heads, rows, columns)."""
+def _stored_shape(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return a tensor's shape in the file: stacked experts are (experts, rows, columns), DeepSeek's decompression is
+    (heads, rows, columns)."""
     if name.endswith("_exps.weight"):
         count = int(config["num_experts"])
     elif name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
@@ -143,8 +156,11 @@ def _shape_there(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -
 
 
 def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, Any]) -> str:
-    """The type that a tensor gets, by llama.cpp's name for it: vectors and what chooses experts stay F32; the head and
-    the embedding keep 8 bits beside 4 and 5; a row that is no multiple of a block stays F16; the K types are mixtures."""
+    """Return the GGUF type of a tensor. name: llama.cpp's name.
+
+    Vectors and the experts' router stay F32. In 4- and 5-bit files the head and the embedding get 8 bits. Rows whose
+    length is no multiple of a block stay F16. The K types are mixtures (see kquants.py).
+    """
     if len(shape) < 2 or kind == "f32" or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if kind in kquants.KINDS:
@@ -162,38 +178,38 @@ def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, A
 
 
 def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[Any]:
-    """A tensor's rows in fp32 in llama.cpp's order, a block at a time. (n, columns); (n, 1) for a vector."""
-    width = _turned_width(name, config)
+    """Yield a tensor's rows in fp32 in llama.cpp's order, in blocks: (n, columns); (n, 1) for a vector."""
+    width = _permuted_width(name, config)
     _unused, shape = tensors.facts[name]
     for begin, end in heads(shape[0], width) if width else blocks(shape):
         yield _fp32(tensors, name, begin, end, config)
 
 
 def _some_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
-    """(first row, rows) at the beginning, the middle and the end of a tensor."""
-    count, height = row_count(tensors.facts[name][1]), _turned_width(name, config) or 1
+    """Yield (first row, rows) at the beginning, the middle and the end of a tensor."""
+    count, height = row_count(tensors.facts[name][1]), _permuted_width(name, config) or 1
     for begin in sorted({at // height * height for at in (0, count // 2, count - 1)}):
         yield begin, _fp32(tensors, name, begin, begin + height, config)
 
 
-def _turned_width(name: str, config: Mapping[str, Any]) -> int:
-    """Numbers in a head, for the tensors whose rows llama.cpp wants pair by pair; else 0."""
-    if ARCHITECTURES[str(config["model_type"])] not in TURNING or not name.endswith(TURNED):
+def _permuted_width(name: str, config: Mapping[str, Any]) -> int:
+    """Return the head width for tensors whose rows llama.cpp stores in rotation pairs; else 0."""
+    if ARCHITECTURES[str(config["model_type"])] not in PERMUTED_ARCHITECTURES or not name.endswith(PERMUTED):
         return 0
     return head_width(config)
 
 
 def _fp32(tensors: Tensors, name: str, begin: int, end: int, config: Mapping[str, Any]) -> Any:
     gguf = _library()
-    rows = read_rows(tensors, name, begin, end, _turned_width(name, config))
+    rows = read_rows(tensors, name, begin, end, _permuted_width(name, config))
     numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensors.facts[name][0]])
     if str(config["model_type"]).startswith("gemma") and name.endswith("norm.weight"):
-        return numbers + np.float32(1)  # these norms scale by 1 + weight, and llama.cpp's by what the file says
+        return numbers + np.float32(1)  # these norms scale by 1 + weight, llama.cpp's by the weight in the file
     return numbers
 
 
 def _quantised(rows: Any, stored: str) -> Any:
-    """Bytes of the rows, (n, bytes a row)."""
+    """Return the quantised rows as bytes, (n, bytes per row)."""
     if stored.endswith("_K"):
         return kquants.quantise(rows, stored)
     gguf = _library()
@@ -209,12 +225,12 @@ def _checked(data: Any, stored: str, name: str) -> Any:
 
 
 def check_tensors(tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a tensor that llama.cpp has no name for, or of a type that is no plain number."""
+    """Raise ModelError for a tensor without a llama.cpp name, or with a dtype other than fp32, fp16 and bf16."""
     _names(tensors, config)
 
 
 def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
-    """transformers' name -> llama.cpp's. Raises ModelError for a tensor that has none."""
+    """Return transformers' name -> llama.cpp's. Raises ModelError for a tensor without one."""
     gguf = _library()
     kind = str(config["model_type"])
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
@@ -223,12 +239,12 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}
     for name in tensors.facts:
-        known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as its files on the hub have it
+        known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as in its files on the hub
         known_as = known_as.replace("e_score_correction_bias", "e_score_correction.bias")
-        theirs = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
+        gguf_name = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise ModelError(_("llama.cpp has no name for {name}").format(name=name), place="--to gguf")
-        out[name] = theirs
+        out[name] = gguf_name
     return out
 
 
@@ -250,7 +266,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, template: str | None) -
         writer.add_chat_template(template)
 
 
-def _unlike(name: str, file: Path) -> NumbersError:
+def _mismatch(name: str, file: Path) -> NumbersError:
     return NumbersError(
         _("read back from the file, {name} differs from the tensor written").format(name=name),
         place=str(file),

@@ -1,8 +1,8 @@
-"""Tensors as another program lays them out, without a copy: rows that are put together from rows of others as they are read.
+"""Rearrange tensors for llama.cpp without a copy: rows are assembled from rows of other tensors as they are read.
 
-BLOOM and GPT-NeoX interleave query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its
-matrices transposed; Qwen3's and DeepSeek's experts lie one by one; DeepSeek's decompression is one matrix for keys and
-values; Baichuan-7B is a LLaMA whose three projections are one matrix.
+BLOOM and GPT-NeoX interleave query, key and value head by head, but llama.cpp expects all queries first. GPT-2 stores
+transposed matrices. Qwen3 and DeepSeek store each expert separately. DeepSeek decompresses keys and values by one
+matrix. Baichuan-7B is a LLaMA with its three projections in one matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tongwen.core.model_families import FAMILIES
 from tongwen.core.safetensors_io import Tensors
 from tongwen.export.gguf_metadata import check_family
 
-# What a config calls the shape of a model, in LLaMA's words.
+# LLaMA's config key -> other families' keys for the same value.
 SHAPE = {
     "hidden_size": ("n_embd",),
     "num_hidden_layers": ("n_layer",),
@@ -28,8 +28,8 @@ SHAPE = {
     "max_position_embeddings": ("n_positions", "seq_length"),
     "num_experts": ("num_local_experts", "n_routed_experts"),
 }
-HEADS = ("lm_head.weight", "embed_out.weight")  # not read where the embedding is the head
-LAYER = re.compile(r"model\.layers\.(\d+)\.")  # DeepSeek's files hold more of them, for further tokens
+HEADS = ("lm_head.weight", "embed_out.weight")  # not used if the head is tied
+LAYER = re.compile(r"model\.layers\.(\d+)\.")  # DeepSeek's files have extra layers, for multi-token prediction
 
 
 class RowRange(NamedTuple):
@@ -41,8 +41,11 @@ class RowRange(NamedTuple):
 
 
 class ReorderedTensors:
-    """A source's tensors, some of them put together from runs of rows. transposed: each run of these is turned over, or all
-    of the tensor where it has no runs."""
+    """A source's tensors, some of them assembled from runs of rows of others.
+
+    transposed: tensors to transpose, each of their runs separately, or the whole tensor if it has no runs
+    hidden:     tensors of the source to leave out
+    """
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class ReorderedTensors:
             self.facts[name] = (dtype, (rows, *columns))
 
     def _height(self, name: str, run: RowRange) -> int:
-        """Rows that a run makes."""
+        """Return the number of rows that a run makes."""
         return self.source.facts[run.name][1][1] if name in self.transposed else run.end - run.begin
 
     def raw(self, name: str, begin: int, end: int) -> Any:
@@ -80,27 +83,28 @@ class ReorderedTensors:
         return np.concatenate(parts)
 
 
-def in_llamas_words(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its family's defaults, which a file may leave out, and LLaMA's words for its shape.
+def with_llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with its family's defaults, which files may omit, and LLaMA's keys for the model's shape.
 
-    Raises ModelError for a family whose GGUF is not proven; what transformers says of a config that contradicts itself.
+    Raises ModelError for a family whose GGUF has not been verified, and transformers' own errors for a contradictory
+    config.
     """
     from transformers import AutoConfig
 
     check_family(str(config.get("model_type")))
     whole = {**config, **type(AutoConfig.for_model(str(config["model_type"]))).from_dict(dict(config)).to_dict()}
-    for ours, others in SHAPE.items():
-        for other in others:
-            if whole.get(ours) is None and whole.get(other) is not None:
-                whole[ours] = whole[other]
+    for key, aliases in SHAPE.items():
+        for alias in aliases:
+            if whole.get(key) is None and whole.get(alias) is not None:
+                whole[key] = whole[alias]
     whole["intermediate_size"] = whole.get("intermediate_size") or 4 * int(whole["hidden_size"])
     if whole["model_type"] == "bloom":
-        whole.setdefault("max_position_embeddings", 2048)  # what it was trained on; ALiBi itself has no limit
+        whole.setdefault("max_position_embeddings", 2048)  # BLOOM's training length; ALiBi itself has no limit
     return whole
 
 
 def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    """The tensors in llama.cpp's order, without those that the model does not compute with."""
+    """Return the tensors in llama.cpp's layout, without those that the model does not use."""
     kind, layers = str(config["model_type"]), int(config["num_hidden_layers"])
     heads = [name for name in HEADS if name in tensors.facts and config.get("tie_word_embeddings")]
     ahead = [name for name in tensors.facts if (found := LAYER.match(name)) and int(found[1]) >= layers]
@@ -124,7 +128,7 @@ def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 
 
 def _stacked(tensors: Tensors, experts: int) -> ReorderedTensors:
-    """The experts of a layer end to end, (experts x rows, columns), where the files have them one by one."""
+    """Concatenate each layer's separate experts: (experts x rows, columns)."""
     runs = {}
     alone = [name for name in tensors.facts if ".experts." in name]
     for name in alone:
@@ -137,7 +141,7 @@ def _stacked(tensors: Tensors, experts: int) -> ReorderedTensors:
 
 
 def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> ReorderedTensors:
-    """Keys and values decompressed by matrices of their own, that of the keys turned over head by head."""
+    """Split DeepSeek's decompression into one matrix for keys, transposed head by head, and one for values."""
     key, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
     begins = range(0, int(config["num_attention_heads"]) * (key + value), key + value)
     fused = [name for name in tensors.facts if name.endswith(".kv_b_proj.weight")]
@@ -149,9 +153,9 @@ def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> ReorderedTenso
 
 
 def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[Tensors, dict[str, Any]]:
-    """A Baichuan-7B as the LLaMA that it is. Raises ModelError for the others of that name."""
+    """Return a Baichuan-7B's tensors and config as a LLaMA. Raises ModelError for other Baichuan models."""
     packed = [name for name in tensors.facts if name.endswith(".W_pack.weight")]
-    if "model_max_length" in config or not packed:  # only the 13B say it so: they have ALiBi
+    if "model_max_length" in config or not packed:  # only the 13B models have this key: they use ALiBi
         raise ModelError(
             _("this Baichuan uses ALiBi positions: it does not have the LLaMA architecture"),
             place=place,

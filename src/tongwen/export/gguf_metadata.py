@@ -1,7 +1,7 @@
-"""What a GGUF file says of a model beside its tensors, by its config alone, and where llama.cpp would compute another one.
+"""Write a GGUF file's metadata from a model's config, and reject configs that llama.cpp would compute differently.
 
-The keys are those of llama.cpp's conversion/*.py, the limits those of its src/models/*.cpp: what it fixes there for a
-family (every fourth layer without rotations, a scale of the queries) a config must say too, or the model is refused.
+The keys come from llama.cpp's conversion/*.py, the limits from its src/models/*.cpp. llama.cpp hard-codes some values
+for a family (no rotations in every fourth layer, a scale of the queries); a config with other values raises an error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Config = Mapping[str, Any]
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 FILE_TYPES = {"f32": "ALL_F32"}  # all others are MOSTLY_...
-UNSEEN = ("mistral", "phi3")  # llama.cpp lets these see everything, whatever window their config says
+WINDOW_IGNORED = ("mistral", "phi3")  # llama.cpp ignores these families' sliding window
 
 
 def check_family(kind: str) -> None:
-    """Raise ModelError for a family whose GGUF is not proven."""
+    """Raise ModelError for a family whose GGUF has not been verified."""
     if kind not in ARCHITECTURES:
         raise ModelError(
             _("writing GGUF is not supported for the family {kind!r}").format(kind=kind),
@@ -35,27 +35,27 @@ def check_family(kind: str) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Raise ModelError for a model that llama.cpp would not compute alike. config: whole, in LLaMA's words."""
+    """Raise ModelError if llama.cpp would compute another model. config: from `gguf_layout.with_llama_keys`."""
     check_family(str(config["model_type"]))
-    for word, expected in _expected(config).items():
-        found = config.get(word)
+    for key, expected in _expected(config).items():
+        found = config.get(key)
         if (found or None) != (expected or None):
             shown = json.dumps(found, ensure_ascii=False)
-            raise _unlike(f"config.json: {word}: {shown}", json.dumps(expected, ensure_ascii=False))
+            raise _mismatch(f"config.json: {key}: {shown}", json.dumps(expected, ensure_ascii=False))
     rope, kind = rotation(config), str(config["model_type"])
-    how = rope.get("rope_type") or rope.get("type") or "default"
-    if how not in _rotations(kind):
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in _rotations(kind):
         raise ModelError(
-            _("llama.cpp does not support {how!r} rotary positions for {kind}").format(how=how, kind=kind),
+            _("llama.cpp does not support {how!r} rotary positions for {kind}").format(how=rope_type, kind=kind),
             place="rope_scaling",
             remedy="--to hf",
         )
-    for word, expected in _expected_of_yarn(config, rope).items() if how == "yarn" else ():
-        if rope.get(word) != expected:
-            raise _unlike(f"rope_scaling: {word}: {rope.get(word)}", str(expected))
+    for key, expected in _expected_of_yarn(config, rope).items() if rope_type == "yarn" else ():
+        if rope.get(key) != expected:
+            raise _mismatch(f"rope_scaling: {key}: {rope.get(key)}", str(expected))
 
 
-def _unlike(place: str, expected: str) -> ModelError:
+def _mismatch(place: str, expected: str) -> ModelError:
     return ModelError(
         _("llama.cpp would compute a different model: it assumes {expected} here").format(expected=expected),
         place=place,
@@ -64,7 +64,7 @@ def _unlike(place: str, expected: str) -> ModelError:
 
 
 def _expected(config: Config) -> dict[str, Any]:
-    """What llama.cpp's own code fixes for a family, as its config would say it."""
+    """Return the config values that llama.cpp hard-codes for a family."""
     layers, kind = int(config["num_hidden_layers"]), str(config["model_type"])
     if kind == "qwen3_moe":
         return {"norm_topk_prob": True}
@@ -74,7 +74,7 @@ def _expected(config: Config) -> dict[str, Any]:
         return {"tie_word_embeddings": True, **_GEMMA}
     if kind == "gemma2":
         usual = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-        caps = {word: config.get(word) or cap for word, cap in usual.items()}
+        caps = {key: config.get(key) or cap for key, cap in usual.items()}
         tied = {"tie_word_embeddings": True, "query_pre_attn_scalar": _query_scale(config, layers == 46)}
         return {**_GEMMA, **caps, **tied, "layer_types": _windows(layers, 2)}
     if kind == "gemma3_text":
@@ -93,12 +93,13 @@ _GEMMA = {"attention_bias": False, "use_bidirectional_attention": False}
 
 
 def _expected_of_yarn(config: Config, rope: Config) -> dict[str, Any]:
-    """The same of rotations that YaRN stretches. DeepSeek says of its queries by `mscale` what others leave to llama.cpp."""
+    """Return the YaRN parameters that llama.cpp hard-codes. DeepSeek sets its queries' scale by `mscale`; for others
+    llama.cpp computes it."""
     usual = 1.0 if _latent(config) else 0.1 * math.log(float(rope["factor"])) + 1
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": usual}
-    said = {word: expected for word, expected in fixed.items() if rope.get(word) is not None}
-    words = ("mscale", "mscale_all_dim")
-    return said | ({one: rope.get(other) or 1.0 for one, other in (words, words[::-1])} if _latent(config) else {})
+    checked = {key: expected for key, expected in fixed.items() if rope.get(key) is not None}
+    keys = ("mscale", "mscale_all_dim")
+    return checked | ({one: rope.get(other) or 1.0 for one, other in (keys, keys[::-1])} if _latent(config) else {})
 
 
 def _windows(layers: int, every: int) -> list[str]:
@@ -106,7 +107,7 @@ def _windows(layers: int, every: int) -> list[str]:
 
 
 def _query_scale(config: Config, largest: bool) -> int:
-    """What Gemma's queries are scaled by; llama.cpp knows the largest of each generation by its layers."""
+    """Return Gemma's query scale. llama.cpp recognises the largest model of each generation by its layer count."""
     return int(config["hidden_size"]) // int(config["num_attention_heads"]) if largest else head_width(config)
 
 
@@ -115,23 +116,23 @@ def _rotations(kind: str) -> tuple[str, ...]:
         return "default", "longrope"
     if kind == "gemma3_text":
         return "default", "linear"
-    if ARCHITECTURES[kind] == "deepseek2":  # there, any factor scales the queries as YaRN does
+    if ARCHITECTURES[kind] == "deepseek2":  # llama.cpp scales the queries by any factor, as for YaRN
         return "default", "yarn"
     return ("default", "linear", "yarn", *(("llama3",) if ARCHITECTURES[kind] == "llama" else ()))
 
 
 def rotation(config: Config) -> dict[str, Any]:
-    """How positions rotate, in the layers that see everything."""
+    """Return the rotary parameters of the layers with full attention."""
     found: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return dict(found.get("full_attention", found))
 
 
 def extra_tensors(config: Config) -> dict[str, Any]:
-    """Tensors that stand only in GGUF: by what LLaMA 3.1 and Phi-3's long contexts slow each rotation down."""
+    """Return tensors that only GGUF has: the factors by which LLaMA 3.1 and long-context Phi-3 slow each rotation."""
     rope = rotation(config)
     if "long_factor" in rope:
         factors = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
-        return {theirs: np.array(rope[ours], np.float32) for theirs, ours in factors.items()}
+        return {gguf_name: np.array(rope[key], np.float32) for gguf_name, key in factors.items()}
     if (rope.get("rope_type") or rope.get("type")) != "llama3":
         return {}
     width, old = head_width(config), float(rope["original_max_position_embeddings"])
@@ -146,7 +147,7 @@ def head_width(config: Config) -> int:
 
 
 def _latent(config: Config) -> bool:
-    """Whether keys and values are kept compressed, as DeepSeek does."""
+    """Whether keys and values are stored compressed, as DeepSeek does."""
     return ARCHITECTURES[str(config["model_type"])] == "deepseek2"
 
 
@@ -154,13 +155,13 @@ def _theta(config: Config) -> float:
     return float(config.get("rope_theta") or rotation(config).get("rope_theta") or 10000.0)
 
 
-def add_facts(writer: Any, config: Config, name: str, rows: int, kind: str) -> None:
-    """What llama.cpp must know to build the model. rows: of the embedding; kind: number type."""
+def add_metadata(writer: Any, config: Config, name: str, rows: int, kind: str) -> None:
+    """Write the metadata that llama.cpp needs to build the model. rows: of the embedding; kind: number type."""
     import gguf
 
     family, heads = str(config["model_type"]), int(config["num_attention_heads"])
     context = int(config["max_position_embeddings"])
-    if family in UNSEEN:  # as far as its window reaches, every layer computes alike
+    if family in WINDOW_IGNORED:  # within the window, ignoring it makes no difference
         context = min(context, int(config.get("sliding_window") or context))
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -173,10 +174,10 @@ def add_facts(writer: Any, config: Config, name: str, rows: int, kind: str) -> N
     writer.add_vocab_size(rows)
     writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for word in ("layer_norm_epsilon", "layer_norm_eps"):
-        if word in config:
-            writer.add_layer_norm_eps(float(config[word]))
-    if family in ("bloom", "gpt2"):  # whose positions are no rotations
+    for key in ("layer_norm_epsilon", "layer_norm_eps"):
+        if key in config:
+            writer.add_layer_norm_eps(float(config[key]))
+    if family in ("bloom", "gpt2"):  # no rotary positions
         return
     if "rms_norm_eps" in config:
         writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
@@ -199,7 +200,8 @@ def add_facts(writer: Any, config: Config, name: str, rows: int, kind: str) -> N
 
 
 def _add_latent(writer: Any, config: Config) -> None:
-    """DeepSeek: llama.cpp multiplies the queries by half of the decompression, so that all heads share one wide key."""
+    """Write DeepSeek's metadata. llama.cpp multiplies the queries by the key half of the decompression, so that all
+    heads share one wide key."""
     import gguf
 
     latent, turned = int(config["kv_lora_rank"]), int(config["qk_rope_head_dim"])
@@ -220,7 +222,7 @@ def _add_latent(writer: Any, config: Config) -> None:
 
 
 def _add_windows(writer: Any, config: Config) -> None:
-    """Gemma 2 and 3: layers that see a window only, and scores that a tanh keeps below a cap."""
+    """Write Gemma 2's and 3's metadata: sliding-window layers, and scores soft-capped by tanh."""
     writer.add_sliding_window(int(config["sliding_window"]))
     if config.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
@@ -234,16 +236,16 @@ def _add_rotation(writer: Any, config: Config) -> None:
     import gguf
 
     rope = rotation(config)
-    how = rope.get("rope_type") or rope.get("type")
+    rope_type = rope.get("rope_type") or rope.get("type")
     writer.add_rope_freq_base(_theta(config))
-    if how in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType[how.upper()])
+    if rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[rope_type.upper()])
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if how == "yarn":
+    if rope_type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         if _latent(config):
             writer.add_rope_scaling_yarn_log_mul(0.1 * float(rope["mscale_all_dim"]))
-    if how == "longrope":
+    if rope_type == "longrope":
         old = int(rope["original_max_position_embeddings"])
         factor = float(rope.get("factor") or int(config["max_position_embeddings"]) / old)
         usual = math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 else 1.0

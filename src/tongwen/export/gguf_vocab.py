@@ -1,8 +1,8 @@
-"""A tokenizer in the words that llama.cpp has for it, read from `tokenizer.json` alone.
+"""Convert a tokenizer to llama.cpp's form, from `tokenizer.json` alone.
 
-llama.cpp has one program per kind: byte-level BPE, which cuts text by one of a few named patterns first, and
-SentencePiece's BPE, which merges by scores. The pattern is recognised from the tokenizer's own definition, so a
-vocabulary that has grown keeps the name of its base. What has no name there is refused: it would give other ids.
+llama.cpp implements two kinds: byte-level BPE, which first splits text by one of a few named patterns, and
+SentencePiece's BPE, which merges by scores. The pattern is recognised from the tokenizer's definition, so an extended
+vocabulary keeps its base's pattern. A pattern without a name in llama.cpp raises an error: it would give other ids.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ class Vocabulary:
     special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> id
     add_bos: bool = False
     add_space: bool = False
-    drops_blanks: bool = False  # behind special tokens
-    unlike: list[str] = field(default_factory=list)  # those of others, where llama.cpp does not know it
+    drops_blanks: bool = False  # after special tokens
+    unsupported: list[str] = field(
+        default_factory=list
+    )  # other tokens that drop blanks, which llama.cpp does not support
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The tokenizer of a folder for a model whose embedding has that many rows; what no token owns is marked unused.
+    """Read a folder's tokenizer for a model whose embedding has `rows` rows; ids without a token are marked unused.
 
-    Raises ModelError for a tokenizer that llama.cpp has no program for.
+    Raises ModelError for a tokenizer that llama.cpp does not support.
     """
     definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = definition["model"]
@@ -69,7 +71,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         out.scores, out.add_space = _scores(folder, out.tokens, merges), _adds_space(definition)
     else:
         out.pre, out.merges = _pattern(definition), [f"{left} {right}" for left, right in merges]
-    out.drops_blanks, out.unlike = _dropping(added.values())
+    out.drops_blanks, out.unsupported = _blank_dropping(added.values())
     out.special, out.add_bos = _special(folder, definition, {**{i: t["content"] for i, t in added.items()}, **tokens})
     return out
 
@@ -80,7 +82,7 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
             return added["content"], UNKNOWN
         if added["special"]:
             return added["content"], CONTROL
-        # Found in a text before its blanks are marked, and written out as it stands.
+        # llama.cpp finds it in the text before blanks are replaced, and writes it out verbatim.
         return added["content"].replace("\u2581", " ") if sentencepiece else added["content"], USER_DEFINED
     if token is None:
         return f"[PAD{index}]", UNUSED
@@ -89,9 +91,9 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
     return token, UNKNOWN if sentencepiece and token == model.get("unk_token") else NORMAL
 
 
-def _dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
-    """(whether blanks behind special tokens are no part of a text as in Phi-3, whose tokenizer says so of all but three;
-    else the tokens of which it is said, and which llama.cpp does not know)"""
+def _blank_dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
+    """Return (whether the tokenizer drops blanks after special tokens as Phi-3's does, after all but three; if not, the
+    tokens that drop blanks, which llama.cpp does not support)."""
     dropping = {token["content"]: bool(token["rstrip"]) for token in added if token["special"] or token["rstrip"]}
     kept = {token for token, drops in dropping.items() if not drops}
     if "</s>" in dropping and kept == PHI3_KEEPS:
@@ -100,7 +102,7 @@ def _dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
 
 
 def _pattern(definition: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how a byte-level tokenizer cuts a text."""
+    """Return llama.cpp's name of a byte-level tokenizer's splitting pattern."""
     cut = definition.get("pre_tokenizer") or {}
     steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
     kinds = [step.get("type") for step in steps]
@@ -118,13 +120,13 @@ def _pattern(definition: Mapping[str, Any]) -> str:
 
 
 def _adds_space(definition: Mapping[str, Any]) -> bool:
-    """Whether a blank stands before every text."""
+    """Whether the tokenizer puts a blank before every text."""
     text = json.dumps([definition.get("normalizer"), definition.get("pre_tokenizer")])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
 def _scores(folder: Path, tokens: list[str], merges: list[Any]) -> list[float]:
-    """SentencePiece's scores: the file's own where it has these pieces, else the order of the merges says the same."""
+    """Return SentencePiece's scores: from tokenizer.model if its pieces match, else equivalent ones from the merges."""
     file = folder / "tokenizer.model"
     if file.is_file():
         try:
@@ -146,7 +148,7 @@ def _ranks(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, str]) -> tuple[dict[str, int], bool]:
-    """(bos, eos, unk and pad by id; whether bos is put before every text)"""
+    """Return (ids of bos, eos, unk and pad; whether the tokenizer puts bos before every text)."""
     ids = {text: index for index, text in texts.items()}
     config = _json(folder / "tokenizer_config.json")
     special = {}
@@ -157,7 +159,7 @@ def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, st
             special[name] = ids[text]
     stops = _json(folder / "generation_config.json").get("eos_token_id")
     stop = stops[0] if isinstance(stops, list) and stops else stops
-    if isinstance(stop, int):  # what the model learned to stop on, rather than what its base was born with
+    if isinstance(stop, int):  # the stop token of training, rather than the base's
         special["eos"] = stop
     from tokenizers import Tokenizer
 

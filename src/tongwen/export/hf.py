@@ -1,4 +1,4 @@
-"""Any tensors -> an ordinary Hugging Face folder, and the check that its files hold them."""
+"""Write tensors to an ordinary Hugging Face folder, and check its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tongwen.core.safetensors_io import Stored, Tensors, blocks, plan_shards
 
 
 def write(tensors: Tensors, out: Path, shard_bytes: int, progress: Callable[[int], None]) -> dict[str, Stored]:
-    """Safetensors files with these tensors, a block of rows in memory at a time; returns where each lies."""
+    """Write safetensors files with one block of rows in memory at a time; returns each tensor's place."""
     stored = plan_shards(out, tensors.facts, shard_bytes)
     for done, (name, place) in enumerate(stored.items(), 1):
         with place.file.open("r+b") as stream:
@@ -25,7 +25,7 @@ def write(tensors: Tensors, out: Path, shard_bytes: int, progress: Callable[[int
 
 
 def check_same(source: Tensors, written: Tensors, place: str) -> None:
-    """Raise NumbersError unless the two hold the same tensors to the bit."""
+    """Raise NumbersError unless the two have bitwise equal tensors."""
     if source.facts != written.facts:
         odd = sorted(source.facts.items() ^ written.facts.items())[0][0]
         raise NumbersError(_("read back from the file, {odd} differs from the original").format(odd=odd), place=place)

@@ -1,7 +1,7 @@
-"""llama.cpp's K types: which tensor gets which, and the rows in it by an installed llama.cpp library's own function.
+"""llama.cpp's K types: choose the type of each tensor, and quantise rows by an installed llama.cpp library.
 
-`q4_k_m` and its like are mixtures. The choice here is that of `llama_tensor_get_type` in llama.cpp's llama-quant.cpp, for
-dense models and without an importance matrix; the numbers come from `ggml_quantize_chunk`, which several wheels carry.
+`q4_k_m` and similar names are mixtures of types. The choice follows `llama_tensor_get_type` in llama.cpp's
+llama-quant.cpp, for dense models without an importance matrix. `ggml_quantize_chunk` quantises; several wheels have it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ KINDS = {  # mixture -> the type of most tensors
     "q6_k": "Q6_K",
 }
 NARROWER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-"""what a tensor gets whose rows are no multiple of a block of 256, but of one of 32"""
+"""type for rows whose length is a multiple of 32 but not of 256"""
 FUNCTION = "ggml_quantize_chunk"
 
 
 @dataclass(frozen=True)
 class QuantizationMix:
-    """A mixture for one model. groups: query heads to a key head; tied: whether the embedding is the head too."""
+    """A mixture for one model. groups: query heads per key head; tied: whether the embedding is also the head."""
 
     kind: str
     layers: int
@@ -43,7 +43,7 @@ class QuantizationMix:
     tied: bool
 
     def type_of(self, name: str, columns: int) -> str:
-        """The type for a matrix by llama.cpp's name for it; F16 where no block fits its rows."""
+        """Return the type of a matrix with llama.cpp's name; F16 if no block fits its rows."""
         chosen = self._wanted(name)
         if columns % 256:
             head = name == "output.weight" or (self.tied and name == "token_embd.weight")
@@ -96,13 +96,13 @@ class QuantizationMix:
         return None
 
     def _needs_more(self, layer: int) -> bool:
-        """The first and the last eighth of the layers, and every third between."""
+        """Whether a layer is in the first or the last eighth, or every third between."""
         eighth = self.layers // 8
         return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
 
 def quantise(rows: Any, stored: str) -> Any:
-    """Bytes of fp32 rows in a K type. (n, columns) -> (n, bytes a row)"""
+    """Quantise fp32 rows to a K type: (n, columns) -> bytes (n, bytes per row)."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[stored]
@@ -123,7 +123,7 @@ def row_bytes(columns: int, stored: str) -> int:
 
 
 def check_library() -> None:
-    """Raise MissingPackage when no llama.cpp library is installed that could make the K types."""
+    """Raise MissingPackage without an installed llama.cpp library that can quantise to the K types."""
     _function()
 
 
@@ -132,7 +132,7 @@ def _function() -> Any:
     for file in _libraries():
         try:
             function = getattr(ctypes.CDLL(str(file)), FUNCTION)
-        except (OSError, AttributeError):  # of another system, or without this function
+        except (OSError, AttributeError):  # built for another system, or without this function
             continue
         function.restype = ctypes.c_size_t
         function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
@@ -141,7 +141,7 @@ def _function() -> Any:
 
 
 def _libraries() -> Iterator[Path | str]:
-    """Shared libraries that may hold ggml: of the wheels xllamacpp and llama-cpp-python, or the system's."""
+    """Yield shared libraries that may contain ggml: from the wheels xllamacpp and llama-cpp-python, or the system."""
     for package, pattern in (("xllamacpp", "*.so"), ("xllamacpp", "*.pyd"), ("llama_cpp", "lib/*ggml-base*")):
         spec = find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():

@@ -1,7 +1,7 @@
-"""A Modelfile beside a GGUF file: `ollama create NAME -f Modelfile`.
+"""Write a Modelfile beside a GGUF file: `ollama create NAME -f Modelfile`.
 
-Ollama writes prompts by a template of its own language. It is made here by rendering the model's own template around
-marks, so the two say the same for a system message and a question; the tokens that end an answer become its stops.
+Ollama has its own template language. We render the model's template with placeholders for a system message and a
+question, and replace these by Ollama's variables, so both give the same prompt. Stop tokens become stop parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ SYSTEM, QUESTION = "\u241fsystem\u241f", "\u241fquestion\u241f"
 
 
 def make_modelfile(gguf: str, render: Render | None, stops: Sequence[str], begin: str) -> str:
-    """The text of a Modelfile. begin: what llama.cpp puts before every prompt by itself, and the template must not."""
+    """Return the text of a Modelfile. begin: text that llama.cpp itself puts before every prompt, so that the template
+    must omit it."""
     lines = [f"FROM ./{gguf}"]
     if render is not None:
         plain = _body(render([("user", QUESTION)]), begin)

@@ -1,9 +1,8 @@
-"""LLaMA's own format, both ways: `consolidated.NN.pth`, `params.json`, `tokenizer.model`.
+"""Read and write LLaMA's own format: `consolidated.NN.pth`, `params.json`, `tokenizer.model`.
 
-Two differences from a Hugging Face folder. Each file holds a slice of every matrix, for one GPU each. And the rows of
-the query and key projections stand pair by pair of a rotation instead of half by half, so they are reordered within each
-head. Read this way round, a folder of `.pth` files looks like any other model's tensors; nothing is held in memory but
-the rows that are asked for.
+It differs from a Hugging Face folder in two ways. Each file holds a slice of every matrix, one file per GPU. And the
+rows of the query and key projections are ordered by rotation pairs instead of halves, so they are reordered within each
+head. When read, a folder of `.pth` files looks like any other model's tensors. Only the requested rows are in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import ITEM_BYTES, Tensors, blocks
 
-# Hugging Face's name, LLaMA's, and the axis that is sliced over the files; None: each file has all of it.
+# (Hugging Face's name, LLaMA's name, axis that is sliced over the files; None: each file has the whole tensor)
 OUTSIDE = (
     ("model.embed_tokens.weight", "tok_embeddings.weight", 1),
     ("model.norm.weight", "norm.weight", None),
@@ -44,8 +43,8 @@ INSIDE = (
     ("input_layernorm.weight", "attention_norm.weight", None),
     ("post_attention_layernorm.weight", "ffn_norm.weight", None),
 )
-TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
-FILES_BY_WIDTH = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B, as they were published
+PERMUTED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+FILES_BY_WIDTH = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B, as published
 PARAMS = "params.json"
 SCALED = {
     "rope_type": "llama3",
@@ -57,16 +56,16 @@ SCALED = {
 
 
 def names(layers: int) -> Iterator[tuple[str, str, int | None]]:
-    """(Hugging Face's name, LLaMA's, sliced axis) of every tensor."""
+    """Yield (Hugging Face's name, LLaMA's name, sliced axis) of every tensor."""
     yield OUTSIDE[0]
     for layer in range(layers):
-        for ours, theirs, axis in INSIDE:
-            yield f"model.layers.{layer}.{ours}", f"layers.{layer}.{theirs}", axis
+        for hf_name, llama_name, axis in INSIDE:
+            yield f"model.layers.{layer}.{hf_name}", f"layers.{layer}.{llama_name}", axis
     yield from OUTSIDE[1:]
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The `consolidated.NN.pth` files of a folder. Raises ModelError when one of them is missing."""
+    """Return the `consolidated.NN.pth` files of a folder. Raises ModelError when one of them is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     numbers = [int(re.sub(r"\D", "", file.stem) or 0) for file in files]
     if numbers != list(range(len(files))):
@@ -79,31 +78,31 @@ def find_files(folder: Path) -> list[Path]:
 
 
 class PthTensors:
-    """A folder of `.pth` files as a model's tensors, under Hugging Face's names and in its order of rows."""
+    """A folder of `.pth` files as a model's tensors, with Hugging Face's names and row order."""
 
     def __init__(self, parts: Sequence[Tensors], folder: Path) -> None:
         self.parts, self.params = parts, _read_params(folder)
         self.config = _config(parts, self.params, folder)
         self.facts: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._at: dict[str, tuple[str, int | None]] = {}
-        for ours, theirs, axis in names(self.config["num_hidden_layers"]):
-            facts = [_fact(part, theirs, folder) for part in parts]
-            if theirs == "tok_embeddings.weight" and facts[0][1][1] == self.config["hidden_size"]:
+        for hf_name, llama_name, axis in names(self.config["num_hidden_layers"]):
+            facts = [_fact(part, llama_name, folder) for part in parts]
+            if llama_name == "tok_embeddings.weight" and facts[0][1][1] == self.config["hidden_size"]:
                 axis = 0  # LLaMA-3 slices the vocabulary instead
             shape = facts[0][1]
             if axis is not None:
                 total = sum(fact[1][axis] for fact in facts)
                 shape = (total, *shape[1:]) if axis == 0 else (shape[0], total)
-            self.facts[ours] = (facts[0][0], shape)
-            self._at[ours] = (theirs, axis)
-        spare = parts[0].facts.keys() - {theirs for theirs, _ in self._at.values()}
+            self.facts[hf_name] = (facts[0][0], shape)
+            self._at[hf_name] = (llama_name, axis)
+        spare = parts[0].facts.keys() - {llama_name for llama_name, _ in self._at.values()}
         if odd := sorted(name for name in spare if not name.endswith("rope.freqs")):
             raise ModelError(_("{odd} does not belong to a LLaMA model").format(odd=odd[0]), place=str(folder))
 
     def raw(self, name: str, begin: int, end: int) -> Any:
-        if not name.endswith(TURNED):
+        if not name.endswith(PERMUTED):
             return self._sliced(name, begin, end)
-        width = self.config["head_dim"]  # whole heads are read, and reordered
+        width = self.config["head_dim"]  # read whole heads, then reorder their rows
         first, last = begin // width * width, -(-end // width) * width
         rows = self._sliced(name, first, last).reshape(last - first, -1)
         return np.ascontiguousarray(
@@ -111,25 +110,25 @@ class PthTensors:
         ).reshape(-1)
 
     def _sliced(self, name: str, begin: int, end: int) -> Any:
-        """Rows as they stand, put together from the parts."""
-        theirs, axis = self._at[name]
+        """Return rows in the files' order, assembled from the parts."""
+        llama_name, axis = self._at[name]
         if axis is None:
-            return self.parts[0].raw(theirs, begin, end)
+            return self.parts[0].raw(llama_name, begin, end)
         if axis == 1:
-            rows = [part.raw(theirs, begin, end).reshape(end - begin, -1) for part in self.parts]
+            rows = [part.raw(llama_name, begin, end).reshape(end - begin, -1) for part in self.parts]
             return np.ascontiguousarray(np.concatenate(rows, axis=1)).reshape(-1)
         out, start = [], 0
         for part in self.parts:
-            count = part.facts[theirs][1][0]
+            count = part.facts[llama_name][1][0]
             low, high = max(begin - start, 0), min(end - start, count)
             if low < high:
-                out.append(part.raw(theirs, low, high))
+                out.append(part.raw(llama_name, low, high))
             start += count
         return np.concatenate(out)
 
 
 class with_head:  # noqa: N801 (used like a function)
-    """The same tensors with a head of their own: LLaMA's format knows no tied pair."""
+    """The same tensors with a separate head: LLaMA's format does not support tied weights."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
@@ -140,34 +139,38 @@ class with_head:  # noqa: N801 (used like a function)
 
 
 def write(tensors: Tensors, config: Mapping[str, Any], out: Path, progress: Callable[[int], None]) -> int:
-    """`consolidated.NN.pth` and `params.json` in the published number of files; returns that number.
+    """Write `consolidated.NN.pth` and `params.json`, in the published number of files; returns that number.
 
-    Raises ModelError for a model that LLaMA's own code could not run.
+    Raises ModelError for a model that LLaMA's own code cannot run.
     """
     params = make_params(tensors, config)
     tensors = with_head(tensors)
     files = FILES_BY_WIDTH.get(int(config["hidden_size"]), 1)
     with ExitStack() as stack:
         parts = [stack.enter_context(PthFile(out / f"consolidated.{number:02d}.pth")) for number in range(files)]
-        for done, (ours, theirs, axis) in enumerate(names(int(config["num_hidden_layers"])), 1):
-            _spread(tensors, ours, theirs, axis, parts, params["dim"] // params["n_heads"])
+        for done, (hf_name, llama_name, axis) in enumerate(names(int(config["num_hidden_layers"])), 1):
+            _spread(tensors, hf_name, llama_name, axis, parts, params["dim"] // params["n_heads"])
             progress(done)
     (out / PARAMS).write_text(json.dumps(params), encoding="utf-8")
     return files
 
 
-def _spread(tensors: Tensors, ours: str, theirs: str, axis: int | None, parts: Sequence[PthFile], width: int) -> None:
-    """One tensor over all files, its rows read once."""
-    dtype, shape = tensors.facts[ours]
-    size, turned = ITEM_BYTES[dtype], ours.endswith(TURNED)
+def _spread(
+    tensors: Tensors, hf_name: str, llama_name: str, axis: int | None, parts: Sequence[PthFile], width: int
+) -> None:
+    """Write one tensor to all files, reading its rows once."""
+    dtype, shape = tensors.facts[hf_name]
+    size, permuted = ITEM_BYTES[dtype], hf_name.endswith(PERMUTED)
     with ExitStack() as stack:
         streams = []
         for number, part in enumerate(parts):
             low, high = (0, 0) if axis is None else _share(shape[axis], number, len(parts))
-            held = shape if axis is None else tuple(high - low if at == axis else n for at, n in enumerate(shape))
-            streams.append((stack.enter_context(part.member(theirs, dtype, held)), low, high))
-        for begin, end in heads(shape[0], width) if turned else blocks(shape):
-            rows = read_rows(tensors, ours, begin, end, width if turned else 0)
+            local_shape = (
+                shape if axis is None else tuple(high - low if at == axis else n for at, n in enumerate(shape))
+            )
+            streams.append((stack.enter_context(part.member(llama_name, dtype, local_shape)), low, high))
+        for begin, end in heads(shape[0], width) if permuted else blocks(shape):
+            rows = read_rows(tensors, hf_name, begin, end, width if permuted else 0)
             for stream, low, high in streams:
                 if axis == 0:
                     stream.write(memoryview(rows[max(low - begin, 0) : max(high - begin, 0)].reshape(-1)))
@@ -177,33 +180,33 @@ def _spread(tensors: Tensors, ours: str, theirs: str, axis: int | None, parts: S
 
 
 def heads(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Rows [begin, end) of one head after the other."""
+    """Yield the rows [begin, end) of each head."""
     for begin in range(0, rows, width):
         yield begin, begin + width
 
 
 def read_rows(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
-    """Rows as bytes, (n, bytes a row). width: numbers in a head whose rows are put pair by pair; 0: as they stand."""
+    """Return rows as bytes, (n, bytes per row). width: head width, to order rows by rotation pairs; 0: no reordering."""
     rows = tensors.raw(name, begin, end).reshape(end - begin, -1)
     return np.ascontiguousarray(rows[head_order(end - begin, width, to_halves=False)]) if width else rows
 
 
 def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `params.json` says of a model. Raises ModelError naming what the format has no word for."""
-    wanted = {ours for ours, _, _ in names(int(config.get("num_hidden_layers", 0)))}
+    """Return the content of `params.json`. Raises ModelError that names a feature the format cannot express."""
+    wanted = {hf_name for hf_name, _, _ in names(int(config.get("num_hidden_layers", 0)))}
     spare = sorted(tensors.facts.keys() - wanted)
     missing = sorted(wanted - tensors.facts.keys() - {"lm_head.weight"})
     dim, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     theta, scaling = _rope(config)
     width = int(config.get("head_dim") or dim // heads)
-    for wrong, what in (
+    for unsupported, what in (
         (config.get("model_type") != "llama", f"model_type {config.get('model_type')}"),
         (bool(spare), (spare or [""])[0]),
         (bool(missing), (missing or [""])[0]),
         (width * heads != dim, f"head_dim {width}"),
         (scaling not in (None, "default") and not _is_llama3_1(config), f"rope_scaling {scaling}"),
     ):
-        if wrong:
+        if unsupported:
             raise ModelError(
                 _("the original LLaMA format cannot hold this model: {what}").format(what=what),
                 place="--to pth",
@@ -223,17 +226,17 @@ def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PthFile:
-    """A torch zip file written tensor by tensor, as `torch.save` would, with the numbers streamed into it.
+    """A torch zip file, written tensor by tensor with streamed data.
 
-    torch.save needs all of a file's tensors in memory. The zip's directory of tensors (`data.pkl`) is small and comes
-    last; each tensor's bytes are a member of their own, at an offset of 64 so that they can be mapped.
+    torch.save needs all tensors of a file in memory. Here the pickle of the tensors (`data.pkl`), which is small, comes
+    last. Each tensor's bytes are a separate member, aligned to 64 bytes so that it can be memory-mapped.
     """
 
     def __init__(self, file: Path) -> None:
         self.stream = file.open("wb")
         self.zip = zipfile.ZipFile(self.stream, "w", zipfile.ZIP_STORED)
         self.root = file.stem
-        self.tensors: OrderedDict[str, _Held] = OrderedDict()
+        self.tensors: OrderedDict[str, _PickledTensor] = OrderedDict()
 
     def __enter__(self) -> PthFile:
         return self
@@ -248,9 +251,9 @@ class PthFile:
         self.stream.close()
 
     def member(self, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-        """A stream for the bytes of one tensor, to be closed before the next is begun."""
+        """Open a stream for the bytes of one tensor. Close it before opening the next."""
         key = str(len(self.tensors))
-        self.tensors[name] = _Held(_Storage(dtype, key, math.prod(shape)), shape)
+        self.tensors[name] = _PickledTensor(_Storage(dtype, key, math.prod(shape)), shape)
         member = zipfile.ZipInfo(f"{self.root}/data/{key}")
         start = self.stream.tell() + 30 + len(member.filename) + 20 + 4  # local header, 64-bit sizes, this field
         padding = -start % 64
@@ -263,8 +266,8 @@ class _Storage:
         self.dtype, self.key, self.count = dtype, key, count
 
 
-class _Held:
-    """Stands for a tensor in the pickle: rebuilt by torch from its storage, contiguous."""
+class _PickledTensor:
+    """Represents a tensor in the pickle. torch rebuilds it from its storage, contiguous."""
 
     def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
         self.storage, self.shape = storage, shape
@@ -292,13 +295,14 @@ class _Pickler(pickle.Pickler):
 
 
 def _share(total: int, number: int, files: int) -> tuple[int, int]:
-    """What a file has of an axis: equal parts, and the last takes what is over (49,953 in two: 24,976 and 24,977)."""
+    """Return a file's range of an axis: equal parts, with the rest in the last (49,953 in two: 24,976 and 24,977)."""
     part = total // files
     return number * part, total if number == files - 1 else (number + 1) * part
 
 
 def head_order(rows: int, width: int, *, to_halves: bool) -> Any:
-    """Row indices that reorder whole heads: pairs (0, 1), (2, 3), ... of a rotation to halves (0, 2, ..., 1, 3, ...), or back."""
+    """Return row indices to reorder heads from rotation pairs (0, 1), (2, 3), ... to halves (0, 2, ..., 1, 3, ...), or
+    back."""
     head = np.arange(width)
     head = head.reshape(-1, 2).T.reshape(-1) if to_halves else head.reshape(2, -1).T.reshape(-1)
     return (np.arange(0, rows, width)[:, None] + head).reshape(-1)
@@ -319,7 +323,7 @@ def _read_params(folder: Path) -> dict[str, Any]:
 
 
 def _config(parts: Sequence[Tensors], params: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """config.json for a LLaMA model. The context length is recorded nowhere: it is the one of the release it looks like."""
+    """Return config.json for a LLaMA model. The format has no context length: use that of the matching release."""
     dim, heads = int(params["dim"]), int(params["n_heads"])
     theta = float(params.get("rope_theta", 10000.0))
     wide = sum(_fact(part, "layers.0.feed_forward.w1.weight", folder)[1][0] for part in parts)
@@ -360,20 +364,20 @@ def _fact(part: Tensors, name: str, folder: Path) -> tuple[str, tuple[int, ...]]
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, str | None]:
-    """(theta, kind of stretching), in the config's older and newer spelling."""
+    """Return (theta, RoPE scaling type), from the config's older or newer keys."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = config.get("rope_theta") or found.get("rope_theta") or 10000.0
     return float(theta), found.get("rope_type") or found.get("type")
 
 
 def _is_llama3_1(config: Mapping[str, Any]) -> bool:
-    """LLaMA's code has one way to stretch rotary positions: `use_scaled_rope`, that of 3.1."""
+    """Whether the RoPE scaling is that of LLaMA 3.1, the only one in LLaMA's code (`use_scaled_rope`)."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {name: found.get(name) for name in SCALED} == SCALED
 
 
 def _feed_forward(dim: int, wide: int) -> dict[str, Any]:
-    """`multiple_of` and `ffn_dim_multiplier` from which LLaMA's code computes this width of the feed-forward layer."""
+    """Return `multiple_of` and `ffn_dim_multiplier`, from which LLaMA's code computes this feed-forward width."""
     plain = 8 * dim // 3
     for multiplier in (None, 1.3):
         for multiple in (256, 1024, 4096):

@@ -148,7 +148,7 @@ class TextGenerator:
     @property
     def postprocess(self) -> Callable[[str], str] | None:
         """The tokenizer's repair of decoded text, character for character (ChatGLM's full-width punctuation), or None."""
-        return getattr(self.tokenizer, "mend_answer", None)
+        return getattr(self.tokenizer, "fix_punctuation", None)
 
     def answer(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
         """Return the new token ids of each prompt, without the stop token. Prompts are padded on the left."""

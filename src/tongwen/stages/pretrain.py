@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.model.adapters.settings import check_further
+from tongwen.model.adapters.settings import check_continued
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 
@@ -22,7 +22,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def check_ahead(recipe: Recipe) -> None:
     """Raise now, before the earlier stages run, if this stage would fail."""
     assert recipe.pretrain
-    check_further(recipe.pretrain.adapter, "pretrain")
+    check_continued(recipe.pretrain.adapter, "pretrain")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

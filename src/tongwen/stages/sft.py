@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.model.adapters.settings import check_further
+from tongwen.model.adapters.settings import check_continued
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 
@@ -19,7 +19,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def check_ahead(recipe: Recipe) -> None:
     """Raise now, before the earlier stages run, if this stage would fail."""
     assert recipe.sft
-    check_further(recipe.sft.adapter, "sft")
+    check_continued(recipe.sft.adapter, "sft")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

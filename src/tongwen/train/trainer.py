@@ -68,7 +68,7 @@ class RankAllocator(Protocol):
     """Interface of AdaLoRA's rank budget: an extra loss term, a step after the optimizer's, and saved state."""
 
     def penalty(self) -> torch.Tensor: ...
-    def spend(self, step: int) -> None: ...
+    def update_ranks(self, step: int) -> None: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
 
@@ -535,7 +535,7 @@ class AllocatorCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.job.allocator and self.job.allocates_ranks:
-            self.job.allocator.spend(state.global_step)
+            self.job.allocator.update_ranks(state.global_step)
 
 
 @cache

@@ -1,1 +1,1 @@
-"""The room of the vocabulary: learn new pieces, put them into a tokenizer, grow the model's rows, and measure."""
+"""Vocabulary extension: learn new pieces, add them to a tokenizer, initialise the model's new rows, and measure."""

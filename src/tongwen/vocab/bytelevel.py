@@ -1,8 +1,7 @@
-"""Byte-level BPE (GPT-2's kind: Llama-3, Qwen, SmolLM2, BLOOM): its file, its bytes, and merges appended to it.
+"""Byte-level BPE (GPT-2's kind: Llama-3, Qwen, SmolLM2, BLOOM): read its file and append merges.
 
-New merges stand after all old ones, so a text in which no new pair occurs keeps exactly its ids. Added tokens keep their
-ids because they are entered into the vocabulary by name: the tokenizers library numbers an added token that it does not
-find there anew, after the last entry.
+New merges come after all old ones, so a text without a new pair keeps exactly its ids. Added tokens are also written to
+the vocabulary, so that they keep their ids: the tokenizers library would otherwise renumber them after the last entry.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from tokenizers import Tokenizer
 from tongwen.core.errors import ModelError, RecipeError
 from tongwen.core.i18n import _
 from tongwen.vocab.learn import LearnedMerges
-from tongwen.vocab.script import UNSPACED, Script, nothing_of
+from tongwen.vocab.script import UNSPACED, Script, no_text_in_script
 
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 @lru_cache(maxsize=1)
 def character_of() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Return byte -> its character in a byte-level vocabulary (GPT-2's table)."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     found: dict[int, str] = bytes_to_unicode()
@@ -38,7 +37,7 @@ def byte_of() -> dict[str, int]:
 
 
 def to_bytes(entry: str) -> bytes:
-    """The bytes of a vocabulary entry; of a special token, whose characters are no bytes, its UTF-8."""
+    """Return the bytes of a vocabulary entry, or the UTF-8 of a special token, which is not in byte characters."""
     try:
         return bytes(byte_of()[character] for character in entry)
     except KeyError:
@@ -50,12 +49,12 @@ def to_entry(piece: bytes) -> str:
 
 
 def is_byte_level(definition: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is BPE over bytes."""
+    """Whether a tokenizer.json is byte-level BPE."""
     return definition["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(definition.get("decoder"))
 
 
 def spelling_of(definition: dict[str, Any]) -> list[bytes]:
-    """The bytes of every id, those of added tokens included; b"" where an id has no token."""
+    """Return the bytes of every id, including added tokens; b"" for an id without a token."""
     vocabulary: dict[str, int] = definition["model"]["vocab"]
     added = {token["content"]: token["id"] for token in definition.get("added_tokens") or ()}
     out = [b""] * (1 + max([*vocabulary.values(), *added.values()]))
@@ -67,9 +66,10 @@ def spelling_of(definition: dict[str, Any]) -> list[bytes]:
 
 
 def count_words(tokenizer: Tokenizer, texts: Iterable[str], script: Script) -> dict[tuple[int, ...], int]:
-    """The words that the base's normaliser and pre-tokeniser make of the texts, as its own tokens, with their counts.
+    """Return word -> count, for the words that the base's normaliser and pre-tokeniser make of the texts.
 
-    Texts and words without the script are passed over. Raises DataError when nothing is left.
+    A word is a tuple of the base's token ids. Texts and words without the script are skipped. Raises DataError when no
+    word is left.
     """
     words: Counter[str] = Counter()
     for text in texts:
@@ -78,16 +78,16 @@ def count_words(tokenizer: Tokenizer, texts: Iterable[str], script: Script) -> d
             split = tokenizer.pre_tokenizer.pre_tokenize_str(normal) if tokenizer.pre_tokenizer else [(normal, (0, 0))]
             words.update(word for word, _ in split)
     if not words:
-        raise nothing_of(script)
+        raise no_text_in_script(script)
     out: Counter[tuple[int, ...]] = Counter()
     for word, count in words.items():
-        if not word.isascii():  # a word of ASCII characters holds no byte of another script
+        if not word.isascii():  # no word of ASCII characters contains the script
             out[tuple(token.id for token in tokenizer.model.tokenize(word))] += count
     return {word: count for word, count in out.items() if len(word) > 1}
 
 
 def extend(definition: dict[str, Any], learned: LearnedMerges) -> dict[str, Any]:
-    """The tokenizer.json with the learned merges appended. Raises ModelError when a new id is not free."""
+    """Return the tokenizer.json with the learned merges appended. Raises ModelError when a new id is taken."""
     model = definition["model"]
     vocabulary: dict[str, int] = dict(model["vocab"])
     for token in definition.get("added_tokens") or ():
@@ -109,7 +109,7 @@ def extend(definition: dict[str, Any], learned: LearnedMerges) -> dict[str, Any]
 
 
 def parts_of(learned: LearnedMerges) -> list[list[int]]:
-    """For each new piece the old ids that it is made of."""
+    """Return for each new piece the old ids that it is made of."""
     parts: dict[int, list[int]] = {}
     for left, right, made in learned.merges:
         if made >= learned.first_new and made not in parts:
@@ -118,7 +118,7 @@ def parts_of(learned: LearnedMerges) -> list[list[int]]:
 
 
 def counts_of(learned: LearnedMerges) -> list[int]:
-    """How often each new piece stood in the corpus when it was chosen."""
+    """Return each new piece's count in the corpus at the time it was chosen."""
     counts: dict[int, int] = {}
     for (_unused, _unused2, made), count in zip(learned.merges, learned.counts, strict=True):
         if made >= learned.first_new:
@@ -129,10 +129,10 @@ def counts_of(learned: LearnedMerges) -> list[int]:
 def with_words(
     learned: LearnedMerges, spelling: list[bytes], words: Sequence[str], extended: Tokenizer
 ) -> LearnedMerges:
-    """What was learned, and whole words behind it: each joined from the left out of the tokens that `extended` (the base
-    with what was learned) makes of it. A word of letters that blanks separate gets a form behind a blank as well.
+    """Append whole words to the learned merges. Each word is merged from the left out of its tokens in `extended`.
 
-    Raises RecipeError for a word that the pre-tokeniser takes apart: merges cannot join it.
+    extended: the base with the learned merges. In scripts that separate words by blanks, a word also gets a form with a
+    leading blank. Raises RecipeError for a word that the pre-tokeniser splits: merges cannot join it.
     """
     out = LearnedMerges(learned.first_new, list(learned.merges), list(learned.pieces), list(learned.counts))
     id_of = {piece: index for index, piece in reversed(list(enumerate(spelling)))}
@@ -165,7 +165,7 @@ def with_words(
 
 
 def forms_of(words: Sequence[str]) -> Iterator[str]:
-    """Each word as it stands alone, and behind a blank where its script separates words so."""
+    """Yield each word, and also with a leading blank if its script separates words by blanks."""
     for word in words:
         yield word
         if word[0].isalpha() and not any(Script(name).occurs_in(word) for name in UNSPACED):
@@ -173,7 +173,7 @@ def forms_of(words: Sequence[str]) -> Iterator[str]:
 
 
 def with_special(definition: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """The tokenizer.json with special tokens behind everything else."""
+    """Return the tokenizer.json with special tokens after all other tokens."""
     if not texts:
         return definition
     model = definition["model"]
@@ -186,7 +186,7 @@ def with_special(definition: dict[str, Any], texts: Sequence[str]) -> dict[str, 
 
 
 def _joined(tokens: list[int], left: int, right: int, made: int) -> list[int]:
-    """The tokens after one merge, from the left."""
+    """Apply one merge to the tokens, from the left."""
     out: list[int] = []
     for token in tokens:
         if out and out[-1] == left and token == right:

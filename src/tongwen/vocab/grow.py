@@ -1,8 +1,8 @@
-"""The first values of new rows, in the input embedding and in the head, from the rows that the base has.
+"""Initialise new rows of the input embedding and the head from the base's rows.
 
-The mean of the rows of a piece's old tokens is the default: on SmolLM2 with 2,000 Chinese pieces the grown, untrained
-model then needs 3.07 bits per byte where the base needs 2.50; the mean of all rows gives 4.52, and numbers drawn anew, as
-transformers did in 2023, 6.83 (bench/new_rows.py, which also tries ways that are not here).
+The default is the mean of the rows of a piece's old tokens. SmolLM2 with 2,000 Chinese pieces then needs 3.07 bits per
+byte before training, the base 2.50. The mean of all rows gives 4.52, and random numbers, as in transformers in 2023,
+6.83 (bench/new_rows.py, which also tests other initialisations).
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def iter_rows(
     deviation: float = 0.02,
     seed: int = 0,
 ) -> Iterator[Rows]:
-    """Blocks of new rows in their order, and behind them `padding` rows that no token has: the mean, so that they are no
-    outliers in the softmax.
+    """Yield blocks of new rows in order, then `padding` rows without a token (the mean, no outliers in the softmax).
 
-    parts:     the old ids that each new row stands for
-    old_rows:  rows of the base that a token has
+    parts:     the old ids of each new row's piece
+    old_rows:  rows of the base that belong to a token
     deviation: standard deviation of `normal`: the model's initializer_range
     """
     mean: Rows = mean_row(old_rows, read) if kind == "mean" or padding else None
@@ -50,7 +49,7 @@ def iter_rows(
 
 
 def mean_row(rows: int, read: ReadRows) -> Rows:
-    """(H,) mean of the first rows, read in blocks."""
+    """Return the mean (H,) of the first rows, read in blocks."""
     total: Any = 0.0
     for begin in range(0, rows, ROWS_AT_ONCE):
         total = total + read(begin, min(begin + ROWS_AT_ONCE, rows)).sum(axis=0, dtype=np.float64)

@@ -1,9 +1,9 @@
-"""Byte-pair encoding continued from where a base tokenizer stopped: which merges to append, most frequent pair first.
+"""Continue a base tokenizer's byte-pair encoding: learn the merges to append, most frequent pair first.
 
-The corpus is one flat, doubly linked list of base tokens, each distinct word once with its count. A merge touches only
-the places where its pair stands (found through an index of pairs), all of them in a few numpy operations, so the cost
-follows the number of occurrences, not merges times corpus. The same greedy choice as Sennrich et al. 2016
-(arXiv:1508.07909), begun from the base's tokens instead of characters.
+The corpus is one flat, doubly linked list of base tokens, with each distinct word once and its count. A merge changes
+only the occurrences of its pair, found by an index of pairs, in a few numpy operations. So the cost grows with the
+number of occurrences, not with merges times corpus. The greedy choice is that of Sennrich et al. 2016
+(arXiv:1508.07909), but starts from the base's tokens instead of characters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ END = -1  # no neighbour
 
 @dataclass
 class LearnedMerges:
-    """merges: (left id, right id, id that they make), most frequent first; pieces: the spelling of each new id, the k-th of
-    `first_new + k`; counts: how often each pair stood in the corpus when it was chosen. Where a pair makes a token that
-    exists already, it is one more way to it and costs no row."""
+    """The result of learning.
+
+    merges: (left id, right id, resulting id), most frequent first; a result that exists already needs no new row
+    pieces: the bytes of each new id; pieces[k] belongs to `first_new + k`
+    counts: each pair's count in the corpus when it was chosen
+    """
 
     first_new: int
     merges: list[tuple[int, int, int]] = field(default_factory=list)
@@ -29,14 +32,14 @@ class LearnedMerges:
     counts: list[int] = field(default_factory=list)
 
     def first(self, pieces: int) -> LearnedMerges:
-        """What a run for fewer pieces would have given."""
+        """Return the result of learning only this number of pieces."""
         size = self.first_new + pieces
         kept = next((place for place, merge in enumerate(self.merges) if merge[2] >= size), len(self.merges))
         return LearnedMerges(self.first_new, self.merges[:kept], self.pieces[:pieces], self.counts[:kept])
 
 
 class WordCounts:
-    """Words as one linked list of tokens. N tokens take 24 bytes each."""
+    """Words as one linked list of tokens, at 24 bytes per token."""
 
     def __init__(self, words: Mapping[tuple[int, ...], int]) -> None:
         lengths = np.fromiter((len(word) for word in words), np.int64, len(words))
@@ -50,7 +53,7 @@ class WordCounts:
         self.before[(ends - lengths)[lengths > 0]] = END
 
     def pairs_at(self, places: np.ndarray) -> np.ndarray:
-        """(left id << 32 | right id) of the pair that begins at each place."""
+        """Return (left id << 32 | right id) of the pair that begins at each place."""
         pairs: np.ndarray = self.token[places].astype(np.int64) << 32 | self.token[self.after[places]]
         return pairs
 
@@ -64,22 +67,22 @@ def learn_merges(
     first_new: int,
     min_count: int = 2,
     forbidden: Iterable[bytes] = (),
-    tell: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> LearnedMerges:
-    """Merges that make at most `pieces` new tokens, learned from words (base tokens -> count).
+    """Learn merges for at most `pieces` new tokens from words (base tokens -> count).
 
     spelling:  the bytes of every base token by id
     allows:    whether bytes may become a piece
     first_new: the id of the first new piece
-    forbidden: spellings that must never be made: those of special tokens
-    tell:      called with the number of new tokens now and then
-    Ends sooner when no allowed pair stands `min_count` times.
+    forbidden: bytes that must not become a piece: those of special tokens
+    progress:  called now and then with the number of new tokens
+    Ends early when no allowed pair occurs `min_count` times.
     """
     learner = _Learner(WordCounts(words), spelling, allows, first_new, min_count, set(forbidden))
     while len(learner.out.pieces) < pieces and (best := learner.best()) is not None:
         learner.merge(*best)
         if len(learner.out.merges) % 100 == 0:
-            tell(len(learner.out.pieces))
+            progress(len(learner.out.pieces))
     return learner.out
 
 
@@ -104,7 +107,7 @@ class _Learner:
         self._add(np.flatnonzero(corpus.after != END).astype(np.int32))
 
     def best(self) -> tuple[int, int] | None:
-        """The most frequent pair; among equals one that completes a character, then the one of the lower ids."""
+        """Return the most frequent pair; among equals one that completes a character, then the one with lower ids."""
         while self.queue:
             minus, partial, pair = heapq.heappop(self.queue)
             count = self.count.get(pair, 0)
@@ -115,7 +118,7 @@ class _Learner:
         return None
 
     def merge(self, pair: int, count: int) -> None:
-        """Make one token of the pair wherever it stands."""
+        """Replace the pair by one token wherever it occurs."""
         left, right = pair >> 32, pair & 0xFFFFFFFF
         made = self._id_of(self.spelling[left] + self.spelling[right])
         corpus, at = self.corpus, self._occurrences(pair, left, right)
@@ -131,7 +134,7 @@ class _Learner:
         self.out.counts.append(count)
 
     def _id_of(self, piece: bytes) -> int:
-        """The id of a spelling, a new one if it is new."""
+        """Return the id of a piece, adding it if it is new."""
         if piece not in self.id_of:
             self.id_of[piece] = new = self.out.first_new + len(self.out.pieces)
             self.spelling[new] = piece
@@ -139,7 +142,7 @@ class _Learner:
         return self.id_of[piece]
 
     def _occurrences(self, pair: int, left: int, right: int) -> np.ndarray:
-        """Places where the pair stands now, none overlapping another."""
+        """Return the current places of the pair, without overlaps."""
         corpus = self.corpus
         at = np.unique(np.concatenate(self.places.pop(pair)))
         at = at[(corpus.token[at] == left) & (corpus.after[at] != END)]
@@ -156,7 +159,7 @@ class _Learner:
         return at
 
     def _remove(self, at: np.ndarray, second: np.ndarray) -> None:
-        """Take the pairs at, before and after these places out of the counts."""
+        """Subtract the pairs at, before and after these places from the counts."""
         corpus = self.corpus
         before = corpus.before[at]
         places = np.unique(np.concatenate([before[before != END], at, second[corpus.after[second] != END]]))
@@ -168,7 +171,7 @@ class _Learner:
                 self.count.pop(pair, None)
 
     def _add(self, places: np.ndarray) -> None:
-        """Count the pairs that begin at these places, remember where, and queue those that may be merged."""
+        """Count the pairs that begin at these places, index their places, and queue those that may be merged."""
         for pair, change, where in self._grouped(places):
             if not self._is_allowed(pair):
                 continue
@@ -178,7 +181,7 @@ class _Learner:
                 heapq.heappush(self.queue, (-count, self._is_partial(pair), pair))
 
     def _grouped(self, places: np.ndarray) -> Iterable[tuple[int, int, np.ndarray]]:
-        """(pair, its weight, its places) for the pairs that begin at these places."""
+        """Yield (pair, its count, its places) for the pairs that begin at these places."""
         if not len(places):
             return
         pairs = self.corpus.pairs_at(places)

@@ -1,7 +1,7 @@
-"""What a tokenizer costs and keeps: fertility, round trips, ids that must not change, pieces that are never produced.
+"""Measure a tokenizer: fertility, round trips, ids that must not change, pieces that are never produced.
 
-Then the answer to "should I?": what a character costs to process before and after, the head included, on text that was
-not learned from, and how much the grown model has to learn again, in bits per byte.
+`advise` then decides whether an extension pays. It compares the cost per character before and after, with the head, on
+held-out text, and the loss of the extended, untrained model in bits per byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tongwen.vocab.script import Script
 
 Ids = list[list[int]]
 CURVE = (1_000, 2_000, 4_000, 8_000, 16_000)
-SEEN_ENOUGH = 100  # occurrences in the corpus from which a row is expected to be learned in one pass
+SEEN_ENOUGH = 100  # occurrences in the corpus that should be enough to learn a row in one pass
 WORTH = 0.25  # share of the cost per character that extension must save
 # Texts that tokenizers get wrong: rare Han, emoji, full-width and half-width forms, control characters, blanks.
 PROBES = (
@@ -34,7 +34,7 @@ PROBES = (
     "한국어 עברית العربية ไทย",
     "\ufffd\ue000",
 )
-BROKEN = (b"\xff\xfe", b"\xe4\xbd", b"ok \xf0\x9f\x98 ok")  # no valid UTF-8: read with replacement characters
+BROKEN = (b"\xff\xfe", b"\xe4\xbd", b"ok \xf0\x9f\x98 ok")  # invalid UTF-8, read with replacement characters
 EXAMPLE = 60  # characters
 ENGLISH = """A tokenizer cuts a text into pieces that the model has rows for. The fewer pieces a sentence needs, the more of it
 fits into the context, and the less each character costs. It's 21°C outside; the train leaves at 17:45, doesn't it?
@@ -52,8 +52,13 @@ SELECT name, COUNT(*) AS n FROM people WHERE age >= 18 GROUP BY name ORDER BY n 
 
 @dataclass(frozen=True)
 class MeasuredTokenizer:
-    """A tokenizer as what is measured: encode texts without special tokens (as whole texts, and as they are inside of
-    one), decode ids, bytes of each id, ids of special tokens."""
+    """The parts of a tokenizer that are measured.
+
+    encode:        encodes whole texts, without special tokens
+    encode_inside: encodes texts as they would be in the middle of a text
+    spelling:      the bytes of each id
+    special:       ids of special tokens
+    """
 
     name: str
     encode: Callable[[Sequence[str]], Ids]
@@ -67,10 +72,10 @@ class MeasuredTokenizer:
         return len(self.spelling)
 
 
-def fertility(coder: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
-    """Characters, UTF-8 bytes and tokens of the texts, and their ratios."""
+def fertility(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
+    """Count characters, UTF-8 bytes and tokens of the texts, and compute their ratios."""
     characters, size = sum(map(len, texts)), sum(len(text.encode("utf-8", "replace")) for text in texts)
-    tokens = sum(map(len, coder.encode(texts)))
+    tokens = sum(map(len, tokenizer.encode(texts)))
     return {
         "characters": characters,
         "bytes": size,
@@ -81,59 +86,63 @@ def fertility(coder: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float
 
 
 def changed(old: MeasuredTokenizer, new: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
-    """Places of the texts whose ids differ."""
+    """Return the indices of texts whose ids differ."""
     return [place for place, (a, b) in enumerate(zip(old.encode(texts), new.encode(texts), strict=True)) if a != b]
 
 
-def round_trip_failures(coder: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
-    """Places of the texts that do not come back from their ids."""
-    given = coder.encode(texts)
-    return [place for place, (text, ids) in enumerate(zip(texts, given, strict=True)) if coder.decode(ids) != text]
+def round_trip_failures(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
+    """Return the indices of texts that do not decode to themselves."""
+    encoded = tokenizer.encode(texts)
+    return [
+        place for place, (text, ids) in enumerate(zip(texts, encoded, strict=True)) if tokenizer.decode(ids) != text
+    ]
 
 
 def probes() -> list[str]:
     return [*PROBES, *(piece.decode("utf-8", "replace") for piece in BROKEN)]
 
 
-def pieces_in_use(coder: MeasuredTokenizer, first_new: int, texts: Sequence[str]) -> dict[str, int]:
-    """Of the pieces from an id on, special tokens left out: how many there are, occur in the texts, can never be produced,
-    begin a character only.
+def pieces_in_use(tokenizer: MeasuredTokenizer, first_new: int, texts: Sequence[str]) -> dict[str, int]:
+    """Count the pieces from `first_new` on, without special tokens: all, those in the texts, those that can never be
+    produced, and those that are only the beginning of a character.
 
-    A piece whose own text does not give it is never produced: what stands around it can only take parts away."""
-    new = [index for index in range(first_new, coder.size) if index not in coder.special]
-    counts = Counter(token for ids in coder.encode(texts) for token in ids if token >= first_new)
+    A piece that its own text does not give is never produced: surrounding text can only take parts of it away.
+    """
+    new = [index for index in range(first_new, tokenizer.size) if index not in tokenizer.special]
+    counts = Counter(token for ids in tokenizer.encode(texts) for token in ids if token >= first_new)
     whole, beginnings = [], 0
     for index in new:
         try:
-            whole.append((index, coder.spelling[index].decode("utf-8")))
+            whole.append((index, tokenizer.spelling[index].decode("utf-8")))
         except UnicodeDecodeError:
             beginnings += 1
-    given = coder.encode_inside([text for _, text in whole])
-    unreachable = sum(ids != [index] for (index, _), ids in zip(whole, given, strict=True))
+    encoded = tokenizer.encode_inside([text for _, text in whole])
+    unreachable = sum(ids != [index] for (index, _), ids in zip(whole, encoded, strict=True))
     return {"pieces": len(new), "occur": len(counts), "unreachable": unreachable, "beginnings": beginnings}
 
 
-def seconds_per_megabyte(coder: MeasuredTokenizer, texts: Sequence[str]) -> float:
-    """CPU seconds of encoding a million bytes, the best of three."""
+def seconds_per_megabyte(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> float:
+    """Return the CPU seconds to encode a million bytes, the best of three runs."""
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     best = float("inf")
     for _index in range(3):
         began = time.process_time()
-        coder.encode(texts)
+        tokenizer.encode(texts)
         best = min(best, time.process_time() - began)
     return best / max(size, 1) * 1e6
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a token costs in a model. body: parameters that every token passes; hidden: width of the head."""
+    """The sizes that set a token's cost. body: parameters without embedding and head; hidden: width of the head."""
 
     name: str
     body: int
     hidden: int
 
     def per_token(self, vocabulary: int) -> float:
-        """Multiply-adds of a token: the body, and one row of the head for each entry (2 x 3 passes cancel out)."""
+        """Return a token's multiply-adds: the body, and one row of the head per vocabulary entry (constant factors, 2
+        operations x 3 passes, cancel out)."""
         return self.body + self.hidden * vocabulary
 
 
@@ -143,24 +152,24 @@ NOMINAL = ModelSize("8B", 6_950_000_000, 4096)
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One place on the curve. seen_enough: how many of the pieces stand SEEN_ENOUGH times in the corpus."""
+    """One point of the curve. seen_enough: how many of the pieces occur SEEN_ENOUGH times in the corpus."""
 
     pieces: int
     characters_per_token: float
-    cost: float  # of a character, the base's is 1
+    cost: float  # per character, relative to the base
     seen_enough: int
 
 
 def make_curve(
     base: MeasuredTokenizer, shape: ModelSize, texts: Sequence[str], steps: Sequence[tuple[int, MeasuredTokenizer, int]]
 ) -> tuple[CurvePoint, list[CurvePoint]]:
-    """(the base, one point for each (pieces, coder, seen enough)) on texts that were not learned from."""
+    """Return (the base's point, a point for each (pieces, tokenizer, seen enough)) on held-out texts."""
     start = fertility(base, texts)["characters_per_token"]
     old = shape.per_token(base.size) / start
     points = []
-    for pieces, coder, seen in steps:
-        found = fertility(coder, texts)["characters_per_token"]
-        points.append(CurvePoint(pieces, found, shape.per_token(coder.size) / found / old, seen))
+    for pieces, tokenizer, seen in steps:
+        found = fertility(tokenizer, texts)["characters_per_token"]
+        points.append(CurvePoint(pieces, found, shape.per_token(tokenizer.size) / found / old, seen))
     return CurvePoint(0, start, 1.0, 0), points
 
 
@@ -178,19 +187,19 @@ class VocabularyAdvice:
 
 
 def advise(
-    base: CurvePoint, curve: Sequence[CurvePoint], damage: float | None = None, asked: int | None = None
+    base: CurvePoint, curve: Sequence[CurvePoint], damage: float | None = None, requested: int | None = None
 ) -> VocabularyAdvice:
-    """Whether to extend, from the curve and the damage.
+    """Advise whether to extend the vocabulary, from the curve and the damage.
 
-    damage: bits per byte of the grown, untrained model over the base's, less 1; None when no model was at hand.
-    asked:  the number of pieces that the user wants; else the cheapest point whose rows the corpus can teach.
+    damage:    bits per byte of the extended, untrained model relative to the base's, minus 1; None without a model
+    requested: the user's number of pieces; by default the cheapest point for which the corpus can train the rows
 
-    It pays when a character costs at least WORTH less. Below that the published runs found nothing gained but speed, and
-    lost what the new rows must learn first (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
-    Chinese-LLaMA-Alpaca-3 did better without). A damage above the saving in bytes is paid back by no speed.
+    An extension pays when a character costs at least WORTH less. Below that, published runs gained nothing but speed,
+    and had to train the new rows first (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
+    Chinese-LLaMA-Alpaca-3 did better without). Speed cannot make up for a damage above the saving in bytes.
     """
     teachable = [point for point in curve if point.seen_enough >= 0.9 * point.pieces] or list(curve[:1])
-    wanted = [point for point in curve if point.pieces == asked] if asked else teachable
+    wanted = [point for point in curve if point.pieces == requested] if requested else teachable
     best = min(wanted or teachable, key=lambda point: point.cost)
     saving = 1 - best.cost
     longer = best.characters_per_token / base.characters_per_token
@@ -225,7 +234,7 @@ def advise(
 def survey(
     base: MeasuredTokenizer, new: MeasuredTokenizer | None, texts: dict[str, list[str]], script: Script
 ) -> dict[str, Any]:
-    """Fertility by name of text, what stayed as it was, and examples: the parts of report.json that need no model."""
+    """Return the parts of report.json that need no model: fertility by text, unchanged behaviour, and examples."""
     out: dict[str, Any] = {"fertility": {}, "sizes": {"before": base.size}}
     for name, some in {**texts, "English": [ENGLISH], "code": [CODE]}.items():
         out["fertility"][name] = {"before": fertility(base, some)}
@@ -233,30 +242,30 @@ def survey(
             out["fertility"][name]["after"] = fertility(new, some)
     if new is None:
         return out
-    given = [text for some in texts.values() for text in some]
-    foreign = [text for text in given if not script.touches(text)] + [*ENGLISH.splitlines(), *CODE.splitlines()]
-    round_trips = probes() + given
+    samples = [text for some in texts.values() for text in some]
+    foreign = [text for text in samples if not script.touches(text)] + [*ENGLISH.splitlines(), *CODE.splitlines()]
+    round_trips = probes() + samples
     worse = set(round_trip_failures(new, round_trips)) - set(round_trip_failures(base, round_trips))
-    old_speed, new_speed = seconds_per_megabyte(base, given), seconds_per_megabyte(new, given)
+    old_speed, new_speed = seconds_per_megabyte(base, samples), seconds_per_megabyte(new, samples)
     out["sizes"]["after"] = new.size
     out["kept"] = {
         "source_texts": len(foreign),
         "source_changed": len(changed(base, new, foreign)),
         "round_trips": len(round_trips),
         "new_round_trip_failures": len(worse),
-        **pieces_in_use(new, base.size, given),
+        **pieces_in_use(new, base.size, samples),
         "speed": new_speed / max(old_speed, 1e-9),
     }
-    shown = [text.strip()[:EXAMPLE] for text in given if script.occurs_in(text) and len(text) >= EXAMPLE][:3]
+    shown = [text.strip()[:EXAMPLE] for text in samples if script.occurs_in(text) and len(text) >= EXAMPLE][:3]
     out["examples"] = [{"before": pieces_of(base, text), "after": pieces_of(new, text)} for text in shown]
     return out
 
 
-def pieces_of(coder: MeasuredTokenizer, text: str) -> list[str]:
-    """The tokens as people can read them; bytes that are no whole character as their numbers."""
+def pieces_of(tokenizer: MeasuredTokenizer, text: str) -> list[str]:
+    """Return the tokens of a text in readable form; incomplete characters as hexadecimal bytes."""
     out = []
-    for index in coder.encode([text])[0]:
-        piece = coder.spelling[index]
+    for index in tokenizer.encode([text])[0]:
+        piece = tokenizer.spelling[index]
         try:
             out.append(piece.decode("utf-8"))
         except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The vocabulary report for people: what a piece brings, what it costs, what did not change, and the advice."""
+"""The vocabulary report as HTML: the gain and cost of new pieces, what stays unchanged, and the advice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def as_html(title: str, report: dict[str, Any]) -> str:
-    """report.html from report.json's content; sections that were not measured are left out."""
+    """Return report.html from report.json's content, without sections that were not measured."""
     return str(
         render(
             "vocab/report.html.jinja",
@@ -42,7 +42,7 @@ def _advice(advice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gain(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """What more pieces bring: two curves over their number, and the same as a table."""
+    """Return the gain from new pieces: two curves over their number, and the same as a table."""
     pieces = _("pieces added")
     shorter = [(point["pieces"], point["characters_per_token"]) for point in points]
     cost = [(point["pieces"], point["cost"]) for point in points]

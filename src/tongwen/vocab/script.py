@@ -1,8 +1,8 @@
-"""Which bytes and characters spell the script that is added, and which pieces may be made of them.
+"""Decide which bytes and characters belong to a script, and which pieces may be made of them.
 
-A new piece is whole characters of one class, or the beginning of one character. Half of a character glued to another
-would be useless to every text but one; punctuation glued to letters makes the same word two pieces; and what shares no
-character with the script must keep its ids, so that the model's old languages stay as they were.
+A new piece is whole characters of one class, or the beginning of one character. A piece with half a character at its
+end would fit hardly any text, and letters with punctuation would make two pieces of the same word. Text without the
+script must keep its ids, so that the model's other languages do not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tongwen.core.i18n import _
 
 Ranges = tuple[tuple[int, int], ...]  # first and last code point, ascending
 
-# Unicode 16, Blocks.txt. Marks stand with the script whose text they occur in and hardly any other's.
+# Unicode 16, Blocks.txt. A mark is listed with a script if it occurs in hardly any other script's text.
 HAN: Ranges = (
     (0x2E80, 0x2FDF),  # radicals
     (0x3005, 0x3007),
@@ -64,7 +64,7 @@ SCRIPTS: dict[str, tuple[Ranges, Ranges]] = {  # letters, marks
     "khmer": (((0x1780, 0x17FF), (0x19E0, 0x19FF)), ()),
     "mongolian": (((0x1800, 0x18AF),), ()),
 }
-UNSPACED = ("japanese", "thai", "lao", "khmer", "burmese", "tibetan")  # words without blanks; japanese includes han
+UNSPACED = ("japanese", "thai", "lao", "khmer", "burmese", "tibetan")  # no blanks between words; japanese includes han
 LETTER, MARK = "letter", "mark"
 
 
@@ -75,44 +75,44 @@ class Script:
     name: str
 
     def class_of(self, code: int) -> str | None:
-        """LETTER, MARK, or None for a code point that does not belong to the script."""
+        """Return LETTER, MARK, or None for a code point outside the script."""
         letters, marks = SCRIPTS[self.name]
         return LETTER if _inside(letters, code) else MARK if _inside(marks, code) else None
 
     def spells(self, text: str) -> bool:
-        """Whether a text is whole characters of the script, all letters or all marks."""
+        """Whether a text consists of letters of the script only, or of its marks only."""
         classes = {self.class_of(ord(character)) for character in text}
         return len(classes) == 1 and None not in classes
 
     def begins(self, piece: bytes) -> bool:
-        """Whether bytes begin a character, and only characters of the script begin so."""
+        """Whether the bytes begin a character, and all characters with this beginning are in the script."""
         bounds = code_points_of(piece)
         return bounds is not None and any(
             first <= bounds[0] and bounds[1] <= last for first, last in _merged(*SCRIPTS[self.name])
         )
 
     def allows(self, piece: bytes) -> bool:
-        """Whether bytes may become a piece of their own: whole characters of one class, or the beginning of one."""
+        """Whether the bytes may become a piece: whole characters of one class, or the beginning of one character."""
         try:
             return self.spells(piece.decode("utf-8"))
         except UnicodeDecodeError:
             return self.begins(piece)
 
     def occurs_in(self, text: str) -> bool:
-        """Whether a text holds a letter of the script."""
+        """Whether a text contains a letter of the script."""
         return _patterns(self.name)[0].search(text) is not None
 
     def touches(self, text: str) -> bool:
-        """Whether a text holds a letter or a mark of the script."""
+        """Whether a text contains a letter or a mark of the script."""
         return next(self.runs(text), None) is not None
 
     def runs(self, text: str) -> Iterator[str]:
-        """The longest stretches of one class; a blank before letters belongs to them."""
+        """Yield the longest runs of one class; a blank before letters belongs to the run."""
         return (found[0] for found in _patterns(self.name)[1].finditer(text))
 
 
-def nothing_of(script: Script) -> DataError:
-    """For a corpus from which no piece can be learned."""
+def no_text_in_script(script: Script) -> DataError:
+    """Return the error for a corpus from which no piece can be learned."""
     return DataError(
         _("the corpus contains no text in the script {script!r}").format(script=script.name),
         place="corpus",
@@ -122,13 +122,13 @@ def nothing_of(script: Script) -> DataError:
 
 @lru_cache
 def _patterns(name: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """(a letter, a run) of a script."""
+    """Return the patterns of (a letter, a run) of a script."""
     letters, marks = ("".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges) for ranges in SCRIPTS[name])
     return re.compile(f"[{letters}]"), re.compile(f" ?[{letters}]+" + (f"|[{marks}]+" if marks else ""))
 
 
 def code_points_of(start: bytes) -> tuple[int, int] | None:
-    """First and last code point whose UTF-8 form begins with these bytes, fewer than the whole; None when none does."""
+    """Return the first and last code point whose UTF-8 starts with these bytes but is longer; None without any."""
     lead = start[0]
     length, bits = (
         (2, lead & 0x1F) if 0xC2 <= lead <= 0xDF else (3, lead & 0x0F) if 0xE0 <= lead <= 0xEF else (4, lead & 0x07)
@@ -147,7 +147,7 @@ def _inside(ranges: Ranges, code: int) -> bool:
 
 
 def _merged(*several: Ranges) -> list[tuple[int, int]]:
-    """The ranges of all classes, neighbours joined: a beginning may stand for letters and marks alike."""
+    """Return the ranges of all classes, with adjacent ones merged: a beginning may be shared by letters and marks."""
     out: list[tuple[int, int]] = []
     for first, last in sorted(one for ranges in several for one in ranges):
         if out and first == out[-1][1] + 1:

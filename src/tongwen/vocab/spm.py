@@ -1,10 +1,11 @@
-"""Pieces of one SentencePiece model put behind another's, which merges the neighbours whose piece has the highest score.
+"""Add pieces to a SentencePiece model, which merges the neighbours whose piece has the highest score.
 
-- default: only pieces that spell the target script, scored below the base's, most wanted first, with the steps that longer
-  ones need, and none that can never be produced. Text without the script keeps its ids, and a fast tokenizer gives the same ids everywhere.
-- legacy: all pieces of the other model with score 0, as Chinese-LLaMA-Alpaca did in 2023; the file is the same to the
-  byte. New pieces then come before all of the base's, also in its own languages, and one common score is an order that
-  a fast tokenizer cannot express.
+- default: only pieces in the target script, with scores below the base's in the given order, with the intermediate
+  pieces that longer ones need, and without pieces that can never be produced. Text without the script keeps its ids,
+  and a fast tokenizer gives the same ids everywhere.
+- legacy: all pieces of another model with score 0, as Chinese-LLaMA-Alpaca did in 2023; the file is equal to the byte.
+  New pieces then take precedence over the base's, also in its own languages, and a fast tokenizer cannot express the
+  order of pieces with one common score.
 - keep-scores: the same with the other model's own scores, as BELLE did.
 """
 
@@ -18,19 +19,19 @@ from typing import Any
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.vocab.learn import learn_merges
-from tongwen.vocab.script import Script, nothing_of
+from tongwen.vocab.script import Script, no_text_in_script
 
 BLANK = "\u2581"
 PAD = "[PAD]"
 BPE = 2  # TrainerSpec.ModelType
-EXACT = float(1 << 23)  # up to here 32-bit floats tell whole scores apart; LLaMA's runs of blanks lie far below
+EXACT = float(1 << 23)  # 32-bit floats distinguish whole scores up to here; LLaMA's runs of blanks are far below -EXACT
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 @dataclass
 class MergedPieces:
-    """model: a new ModelProto; added: its new pieces; steps: those of them that were made for longer ones to be built from;
-    left_out: reason -> pieces that were not taken."""
+    """model: a new ModelProto; added: its new pieces; steps: intermediate pieces among them, which longer ones need;
+    left_out: reason -> pieces that were not added."""
 
     model: Any
     added: list[str] = field(default_factory=list)
@@ -43,7 +44,7 @@ class MergedPieces:
         self.added.append(piece)
 
     def append_control(self, name: str) -> None:
-        """A special token: text never becomes it."""
+        """Append a special token, which text never produces."""
         self.append(name, 0.0)
         self.model.pieces[-1].type = self.model.pieces[-1].CONTROL
 
@@ -53,7 +54,7 @@ class MergedPieces:
 
 
 def merge_as_2023(base: Any, other: Any, *, keep_scores: bool, pad: bool = False) -> MergedPieces:
-    """All pieces of `other` that `base` lacks (ModelProtos), in their order, with score 0 or their own."""
+    """Append all pieces of `other` that `base` lacks (ModelProtos), in their order, with score 0 or their own."""
     out = MergedPieces(_copy(base))
     known = {piece.piece for piece in base.pieces}
     for piece in other.pieces:
@@ -75,11 +76,11 @@ def merge(
     words: Sequence[str] = (),
     pad: bool = False,
 ) -> MergedPieces:
-    """At most `pieces` of the candidates (most wanted first) that spell the script and can be produced, then `words`,
-    whatever they spell, with the pieces that each is built from.
+    """Append at most `pieces` of the candidates, most useful first, that are in the script and can be produced.
 
-    encoder_of: SentencePiece's own encoder for a ModelProto. Raises ModelError when the base is no BPE model, when two
-    scores could not be told apart, or when nothing is left to add.
+    words:      appended after them in any script, with the intermediate pieces that each needs
+    encoder_of: returns SentencePiece's own encoder for a ModelProto
+    Raises ModelError when the base is no BPE model, when two scores would be equal, or when nothing is left to add.
     """
     check_base(base, "--base")
     out = MergedPieces(_copy(base))
@@ -100,7 +101,7 @@ def merge(
         out.left_out["never_produced"] = [piece for piece in unbuilt if piece not in set(wanted)]
     if pieces is not None and len(wanted) > pieces:
         out.leave_out("beyond_pieces", wanted[pieces:])
-        wanted = _producible(out, base, wanted[:pieces], encoder_of)  # some may have been built from those beyond
+        wanted = _producible(out, base, wanted[:pieces], encoder_of)  # some may need the pieces that were cut off
     if not wanted and not words:
         raise ModelError(
             _("there is no piece in the script {script!r} to add").format(script=script.name),
@@ -119,7 +120,7 @@ def unchanged(base: Any) -> MergedPieces:
 
 
 def check_base(base: Any, place: str) -> None:
-    """Raise ModelError when a model's pieces are not merged in an order."""
+    """Raise ModelError when the model is not BPE."""
     if base.trainer_spec.model_type != BPE:
         raise ModelError(
             _("the base is a unigram model; pieces can only be added to BPE"),
@@ -129,7 +130,7 @@ def check_base(base: Any, place: str) -> None:
 
 
 def allows(script: Script, piece: str) -> bool:
-    """Whether a piece is characters of the script, all letters or all marks; letters may have one blank before them."""
+    """Whether a piece consists of letters of the script, with or without a leading blank, or of its marks."""
     return script.spells(piece) or (piece.startswith(BLANK) and script.spells(piece[1:]) and script.occurs_in(piece))
 
 
@@ -139,18 +140,18 @@ def learn_pieces(
     script: Script,
     encode: Encode,
     pieces: int,
-    tell: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[str, int]]:
-    """Pieces learned from a corpus by continuing the base's merges, most useful first, each with the tokens it saves.
+    """Learn pieces by continuing the base's merges. Returns (piece, tokens saved), most useful first.
 
-    A character that the base writes as bytes must become a piece before any longer one; it saves its bytes but one,
-    a merge saves one token, each time it occurs. Raises DataError when the corpus holds nothing of the script.
+    A character that the base encodes as bytes must become a piece before any longer one. Per occurrence it saves all
+    but one of its bytes; a merge saves one token. Raises DataError when the corpus has no text in the script.
     """
     runs = Counter[str]()
     for text in texts:
         runs.update(script.runs(text))
     if not runs:
-        raise nothing_of(script)
+        raise no_text_in_script(script)
     spelling = spelling_of(base)
     missing, words = _as_tokens(base, runs, encode, spelling)
     learned = learn_merges(
@@ -159,7 +160,7 @@ def learn_pieces(
         lambda piece: _allows_bytes(script, piece),
         pieces,
         first_new=len(spelling),
-        tell=tell,
+        progress=progress,
     )
     made, gains = list[str](), list[int]()
     size = learned.first_new
@@ -172,7 +173,7 @@ def learn_pieces(
 
 
 def spelling_of(model: Any) -> list[bytes]:
-    """The bytes of every piece by id."""
+    """Return the bytes of every piece by id."""
     return [
         bytes([int(piece.piece[3:5], 16)])
         if piece.type == piece.BYTE
@@ -182,7 +183,7 @@ def spelling_of(model: Any) -> list[bytes]:
 
 
 def disagreement(encode: Encode, fast: Encode, texts: Sequence[str]) -> list[int]:
-    """Places of the texts to which the model and its fast form give different ids."""
+    """Return the indices of texts for which the model and its fast form give different ids."""
     return [
         place for place, (ours, theirs) in enumerate(zip(encode(texts), fast(texts), strict=True)) if ours != theirs
     ]
@@ -191,8 +192,11 @@ def disagreement(encode: Encode, fast: Encode, texts: Sequence[str]) -> list[int
 def _as_tokens(
     base: Any, runs: Counter[str], encode: Encode, spelling: list[bytes]
 ) -> tuple[dict[str, int], dict[tuple[int, ...], int]]:
-    """The runs as tokens of the base, in which a character that it writes as bytes is one token of its own, put behind
-    the others in `spelling`. Also what each such character would save as a piece."""
+    """Return (character -> tokens it would save as a piece, word -> count) for runs of text.
+
+    A word is a tuple of the base's tokens. A character that the base encodes as bytes becomes one new token, which is
+    appended to `spelling`; only such characters are in the first dict.
+    """
     is_byte = [piece.type == piece.BYTE for piece in base.pieces]
     places: dict[bytes, int] = {}
     missing, words = Counter[str](), Counter[tuple[int, ...]]()
@@ -227,7 +231,7 @@ def _allows_bytes(script: Script, piece: bytes) -> bool:
 
 
 def without_prefix(model: Any) -> Any:
-    """A copy that puts no blank before a text: a stretch is then encoded as it is in the middle of one."""
+    """Return a copy that puts no blank before a text, so that a run is encoded as in the middle of a text."""
     out = _copy(model)
     out.normalizer_spec.add_dummy_prefix = False
     out.normalizer_spec.remove_extra_whitespaces = False
@@ -235,19 +239,22 @@ def without_prefix(model: Any) -> Any:
 
 
 def _producible(out: MergedPieces, base: Any, pieces: list[str], encoder_of: Callable[[Any], Encode]) -> list[str]:
-    """The pieces that their own text gives; the others are noted. Whatever stands around a piece can only take parts of
-    it away, and what is never produced is never a part: one look is enough."""
+    """Return the pieces that their own text produces, and record the others as left out.
+
+    Surrounding text can only take parts of a piece away, and a piece that is never produced is never a part of another.
+    So one pass is enough.
+    """
     trial = MergedPieces(without_prefix(base))
     _append_below(trial, pieces)
-    given = encoder_of(trial.model)([piece.replace(BLANK, " ") for piece in pieces])
+    encoded = encoder_of(trial.model)([piece.replace(BLANK, " ") for piece in pieces])
     first = len(base.pieces)
-    kept = [piece for place, (piece, ids) in enumerate(zip(pieces, given, strict=True)) if ids == [first + place]]
+    kept = [piece for place, (piece, ids) in enumerate(zip(pieces, encoded, strict=True)) if ids == [first + place]]
     out.leave_out("never_produced", sorted(set(pieces) - set(kept), key=pieces.index))
     return kept
 
 
 def _steps_to(pieces: list[str], known: set[str]) -> list[str]:
-    """For each piece that no two known ones make, the one piece that is missing and not among them: 拿大 for 加拿大."""
+    """Return the missing intermediate pieces, for pieces that lack only one to be merged: 拿大 for 加拿大."""
     steps: dict[str, None] = {}
     for piece in pieces:
         halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
@@ -259,7 +266,7 @@ def _steps_to(pieces: list[str], known: set[str]) -> list[str]:
 
 
 def _append_word(out: MergedPieces, word: str, encoder_of: Callable[[Any], Encode]) -> None:
-    """A word, and what is missing between its tokens and itself, joined from the left."""
+    """Append a word and the intermediate pieces from its tokens to the word, merged from the left."""
     text = word.replace(BLANK, " ")
     for _index in range(len(word)):
         ids = encoder_of(without_prefix(out.model))([text])[0]
@@ -279,7 +286,7 @@ def _names(model: Any) -> set[str]:
 
 
 def _append_below(out: MergedPieces, pieces: Sequence[str]) -> None:
-    """Append pieces with falling scores below all that the base ranks."""
+    """Append pieces with descending scores, below all scores of the base's ranked pieces."""
     lowest = min(piece.score for piece in out.model.pieces if piece.score > -EXACT)
     if lowest - len(pieces) <= -EXACT:
         raise ModelError(_("scores below {lowest:g} are indistinguishable").format(lowest=lowest), place="--base")

@@ -1,7 +1,7 @@
-"""A tokenizer from nothing, by the libraries that everyone reads: SentencePiece, and tokenizers' byte-level BPE.
+"""Train a tokenizer from scratch: SentencePiece, or byte-level BPE of the tokenizers library.
 
-SentencePiece leaves out lines of more than 4,192 bytes without a word; here texts go in line by line and the limit is
-raised, so nothing is.
+By default SentencePiece silently skips lines of more than 4,192 bytes. Texts are passed line by line here with a higher
+limit, so no line is skipped.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
 
 END = "<|endoftext|>"
-SENTENCES = 5_000_000  # SentencePiece holds what it learns from in memory; of more lines it takes a random choice
+SENTENCES = 5_000_000  # SentencePiece keeps its lines in memory; from more lines it samples
 
 
 def train_byte_level(texts: Iterable[str], pieces: int) -> Tokenizer:
-    """Byte-level BPE of at most `pieces` tokens. Raises DataError when the corpus is empty."""
+    """Train byte-level BPE of at most `pieces` tokens. Raises DataError when the corpus is empty."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -44,7 +44,7 @@ def train_byte_level(texts: Iterable[str], pieces: int) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int) -> Any:
-    """The bytes of a SentencePiece model of LLaMA's manner: identity normaliser, bytes as fallback, digits apart.
+    """Train a SentencePiece model like LLaMA's (identity normaliser, byte fallback, split digits); returns its bytes.
 
     kind: bpe or unigram. Raises DataError when the corpus is empty, RecipeError when it is too small for the pieces.
     """
@@ -90,7 +90,7 @@ def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int)
 
 
 class _Lines:
-    """The lines of texts, counted as they pass."""
+    """Iterates over the non-empty lines of texts and counts them."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts, self.count = texts, 0

@@ -22,7 +22,7 @@ from tongwen.infer import llamacpp, vllm
 from tongwen.infer.generation import ROWS, Sampling, TextGenerator
 from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.loading import chat_setup, device_map, load
-from tongwen.model.loading.special_tokens import mend_ends
+from tongwen.model.loading.special_tokens import fix_stop_tokens
 
 THINK = "<think>"
 
@@ -166,7 +166,7 @@ def open_chat_model(
         engine = choose_engine(model, adapters)
     for folder in place.adapters:
         load.find_adapter(Path(folder))
-    tokenizer = load.load_tokenizer(load.dressed(place))
+    tokenizer = load.load_tokenizer(load.tokenizer_ref(place))
     encoder = Encoder(tokenizer)
     if template == "auto":
         template = "own" if tokenizer.chat_template else "completion"
@@ -213,7 +213,7 @@ def _open_network(place: load.ModelRef, tokenizer: Any, precision: str, weights:
             place, dtype, quantize, device_map="auto" if multi_device else None, live=True
         )
     load.check_tokenizer(tokenizer, network, place)
-    mend_ends(tokenizer, network, place.name)
+    fix_stop_tokens(tokenizer, network, place.name)
     return (network if multi_device or quantize else network.to(device)).eval()
 
 
@@ -241,7 +241,7 @@ def _open_with_engine(
     config = load.load_config(place)
     context = chat_setup.context_length(config)
     if engine == "vllm":
-        folder = load.fetched(place).folder
+        folder = load.ensure_local(place).folder
         stops = _stops(place.name, tokenizer, chat_template, load.load_generation_config(folder))
         return vllm.open_model(folder, tokenizer, stops, context)
     if not place.gguf:

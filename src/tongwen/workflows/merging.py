@@ -28,7 +28,7 @@ from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import parity
 from tongwen.model.merging.combine import Combination
-from tongwen.model.merging.merge import MergeResult, check_rows, merge_adapters, mix_in, plan_targets, size_of
+from tongwen.model.merging.merge import MergeResult, check_rows, combine_changes, merge_adapters, plan_targets, size_of
 
 DTYPES = {"base": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -68,7 +68,7 @@ def merge(
         )
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
-    place = load.fetched(place)
+    place = load.ensure_local(place)
     with console.waiting(_("reading the base")):
         lines = model_lines(place)
     fingerprint = combine(lines)
@@ -76,7 +76,7 @@ def merge(
     parents = {"base": {"path": place.name, "fingerprint": fingerprint}}
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
-        parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
+        parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.fingerprint}
     with artifact.create(
         out, "model" if options.to == "hf" else "pth", parents, settings, remove_on_error=True
     ) as draft:
@@ -132,7 +132,7 @@ def _check_lineage(
             raise
         console.notice(_("--force: {error}").format(error=error.text()))
         return error.text()
-    for doubt in lineage.doubts(place.name, links):
+    for doubt in lineage.describe_unverified(place.name, links):
         console.notice(doubt)
     return None
 
@@ -151,7 +151,7 @@ def _write(
     try:
         targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
         if options.mix:
-            mix_in(base, targets, options.mix)
+            combine_changes(base, targets, options.mix)
     except NotOneToOne as reason:
         return _in_memory(place, links, draft, options, str(reason))
     for notice in notices:
@@ -246,7 +246,7 @@ def _compare_whole(
         merged_logits = in_memory.logits_of(
             load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids
         )
-    return parity.judge(live_logits, merged_logits, parity.limit_of(merged))
+    return parity.check_difference(live_logits, merged_logits, parity.limit_of(merged))
 
 
 def _in_memory(

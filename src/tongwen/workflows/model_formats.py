@@ -98,8 +98,8 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
     """Return the config with LLaMA's keys. Raises ModelError or MissingPackage if GGUF cannot hold the model."""
     gguf.check_type(quantize or "f16")
-    with load.explained(load.ModelRef(name, name)):
-        llama_config = gguf_layout.in_llamas_words(config)
+    with load.explain_errors(load.ModelRef(name, name)):
+        llama_config = gguf_layout.with_llama_keys(config)
     gguf_metadata.check_config(llama_config)
     return llama_config
 
@@ -134,7 +134,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     hf.check_same(source.tensors, FileTensors(stored), str(draft.path))
     if source.place and source.place.gguf:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
-    elif source.place and load.load_kind(source.place) == "baichuan":
+    elif source.place and load.read_model_type(source.place) == "baichuan":
         _save_llama_tokenizer(source, draft.path)
     elif source.place:
         chat_setup.copy_chat_setup(source.folder, draft.path)
@@ -186,8 +186,8 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
     if vocabulary is None:
         console.notice(_("no tokenizer: llama.cpp cannot process text with this file"))
         return
-    if vocabulary.unlike:
-        named = ", ".join(vocabulary.unlike[:3])
+    if vocabulary.unsupported:
+        named = ", ".join(vocabulary.unsupported[:3])
         console.notice(
             _("llama.cpp keeps spaces after {named}, but the tokenizer drops them: write none there").format(
                 named=named

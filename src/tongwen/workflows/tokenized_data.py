@@ -218,7 +218,7 @@ def _tokenizer_for(base: str, section: Training) -> Any:
     """Return the base's tokenizer, or that of the adapter whose training continues."""
     further = section.adapter.continue_from
     place = load.locate(base)
-    return load.load_tokenizer(load.dressed(replace(place, adapters=(further,))) if further else place)
+    return load.load_tokenizer(load.tokenizer_ref(replace(place, adapters=(further,))) if further else place)
 
 
 def are_rows_untrained(base: str) -> bool:

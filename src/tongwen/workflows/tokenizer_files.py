@@ -225,7 +225,7 @@ def learn(
     counted = bytelevel.count_words(base.backend, texts, script) if most else {}
     special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
     learned = learn_merges(
-        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=on_progress
+        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, progress=on_progress
     )
     return LearnedPieces(base, script, learned)
 
@@ -383,7 +383,7 @@ def shape_of(name: str) -> ModelSize:
     if Path(name).is_file() and Path(name).suffix != ".gguf":
         return NOMINAL
     place = load.locate(name)
-    if place.local and not (Path(place.folder) / "config.json").is_file() and not place.gguf:
+    if place.is_local and not (Path(place.folder) / "config.json").is_file() and not place.gguf:
         return NOMINAL
     config = load.load_config(place)
     body, width = load.count_body(config)

@@ -37,7 +37,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     section = recipe.vocab
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
-    place = load.fetched(load.locate(recipe.base))
+    place = load.ensure_local(load.locate(recipe.base))
     console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
     old, script = tokenizer_files.open_tokenizer_files(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)

@@ -1,1 +1,1 @@
-"""Adapters: attaching, reading, older forms, chains, lineage."""
+"""Adapters: attach, read, convert older formats, open chains, check lineage."""

@@ -1,7 +1,7 @@
-"""What is trained: all weights, embeddings, their new rows, or adapters. Placed by peft; what peft leaves out is named.
+"""Make parts of a model trainable: all weights, the embeddings, their new rows, or an adapter attached by peft.
 
-A stage may train different parts in turn. So the model is adapted once, for all of them, and `focus` says which part
-learns now; what a part is, is decided by the tensor, not by its name in a recipe.
+A stage may train different parts in turn. So the model is adapted once, for all of them, and `Adapted.train_only`
+selects the parts of the current phase.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from tongwen.model.kernels.fused_lora import fuse
 from tongwen.model.loading.load import adapter_type, quiet
 from tongwen.recipe.training import AdapterConfig, TrainedPart
 
-# Rows that were initialised alike differ in norm by about 1 / sqrt(2 * width): 1.5 is 4 times that at a width of 32.
+# Norms of equally initialised rows vary by about 1 / sqrt(2 * width): 1.5 allows 4 times that at a width of 32.
 PADDING_SPREAD = 1.5
 
 
 @dataclass
 class Adapted:
-    """A model ready to train, and what was decided on the way.
+    """A model that is ready to train.
 
     rows:       ids of the new rows
     whole:      whether some part trains embeddings in full
+    notices:    messages for the user
     learners:   every tensor that some part trains
-    embeddings: those of them that are whole matrices of tokens
+    embeddings: the learners that are whole embedding matrices
     """
 
     model: Any
@@ -45,28 +46,31 @@ class Adapted:
     embeddings: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._guard: list[Any] = []
+        self._gradient_hooks: list[Any] = []
         self.find_learners()
 
     def find_learners(self) -> None:
-        """What learns. Once more after an engine has put its own parameters in their place."""
+        """Collect the trainable tensors. Call again after an engine has replaced the model's parameters."""
         self.learners = [part for part in self.model.parameters() if part.requires_grad]
         self.embeddings = _embeddings(self.model) if self.whole else []
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Parameters that learn now. What peft keeps of a module that is trained in full is not a second one."""
+        """Return counts of trainable and of all parameters, without the frozen copies that peft keeps of modules."""
         named = [pair for pair in self.model.named_parameters() if ".original_module." not in pair[0]]
         trainable = sum(part.numel() for _, part in named if part.requires_grad)
         total = sum(part.numel() for _, part in named)
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
-    def focus(self, parts: Collection[TrainedPart]) -> list[torch.nn.Parameter]:
-        """Only these parts learn from here on. Returns the whole embedding matrices of which only the new rows may learn:
-        their gradient is zero elsewhere, and the optimizer must do nothing else to them."""
-        for hook in self._guard:
+    def train_only(self, parts: Collection[TrainedPart]) -> list[torch.nn.Parameter]:
+        """Train only these parts from now on.
+
+        Returns the embedding matrices of which only the new rows may learn. Their gradient is zero elsewhere, and the
+        optimizer must not change the other rows either (by weight decay, for example).
+        """
+        for hook in self._gradient_hooks:
             hook.remove()
-        self._guard = []
+        self._gradient_hooks = []
         whole = {id(part) for part in self.embeddings}
         single = {id(part) for name, part in self.model.named_parameters() if "trainable_tokens_" in name and self.rows}
         for part in self.learners:
@@ -81,50 +85,52 @@ class Adapted:
         self.model.zero_grad(set_to_none=True)
         if "new_rows" not in parts:
             return []
-        self._guard = [_keep_others(part, self.rows) for part in self.embeddings]
+        self._gradient_hooks = [_keep_others(part, self.rows) for part in self.embeddings]
         return self.embeddings
 
     @property
-    def has_rows_alone(self) -> bool:
-        """Whether single rows are all that is trained, in no adapter."""
+    def trains_only_rows(self) -> bool:
+        """Whether only single embedding rows are trained, without a LoRA adapter."""
         return adapter_type(self.model) == "TRAINABLE_TOKENS"
 
-    def put_rows(self, base: Any, whole: dict[str, torch.Tensor] | None) -> None:
-        """Single rows that learned go into the matrices of the base, which was opened anew: all else is written as its files
-        have it, and not in the number type that was computed with. whole: as for `save`."""
+    def copy_rows_into(self, base: Any, whole: dict[str, torch.Tensor] | None) -> None:
+        """Copy the trained rows into the matrices of a freshly loaded base.
+
+        So all other weights keep the dtype of the base's files, not the one used in training. whole: as for `save`.
+        """
         from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
         for name, module in self.model.named_modules():
             if isinstance(module, TrainableTokensLayer):
                 matrix = base.get_submodule(name.removeprefix("base_model.model.")).weight
-                matrix.data = matrix.data.clone()  # it may lie in the file
+                matrix.data = matrix.data.clone()  # it may be memory-mapped from the file
                 for adapter, rows in module.token_indices.items():
                     key = f"{name}.trainable_tokens_delta.{adapter}"
                     learned = whole[key] if whole else module.trainable_tokens_delta[adapter]
                     matrix.data[rows] = learned.detach().to(matrix)
 
     def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
-        """The adapter, or the whole model where there is none. whole: the learners by name, of a model that has only parts of
-        them."""
+        """Save the adapter, or the whole model without one. whole: the learners by name, if the model holds only shards
+        of them."""
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
             self.model.save_pretrained(str(folder), state_dict=whole)
         if adapter_type(self.model) == "ADALORA":
             write_as_lora(folder)
 
 
-def kept_in(parts: Collection[TrainedPart], dtype: torch.dtype) -> torch.dtype:
-    """The number type of the base: fp32 where its own weights learn."""
+def base_dtype(parts: Collection[TrainedPart], dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the base: fp32 if its own weights are trained."""
     return torch.float32 if base_learns(parts) else dtype
 
 
 def base_learns(parts: Collection[TrainedPart]) -> bool:
-    """Whether its own weights do: adapters and single rows are tensors beside them."""
+    """Whether the base's own weights are trained. Adapters and single rows are separate tensors."""
     return "lora" not in parts and set(parts) != {"new_rows"}
 
 
 def adapt(
     model: Any,
-    choice: AdapterConfig,
+    adapter_config: AdapterConfig,
     control_rows: list[int],
     *,
     trained: Collection[TrainedPart] = (),
@@ -132,13 +138,16 @@ def adapt(
     steps: int = 0,
     fingerprint: str | None = None,
 ) -> Adapted:
-    """Freeze what no part trains, and add what is missing.
+    """Freeze the weights that no part trains, and attach an adapter if one is configured.
 
-    control_rows: ids whose rows learn beside the adapter; trained: the parts that some phase trains, the adapter's own when
-    empty; new_rows: ids for the part of that name; steps: over which AdaLoRA spends its budget; fingerprint: of the model,
-    for an adapter that is trained further. Raises ModelError when a target names no module, or nothing would be trained.
+    control_rows: ids whose rows are trained beside the adapter
+    trained:      the parts that some phase trains; by default the adapter's own part
+    new_rows:     ids for the part `new_rows`
+    steps:        training steps, for AdaLoRA's schedule
+    fingerprint:  of the model, to check an adapter that is trained further
+    Raises ModelError when a target names no module, or when nothing would be trained.
     """
-    parts = set(trained) or {choice.part}
+    parts = set(trained) or {adapter_config.part}
     rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
     if rows and not 0 <= min(rows) <= max(rows) < held:
         raise ModelError(
@@ -152,7 +161,7 @@ def adapt(
         model.requires_grad_(True)
         return Adapted(model, rows, whole=True)
     if "lora" in parts:
-        adapted = _with_adapter(model, choice, parts, control_rows, rows, steps, fingerprint)
+        adapted = _with_adapter(model, adapter_config, parts, control_rows, rows, steps, fingerprint)
     elif "embeddings" in parts:
         model.requires_grad_(False)
         for part in _weights_of_embeddings(model):
@@ -161,7 +170,7 @@ def adapt(
     else:
         from peft import TrainableTokensConfig, get_peft_model
 
-        # Not Adapted's gradient mask: here the optimizer keeps state for the rows alone.
+        # Better than Adapted's gradient mask: the optimizer keeps state for these rows only.
         config = TrainableTokensConfig(
             token_indices=sorted({*control_rows, *rows}), target_modules=list(_row_owners(model))
         )
@@ -174,7 +183,7 @@ def adapt(
 
 def _with_adapter(
     model: Any,
-    choice: AdapterConfig,
+    adapter_config: AdapterConfig,
     parts: set[TrainedPart],
     control_rows: list[int],
     new_rows: list[int],
@@ -182,8 +191,8 @@ def _with_adapter(
     fingerprint: str | None,
 ) -> Adapted:
     single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
-    if choice.continue_from:
-        opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
+    if adapter_config.continue_from:
+        opened = open_adapter(model, adapter_config.continue_from, fingerprint, trainable=True)
         fuse(opened)
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
         if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
@@ -204,21 +213,21 @@ def _with_adapter(
     from peft import get_peft_model
 
     whole = "embeddings" in parts
-    also = list(choice.also_train)
+    also = list(adapter_config.also_train)
     for name in also:
         _check_also(name, model)
     owners = _row_owners(model)
     if whole:
         also += owners
     rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
-    config = _peft_config(model, choice, also, rows or None, steps)
+    config = _peft_config(model, adapter_config, also, rows or None, steps)
     try:
         with quiet():
             adapted = Adapted(get_peft_model(model, config), new_rows, whole)
     except (ValueError, TypeError, AttributeError) as error:
-        said = first_line(error)
+        reason = first_line(error)
         raise ModelError(
-            _("peft cannot place this adapter: {said}").format(said=said),
+            _("peft cannot place this adapter: {said}").format(said=reason),
             place="adapter",
         ) from error
     adapted.notices += _experts(adapted.model)
@@ -231,22 +240,22 @@ def _with_adapter(
 
 
 def _peft_config(
-    model: Any, choice: AdapterConfig, also: list[str], rows: dict[str, list[int]] | None, steps: int
+    model: Any, adapter_config: AdapterConfig, also: list[str], rows: dict[str, list[int]] | None, steps: int
 ) -> Any:
     from peft import LoraConfig
 
     family = family_of(model.config.model_type)
-    words: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
-        "lora_alpha": choice.scale,
-        "lora_dropout": choice.dropout,
-        "target_modules": find_targets(model, choice),
+        "lora_alpha": adapter_config.scale,
+        "lora_dropout": adapter_config.dropout,
+        "target_modules": find_targets(model, adapter_config),
         "fan_in_fan_out": bool(family and family.transposed),
         "modules_to_save": also or None,
-        # peft's default unties in silence
+        # by default peft unties the pair silently
         "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
     }
-    if choice.method == "adalora":
+    if adapter_config.method == "adalora":
         if rows:
             raise ModelError(
                 _("adalora cannot train single token rows, but {count} rows need training").format(
@@ -255,19 +264,19 @@ def _peft_config(
                 place="adapter.method",
                 remedy=_("method: lora, or also_train: [{rows}]").format(rows=", ".join(rows)),
             )
-        return configure(choice.rank, steps, words)
+        return configure(adapter_config.rank, steps, settings)
     return LoraConfig(
-        **words,
-        r=choice.rank,
-        use_rslora=choice.rslora,
-        use_dora=choice.dora,
-        target_parameters=_find_parameters(model, choice),
+        **settings,
+        r=adapter_config.rank,
+        use_rslora=adapter_config.rslora,
+        use_dora=adapter_config.dora,
+        target_parameters=_find_parameters(model, adapter_config),
         trainable_token_indices=rows,
     )
 
 
 def _rows_in(model: Any) -> set[int]:
-    """Ids whose rows an adapter trains one by one."""
+    """Return the ids whose rows an adapter trains one by one."""
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
     layers = (module for module in model.modules() if isinstance(module, TrainableTokensLayer))
@@ -275,23 +284,25 @@ def _rows_in(model: Any) -> set[int]:
 
 
 def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:
-    """A hook that leaves a matrix's gradient (V, H) on these rows only: before it is added up, or, where processes share the
-    matrix out, when each has got its part of the sum."""
+    """Add a hook that zeroes a matrix's gradient (V, H) outside these rows.
+
+    It runs before gradients accumulate; for a matrix sharded over processes, after each has received its reduced shard.
+    """
     others = torch.ones(len(part), 1, dtype=torch.bool, device=part.device)
     others[rows] = False
     if isinstance(part, DTensor):
-        mine = distribute_tensor(others, part.device_mesh, part.placements).to_local()
+        local_mask = distribute_tensor(others, part.device_mesh, part.placements).to_local()
 
         def mask(part: torch.Tensor) -> None:
             gradient = part.grad.to_local()
-            gradient.masked_fill_(mine.to(gradient.device), 0)
+            gradient.masked_fill_(local_mask.to(gradient.device), 0)
 
         return part.register_post_accumulate_grad_hook(mask)
     return part.register_hook(lambda gradient: gradient.masked_fill(others, 0))
 
 
 def _embeddings(model: Any) -> list[torch.nn.Parameter]:
-    """The trainable whole matrices of the input embedding and the head; one, where they are tied."""
+    """Return the trainable whole matrices of the input embedding and the head; a single one if they are tied."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     found = {
         id(part): part
@@ -308,11 +319,14 @@ def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
-def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
-    """Module names for peft: the family's usual few, all linear layers but the head, or the user's list (checked)."""
-    if choice.targets == "all-linear":
+def find_targets(model: Any, adapter_config: AdapterConfig) -> list[str] | str:
+    """Return module names for peft: the family's usual targets, all linear layers but the head, or the user's list.
+
+    Raises ModelError when a name in the user's list matches no module, or one that cannot have an adapter.
+    """
+    if adapter_config.targets == "all-linear":
         return "all-linear"
-    if choice.targets == "family":
+    if adapter_config.targets == "family":
         family = family_of(model.config.model_type)
         if family is None:
             raise ModelError(
@@ -326,24 +340,24 @@ def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
     from transformers.pytorch_utils import Conv1D
 
     nn = torch.nn
-    fit: tuple[type, ...] = (nn.Linear, Conv1D)  # of which bitsandbytes' layers are
-    if choice.method != "adalora":
+    fit: tuple[type, ...] = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of Linear
+    if adapter_config.method != "adalora":
         fit += (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-    for name in choice.targets:
+    for name in adapter_config.targets:
         found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
         unfit = next((type(module).__name__ for module in found if not isinstance(module, fit)), "")
         if unfit or not found:
             raise _no_module("targets", name, model, unfit)
-    return list(choice.targets)
+    return list(adapter_config.targets)
 
 
 def _is_called(module: str, name: str) -> bool:
-    """As peft reads a target: a module's whole name, or the end of it from a dot on."""
+    """Match a target as peft does: by a module's whole name, or by its last components."""
     return module == name or module.endswith(f".{name}")
 
 
 def _check_also(name: str, model: Any) -> None:
-    """Raise ModelError when there is no such module, or it cannot learn in full."""
+    """Raise ModelError when there is no such module, or when it is quantised and cannot be trained in full."""
     found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
     if not found:
         raise _no_module("also_train", name, model)
@@ -357,12 +371,12 @@ def _check_also(name: str, model: Any) -> None:
 
 
 def find_untrained_rows(model: Any, ids: list[int], owned: Collection[int] = ()) -> list[int]:
-    """Those of the ids whose output rows the base was never trained on.
+    """Return the ids whose output rows were never trained in the base.
 
-    A row counts as untrained when it is all but zero, when another token has exactly the same row (reserved tokens that
-    were initialised together), or when it is as small as the rows that no token owns (padding of the vocabulary).
+    A row counts as untrained when it is almost zero, when another token has exactly the same row (reserved tokens with
+    a shared initialisation), or when it is as small as the rows of no token (padding of the vocabulary).
 
-    owned: the ids of all tokens of the tokenizer; without them no row is known to be padding.
+    owned: the ids of all tokens of the tokenizer; without them padding rows cannot be recognised.
     """
     head = model.get_output_embeddings()
     weight = (head if head is not None else model.get_input_embeddings()).weight.detach()
@@ -380,8 +394,10 @@ def find_untrained_rows(model: Any, ids: list[int], owned: Collection[int] = ())
 
 
 def _norm_of_padding(norms: torch.Tensor, owned: Collection[int], typical: float) -> float:
-    """The norm up to which a row (norms: (V,)) is as small as those that no token owns. 0 where there are none, and where
-    their norms are close to the trained ones and tell nothing."""
+    """Return the norm up to which a row counts as padding. norms: (V,).
+
+    0 if there are no padding rows, or if their norms are too close to those of trained rows.
+    """
     spare = torch.ones(len(norms), dtype=torch.bool)
     spare[[index for index in owned if index < len(norms)]] = False
     if not owned or not spare.any():
@@ -390,9 +406,9 @@ def _norm_of_padding(norms: torch.Tensor, owned: Collection[int], typical: float
     return limit if limit <= typical / 2 else 0.0
 
 
-def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
+def _find_parameters(model: Any, adapter_config: AdapterConfig) -> list[str] | None:
     names = [name for name, _ in model.named_parameters()]
-    for wanted in choice.target_parameters:
+    for wanted in adapter_config.target_parameters:
         if not any(name.endswith(wanted) for name in names):
             fused = sorted(
                 {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
@@ -402,11 +418,11 @@ def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
                 place="adapter.target_parameters",
                 remedy=_("fused weights here: {fused}").format(fused=_(", ").join(fused) or _("none")),
             )
-    return list(choice.target_parameters) or None
+    return list(adapter_config.target_parameters) or None
 
 
 def _row_owners(model: Any) -> list[str]:
-    """Names of the modules that hold the tokens' rows: the input embedding, and the head where it is a matrix of its own."""
+    """Return the names of the modules with token rows: the input embedding, and the head unless it is tied."""
     names = {id(module): name for name, module in model.named_modules()}
     inside = names[id(model.get_input_embeddings())].split(".")[-1]
     if getattr(model.config, "tie_word_embeddings", False):
@@ -415,7 +431,7 @@ def _row_owners(model: Any) -> list[str]:
 
 
 def _owners_apart(model: Any, also: list[str]) -> list[str]:
-    """Those that do not learn in full anyway: peft takes no single rows of a matrix that does."""
+    """Return the row owners that are not trained in full: peft cannot train single rows of a fully trained matrix."""
     learned = {
         id(part)
         for name, part in model.named_parameters(remove_duplicate=False)
@@ -426,7 +442,7 @@ def _owners_apart(model: Any, also: list[str]) -> list[str]:
 
 
 def _experts(model: Any) -> list[str]:
-    """Fused expert weights do a linear layer's work but are no Linear module: whether the adapter reaches them is said."""
+    """Return a notice on whether the adapter covers fused expert weights, which are not `Linear` modules."""
     fused = {
         name: part
         for name, part in model.named_parameters()
@@ -450,7 +466,7 @@ def _experts(model: Any) -> list[str]:
 
 
 def _no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
-    """unfit: the kind of the module that has this name, and that no adapter can stand beside."""
+    """Return the error for a bad target. unfit: class of a module with this name that cannot have an adapter."""
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
         _("{name!r} is a {unfit}; an adapter cannot be attached to it").format(name=name, unfit=unfit)

@@ -1,7 +1,7 @@
-"""An adapter as the scripts of 2023 left it becomes an ordinary one: a bare file of tensors gets the config that it lacks.
+"""Convert an adapter from the scripts of 2023, a bare file of tensors, into an ordinary one with a config.
 
-Rank and targets are read from names and shapes, and so is what was trained in full beside the adapter. The scale is in no
-tensor: it is asked for, because a guess would give another model and no error.
+Rank, targets and fully trained modules are read from the tensors' names and shapes. The scale is in no tensor, so the
+user must give it: a wrong guess would silently give another model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ FILES = ("adapter_model.bin", "pytorch_model.bin")
 
 
 def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact:
-    """Write an ordinary adapter folder. alpha: the scale, when no adapter_config.json says it.
+    """Write an ordinary adapter folder. alpha: the scale, needed when there is no adapter_config.json.
 
-    Raises ArtifactError when the folder holds no LoRA tensors, or when nobody knows the scale.
+    Raises ArtifactError when the folder has no LoRA tensors, or when the scale is unknown.
     """
     import torch
     from safetensors.torch import save_file
@@ -33,7 +33,7 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise ArtifactError(_("this folder has none of {files}").format(files=_(", ").join(FILES)), place=str(folder))
-    state = _adapters_own(load_bin(file))
+    state = _adapter_tensors(load_bin(file))
     if not any(".lora_A." in name for name in state):
         raise ArtifactError(
             _("it has no LoRA tensors"),
@@ -54,8 +54,8 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
     return draft.artifact
 
 
-def _adapters_own(state: dict[str, Any]) -> dict[str, Any]:
-    """The tensors that the adapter brings, under peft's names. Where the base's own lie beside them, these are left out."""
+def _adapter_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the adapter's tensors under peft's names, without those of the base that the same file may contain."""
     plain = {name.replace(".default.", ".").replace(".modules_to_save.", "."): name for name in state}
     adapted = {name.rpartition(".lora_")[0] for name in plain if ".lora_A." in name}
     whole_model = any(f"{module}.weight" in plain for module in adapted)
@@ -67,7 +67,7 @@ def _adapters_own(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_of(folder: Path, state: dict[str, Any], alpha: float | None) -> dict[str, Any]:
-    """adapter_config.json: the folder's own, or what names and shapes say, with the scale."""
+    """Return the folder's adapter_config.json, or one derived from names and shapes, with the given scale."""
     file = folder / "adapter_config.json"
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
-"""Whether base, adapters and tokenizer belong together: by recorded fingerprints, else by what can be known.
+"""Check that base, adapters and tokenizer belong together, by recorded fingerprints where they exist.
 
-An adapter made here records the fingerprint of what it was trained on: a base, or a base with adapters on it. Those of
-other tools record a name at best, so for them only shapes speak, and that is said.
+An adapter from tongwen records the fingerprint of its base, which may include adapters. Other tools record a name at
+best: their adapters are checked by shapes only, and a notice says so.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_
 
 @dataclass(frozen=True)
 class AdapterLink:
-    """One adapter in a chain. recorded: fingerprint of what it was trained on, None when it does not say."""
+    """One adapter in a chain. recorded: the fingerprint of its base, None if it does not record one."""
 
     adapter: Adapter
     stage: artifact.Artifact | None
     recorded: str | None
-    own: str
+    fingerprint: str
 
     @property
     def name(self) -> str:
@@ -33,29 +33,29 @@ class AdapterLink:
 
     @property
     def trained_on(self) -> str:
-        """Path or name of what it was trained on; empty when it does not say."""
+        """Path or name of the adapter's base; empty if it does not record one."""
         recorded = self.stage.manifest["parents"].get("base", {}).get("path") if self.stage else None
         return str(recorded or self.adapter.config.get("base_model_name_or_path") or "")
 
 
 def read_link(adapter: Adapter) -> AdapterLink:
-    """Raises ArtifactError when the adapter's tensors are no longer those that its manifest recorded."""
+    """Read an adapter's lineage. Raises ArtifactError when its tensors differ from those in its manifest."""
     stage = artifact.find(adapter.folder)
-    own = combine(lines_of(adapter.tensors))
-    if stage and stage.fingerprint != own:
+    fingerprint = combine(lines_of(adapter.tensors))
+    if stage and stage.fingerprint != fingerprint:
         raise ArtifactError(
             _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(
-                own=own[:12], fingerprint=stage.fingerprint[:12]
+                own=fingerprint[:12], fingerprint=stage.fingerprint[:12]
             ),
             place=str(adapter.folder),
             remedy=_("the file was changed or damaged after training"),
         )
     recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
-    return AdapterLink(adapter, stage, recorded, own)
+    return AdapterLink(adapter, stage, recorded, fingerprint)
 
 
 def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> None:
-    """Raise ArtifactError when an adapter was trained on something else than what lies below it here."""
+    """Raise ArtifactError when an adapter was trained on another base than the one below it in this chain."""
     below = fingerprint
     for number, link in enumerate(links):
         if link.recorded not in (None, below):
@@ -67,11 +67,11 @@ def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> No
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
             )
-        below = fingerprint_chain(below, link.own)
+        below = fingerprint_chain(below, link.fingerprint)
 
 
-def doubts(base: str, links: Sequence[AdapterLink]) -> list[str]:
-    """What cannot be proven, in words: for adapters that do not record what they were trained on."""
+def describe_unverified(base: str, links: Sequence[AdapterLink]) -> list[str]:
+    """Return a notice for each adapter that does not record its base, so that lineage cannot be verified."""
     out = []
     for number, link in enumerate(links):
         if link.recorded:
@@ -87,8 +87,7 @@ def doubts(base: str, links: Sequence[AdapterLink]) -> list[str]:
 
 
 def highest_token(folder: Path) -> tuple[int, str] | None:
-    """(highest id that a folder's tokenizer can make, its text); None when it has no tokenizer that can be read without
-    code."""
+    """Return (highest id of a folder's tokenizer, its text); None without a tokenizer that can be read without code."""
     file, old = folder / "tokenizer.json", folder / "tokenizer.model"
     tokens: dict[int, str] = {}
     if file.is_file():
@@ -112,7 +111,7 @@ def highest_token(folder: Path) -> tuple[int, str] | None:
 
 
 def check_vocabulary(folder: Path, rows: int, place: str) -> None:
-    """Raise ArtifactError when the tokenizer of a folder can make ids for which the embedding has no row."""
+    """Raise ArtifactError when a folder's tokenizer has ids for which the embedding has no row."""
     highest = highest_token(folder)
     if highest is not None and highest[0] >= rows:
         raise ArtifactError(
@@ -127,15 +126,17 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
 
 
 def _remedy(fingerprint: str, links: Sequence[AdapterLink], wrong: AdapterLink) -> str:
-    order = order_that_fits(fingerprint, [(link.recorded, link.own) for link in links])
+    order = order_that_fits(fingerprint, [(link.recorded, link.fingerprint) for link in links])
     if order is not None:
         return _("the correct order: ") + " ".join(f"--adapter {links[index].name}" for index in order)
     return _("merge onto {trained_on}").format(trained_on=wrong.trained_on)
 
 
 def _pieces(file: Path) -> tuple[int, str]:
-    """(how many pieces a SentencePiece model has, the last one): its protobuf message repeats field 1 once per piece, and
-    a piece begins with its text."""
+    """Return (number of pieces of a SentencePiece model, the last piece).
+
+    The protobuf message repeats field 1 once per piece, and a piece begins with its text.
+    """
     data, at, count, last = file.read_bytes(), 0, 0, b""
 
     def number(at: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""What an adapter does to the tensors of a base: read from its folder, checked against the base, nothing computed yet.
+"""Read an adapter folder: which tensors of the base it changes, and how. Nothing is computed yet.
 
-Every tensor of the adapter must have a known part, and every part a tensor of the base that it fits. What peft accepts
-in silence (a missing layer, a spare tensor, a rank that is not the config's) is refused here, by name.
+Every tensor of the adapter must have a known role, and match a tensor of the base. Faults that peft accepts silently (a
+missing layer, an extra tensor, a rank that differs from the config) are errors here, with the tensor's name.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class NotOneToOne(Exception):
-    """The adapter's tensors do not map one to one to the base's: only peft, with the model in memory, can fold it."""
+    """The adapter's tensors do not map one to one to the base's: only peft, with the model in memory, can merge it."""
 
 
 @dataclass
 class AdapterChange:
-    """What one adapter does to one tensor. parts: role -> key in the adapter's file."""
+    """One adapter's change of one tensor. parts: role -> key in the adapter's file."""
 
     source: Tensors
     place: str
@@ -63,7 +63,7 @@ class AdapterChange:
         return read_fp32(self.source, self.parts[role])
 
     def low_rank(self) -> tuple[Array, Array] | None:
-        """(left (rows, r), right (r, columns)): what is added is scale x left right."""
+        """Return (left (rows, r), right (r, columns)): the change is scale x left right. None without these parts."""
         if "a" in self.parts:
             a, b = self.read("a"), self.read("b")
             return (a.T, b.T) if self.transposed else (b, a)
@@ -72,7 +72,7 @@ class AdapterChange:
         return None
 
     def low_rank_shape(self) -> tuple[int, int] | None:
-        """Shape of what is added; None when nothing is. Raises ArtifactError when the ranks contradict."""
+        """Return the shape of the low-rank change; None without one. Raises ArtifactError for contradicting ranks."""
         pair = ("a", "b") if {"a", "b"} & self.parts.keys() else ("embedding_a", "embedding_b")
         if not self.parts.keys() & set(pair):
             return None
@@ -93,7 +93,7 @@ class AdapterChange:
 
 @dataclass
 class Adapter:
-    """An adapter folder. changes: base tensor -> what happens to it; whole_model: why it cannot be streamed, or empty."""
+    """An adapter folder. changes: base tensor -> its change; whole_model: why it cannot be streamed, or empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -103,7 +103,7 @@ class Adapter:
 
 
 def whole_rows(folder: Path) -> dict[str, int]:
-    """Embedding and head that an adapter brings whole, of whatever kind it is: tensor of the base -> its rows."""
+    """Return base tensor -> row count for the embedding and head that an adapter of any type brings in full."""
     out: dict[str, int] = {}
     for key, (_unused, shape) in _open(folder).facts.items():
         target, role = _role(key)
@@ -113,7 +113,7 @@ def whole_rows(folder: Path) -> dict[str, int]:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises ArtifactError or ModelError when the folder holds no adapter that can be folded into weights."""
+    """Read an adapter. Raises ArtifactError or ModelError when the folder has none that can be merged into weights."""
     folder = adapter_folder(folder)
     config = _read_config(folder)
     tensors = _open(folder)
@@ -126,7 +126,7 @@ def read_adapter(folder: Path) -> Adapter:
     changes: dict[str, AdapterChange] = {}
     whole_model = ""
     for key, (dtype, _unused) in tensors.facts.items():
-        if ".original_module." in key:  # what the module was before training, which peft saves beside a resized one
+        if ".original_module." in key:  # the module before training, which peft saves beside a resized one
             continue
         target, role = _role(key)
         if role is None or dtype not in FLOATS:
@@ -158,7 +158,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def check_complete(adapter: Adapter, modules: set[str]) -> None:
-    """Raise ArtifactError when a module that the config says was trained has no tensors in the file."""
+    """Raise ArtifactError when a module that the config lists as trained has no tensors in the file."""
     config = adapter.config
     chosen, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     adapted = {name.rpartition(".")[0] for name in adapter.changes}
@@ -177,14 +177,14 @@ def check_complete(adapter: Adapter, modules: set[str]) -> None:
 
 
 def same_tensor(one: AdapterChange, other: AdapterChange) -> bool:
-    """Whether both bring the same whole tensor and nothing else."""
+    """Whether both consist of the same whole tensor only."""
     if not one.parts.keys() == other.parts.keys() == {"whole"}:
         return False
     return same_numbers(one.source, one.parts["whole"], other.source, other.parts["whole"])
 
 
 def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bool:
-    """Whether two tensors are equal to the bit, compared a block at a time."""
+    """Whether two tensors are bitwise equal, compared block by block."""
     facts = one.facts[name]
     if other.facts[other_name] != facts:
         return False
@@ -237,7 +237,7 @@ def _role(key: str) -> tuple[str, str | None]:
 
 
 def _scale(config: Mapping[str, Any], target: str) -> tuple[float, int]:
-    """(alpha / r, or alpha / sqrt(r) for rsLoRA; r), with peft's per-module patterns."""
+    """Return (scale, rank) with peft's per-module patterns; scale: alpha / r, or alpha / sqrt(r) for rsLoRA."""
 
     def patterned(patterns: dict[str, Any] | None, default: Any) -> Any:
         for pattern, value in (patterns or {}).items():
@@ -257,7 +257,7 @@ def _rows_of(rows: Any, target: str) -> list[int]:
 
 
 def _matches(patterns: str | list[str], module: str) -> bool:
-    """As peft compares them: a list holds endings, a text is a regular expression for the whole name."""
+    """Match as peft does: a list holds name endings, a string is a regular expression for the whole name."""
     if isinstance(patterns, str):
         return bool(re.fullmatch(patterns, module))
     return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)

@@ -1,4 +1,4 @@
-"""What an adapter's own file says of it, beside what a recipe says. Reads no weights and imports no torch."""
+"""Compare an adapter's own config with the recipe. Reads no weights and imports no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tongwen.core.i18n import _
 from tongwen.model.loading.load import adapter_folder
 from tongwen.recipe.training import AdapterConfig
 
-# A recipe's words for an adapter, and peft's.
-OWN_WORDS = {
+# Recipe key -> peft's key.
+PEFT_KEYS = {
     "rank": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
@@ -24,34 +24,44 @@ OWN_WORDS = {
 }
 
 
-def check_further(choice: AdapterConfig, stage: str) -> None:
-    """Raise RecipeError when the recipe says of an adapter that is trained further what it is not: it keeps its own words.
-    One that is not there yet, or cannot be read, is refused when it is opened."""
-    if not choice.continue_from:
+def check_continued(adapter_config: AdapterConfig, stage: str) -> None:
+    """Raise RecipeError when the recipe contradicts the config of an adapter that is trained further.
+
+    Such an adapter keeps its own settings. A missing or unreadable one is reported later, when it is opened.
+    """
+    if not adapter_config.continue_from:
         return
     try:
-        told = json.loads(
-            (adapter_folder(Path(choice.continue_from)) / "adapter_config.json").read_text(encoding="utf-8")
+        saved = json.loads(
+            (adapter_folder(Path(adapter_config.continue_from)) / "adapter_config.json").read_text(encoding="utf-8")
         )
-        peft = {**told, **({"r": None, "lora_alpha": None} if told.get("rank_pattern") else {})}  # ranks of their own
+        peft = {**saved, **({"r": None, "lora_alpha": None} if saved.get("rank_pattern") else {})}  # ranks of their own
     except (OSError, ValueError, TypeError, AttributeError):
         return
     differ = [
-        f"{word}: {peft[name]}"
-        for word, name in OWN_WORDS.items()
-        if word in choice.model_fields_set and name in peft and not _agree(getattr(choice, word), peft[name])
+        f"{key}: {peft[name]}"
+        for key, name in PEFT_KEYS.items()
+        if key in adapter_config.model_fields_set
+        and name in peft
+        and not _agree(getattr(adapter_config, key), peft[name])
     ]
     if differ:
-        own = ", ".join(differ)
+        fixed = ", ".join(differ)
         raise RecipeError(
-            _("this adapter was trained with {own}, which cannot change").format(own=own),
-            place=f"{stage}.adapter.continue_from: {choice.continue_from}",
+            _("this adapter was trained with {own}, which cannot change").format(own=fixed),
+            place=f"{stage}.adapter.continue_from: {adapter_config.continue_from}",
             remedy=_("remove these keys; or merge it first, then train a new adapter on the merged model"),
         )
 
 
-def _agree(said: Any, own: Any) -> bool:
-    """A recipe's word and peft's; what cannot be compared, agrees."""
-    if isinstance(said, list) and not isinstance(own, str):
-        return sorted(said) == sorted(own or [])
-    return said is None or own is None or isinstance(said, str) or isinstance(own, str) or said == own
+def _agree(recipe_value: Any, peft_value: Any) -> bool:
+    """Whether a recipe's value and peft's agree; values that cannot be compared count as equal."""
+    if isinstance(recipe_value, list) and not isinstance(peft_value, str):
+        return sorted(recipe_value) == sorted(peft_value or [])
+    return (
+        recipe_value is None
+        or peft_value is None
+        or isinstance(recipe_value, str)
+        or isinstance(peft_value, str)
+        or recipe_value == peft_value
+    )

@@ -1,7 +1,7 @@
-"""ChatGLM-6B without remote code: importing this makes transformers' Auto classes open its folders.
+"""ChatGLM-6B without remote code: importing this package lets transformers' Auto classes open its folders.
 
-The one import in this project that changes something elsewhere: also who does not use tongwen otherwise needs it, to open
-what was trained here. The `auto_map` in such a folder, which names code to download, is passed by.
+This is the only import in the project with a side effect. Programs that do not use tongwen need it to open a trained
+model. The `auto_map` in such a folder, which names code to download, is ignored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""ChatGLM-6B's `config.json`, old and new; what only bears the same name is refused by its own.
+"""ChatGLM-6B's `config.json`, old and new. Other models of the same name raise an error that names them.
 
-ChatGLM2, ChatGLM3 and GLM-4's first release also call themselves `chatglm`, and are other models: causal, with RMSNorm
-and shared key and value heads.
+ChatGLM2, ChatGLM3 and GLM-4's first release also use the model type `chatglm` but are different models: causal, with
+RMSNorm and shared key and value heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tongwen.core.i18n import _
 
 
 class ChatGLMConfig(PreTrainedConfig):
-    """Where a value is absent, the one of the first checkpoints holds: 150,528 tokens, of which 20,000 are of images."""
+    """The defaults are those of the first checkpoints: 150,528 tokens, 20,000 of them for images."""
 
     model_type = "chatglm"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -64,7 +64,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
 
 def _generation(config: dict[str, Any]) -> str:
-    """Which other generation a config is of; "" for ChatGLM-6B's own."""
+    """Return the name of the other generation that a config belongs to; "" for ChatGLM-6B."""
     if not {"multi_query_attention", "padded_vocab_size", "rmsnorm"} & config.keys():
         return ""
     if config.get("padded_vocab_size", 0) > 100_000:

@@ -1,9 +1,9 @@
-"""ChatGLM-6B: a prefix language model. What stands before `<sop>` is seen whole, what follows only backwards.
+"""ChatGLM-6B: a prefix language model. Attention is bidirectional before `<sop>` and causal after it.
 
-A token has two positions: its place in the prompt (for what follows `<sop>`: the place of `[gMASK]`, where it belongs),
-and its place in the answer (0 within the prompt). Half of each head turns by the one, half by the other. Residuals are
-DeepNorm's: the normalised state, enlarged, goes on, not the state itself. Where each answer begins is read off the ids,
-so neither positions nor a mask need to be given.
+A token has two positions: its index in the prompt (after `<sop>`: the index of `[gMASK]`, which the answer replaces),
+and its index in the answer (0 within the prompt). Half of each head is rotated by the first, half by the second.
+Residuals are DeepNorm's: the scaled normalised state is added, not the state itself. The start of each answer is found
+in the ids, so callers need not pass positions or a mask.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers.utils.output_capturing import capture_outputs
 from tongwen.model.chatglm.configuration import ChatGLMConfig
 
 # DeepNorm's alpha for 28 layers. The original computes it from that number whatever the config says.
-ENLARGED = math.sqrt(2 * 28)
-Turn = tuple[torch.Tensor, torch.Tensor]
+RESIDUAL_SCALE = math.sqrt(2 * 28)
+Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -42,12 +42,17 @@ class Attention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: torch.Tensor, turns: Sequence[Turn], mask: torch.Tensor | None, past: Cache | None, **extra: Any
+        self,
+        x: torch.Tensor,
+        rotations: Sequence[Rotation],
+        mask: torch.Tensor | None,
+        past: Cache | None,
+        **extra: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: (B, L, hidden) -> the same shape, and the attention's weights where they are kept."""
+        """x: (B, L, hidden) -> the same shape, and the attention weights if the backend returns them."""
         fused = self.query_key_value(x).view(*x.shape[:-1], self.heads, 3 * self.width)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, heads, L, width) each
-        query, key = rotated(query, turns), rotated(key, turns)
+        query, key = rotated(query, rotations), rotated(key, rotations)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
@@ -76,9 +81,9 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, *arguments: Any, **extra: Any) -> torch.Tensor:
         inside = self.input_layernorm(x)
-        x = inside * ENLARGED + self.attention(inside, *arguments, **extra)[0]
+        x = inside * RESIDUAL_SCALE + self.attention(inside, *arguments, **extra)[0]
         inside = self.post_attention_layernorm(x)
-        out: torch.Tensor = inside * ENLARGED + self.mlp(inside)
+        out: torch.Tensor = inside * RESIDUAL_SCALE + self.mlp(inside)
         return out
 
 
@@ -90,7 +95,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False  # where an answer begins is found in the ids
+    _can_compile_fullgraph = False  # the start of an answer is found in the ids
     _input_embed_layer = "word_embeddings"
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq",)  # computed here
@@ -118,15 +123,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cu_seq_lens_q: torch.Tensor | None = None,
         **extra: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids: (B, L). attention_mask: (B, all tokens so far), 0 for padding. cu_seq_lens_q: borders of the documents
-        of a pack (1, T). position_ids: (B, 2, L), needed only where tokens stand in the cache already; other shapes, such
-        as a pack's plain counting, are passed by. Raises ValueError where the ids do not show where the answer begins."""
+        """Compute the hidden states.
+
+        input_ids:      (B, L)
+        attention_mask: (B, tokens so far), 0 for padding
+        cu_seq_lens_q:  document boundaries of a pack (1, T)
+        position_ids:   (B, 2, L), needed only with a filled cache; other shapes, such as a pack's counter, are ignored
+        Raises ValueError when the start of the answer cannot be found because there are no ids.
+        """
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("ChatGLM-6B makes its own mask: attention_mask must be (batch, tokens)")
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        whole: Any = None  # what is seen whole; behind a cache a causal mask says it too
+        whole: Any = None  # mask of the bidirectional prefix; with a filled cache the causal mask is enough
         if past_key_values is None or not past_key_values.get_seq_length():
             if input_ids is None:
                 raise ValueError(
@@ -145,9 +155,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=past_key_values,
             or_mask_function=whole,
         )
-        turns = [_turn(places, self.config, x.dtype) for places in position_ids.unbind(1)]
+        rotations = [_rotation(places, self.config, x.dtype) for places in position_ids.unbind(1)]
         for layer in self.layers:
-            x = layer(x, turns, mask, past_key_values, **extra)
+            x = layer(x, rotations, mask, past_key_values, **extra)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x), past_key_values=past_key_values)
 
 
@@ -171,12 +181,12 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **extra: Any,
     ) -> CausalLMOutputWithPast:
-        """labels: (B, L), shifted here; -100 is not learned. logits_to_keep: how many from the end, or which rows."""
+        """labels: (B, L), shifted here; -100 is ignored. logits_to_keep: how many from the end, or which positions."""
         out = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **extra
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
+        positions_kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, positions_kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
@@ -191,7 +201,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Positions come from all the ids so far: one new token alone does not tell where its answer began."""
+        """Compute positions from all ids so far: a new token alone does not show where its answer began."""
         if not bool((input_ids == self.config.bos_token_id).any(dim=1).all()):
             raise ValueError("a prompt for ChatGLM-6B must end with [gMASK] <sop>; its tokenizer adds them")
         kwargs.pop("position_ids", None)
@@ -206,9 +216,11 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
 def read_layout(
     ids: torch.Tensor, mask: torch.Tensor | None, borders: torch.Tensor | None, config: ChatGLMConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions (B, 2, L), prefix (B,) or, for a pack with borders (D + 1,), (D,)): how many tokens from its beginning
-    each row or document sees whole; of a row padded on the left, the padding counts too. Without a `<sop>` a text is all
-    prompt."""
+    """Return (positions (B, 2, L), prefix lengths (B,); for a pack with borders (D + 1,): (D,)).
+
+    The prefix is the part of a row or document with bidirectional attention. It includes padding on the left. A text
+    without `<sop>` is all prefix.
+    """
     if borders is not None:
         layouts = [_layout(part, 0, config) for part in ids[0].cpu().split(borders.diff().tolist())]
         positions = torch.cat([positions for positions, _ in layouts], dim=1)[None]
@@ -221,7 +233,7 @@ def read_layout(
 
 
 def _layout(row: torch.Tensor, padding: int, config: ChatGLMConfig) -> tuple[torch.Tensor, int]:
-    """row: (L,) ids. (positions (2, L), tokens up to `<sop>`)"""
+    """Return (positions (2, L), number of tokens before `<sop>`). row: (L,) ids."""
     ids = row.tolist()
     prefix = ids.index(config.bos_token_id) if config.bos_token_id in ids else len(ids)
     marks = [mark for mark in (config.gmask_token_id, config.mask_token_id) if mark in ids]
@@ -234,22 +246,22 @@ def _layout(row: torch.Tensor, padding: int, config: ChatGLMConfig) -> tuple[tor
 
 
 def _before(prefix: torch.Tensor) -> Any:
-    """transformers' form of a mask: whether a column stands before the answer of its row."""
+    """Return a mask function for transformers: whether a column belongs to the prefix of its row."""
     return lambda batch, head, row, column: column < prefix[batch]
 
 
-def _turn(places: torch.Tensor, config: ChatGLMConfig, dtype: torch.dtype) -> Turn:
-    """Cosine and sine, (B, 1, L, width / 2), for one of the two positions. places: (B, L)"""
+def _rotation(places: torch.Tensor, config: ChatGLMConfig, dtype: torch.dtype) -> Rotation:
+    """Return cosine and sine, (B, 1, L, width / 2), for one of the two positions. places: (B, L)."""
     width = config.hidden_size // config.num_attention_heads // 2
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=places.device) / width)
     angles = (places[..., None].float() * frequencies.half().float()).repeat(1, 1, 2)[:, None]  # as it was trained
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotated(x: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
-    """x: (B, heads, L, width), its first half turned by the first position and its second half by the second."""
+def rotated(x: torch.Tensor, rotations: Sequence[Rotation]) -> torch.Tensor:
+    """Rotate the first half of x by the first position and its second half by the second. x: (B, heads, L, width)."""
     out = []
-    for half, (cos, sin) in zip(x.chunk(2, dim=-1), turns, strict=True):
+    for half, (cos, sin) in zip(x.chunk(2, dim=-1), rotations, strict=True):
         one, other = half.chunk(2, dim=-1)
         out.append(half * cos + torch.cat([-other, one], dim=-1) * sin)
     return torch.cat(out, dim=-1)

@@ -1,7 +1,7 @@
 """ChatGLM-6B's tokenizer: `ice_text.model` in the tokenizers library, id for id.
 
-Line ends, tabs and runs of blanks have pieces of their own, written into the text before SentencePiece sees it. Full-width
-punctuation becomes half-width on the way in, as NFKC has it; `mend_answer` is for the way out.
+Line ends, tabs and runs of blanks have their own pieces, which replace them in the text before SentencePiece sees it.
+NFKC turns full-width punctuation into half-width in the input; `fix_punctuation` reverses this in answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tongwen.core.chat_template import shipped_source
 from tongwen.model.loading.sentencepiece import BLANK, normalizer_of, read_model
 
 IMAGE_TOKENS = 20000  # before the text's, in the first checkpoints
-NEVER = -1000.0  # score of what stands in the vocabulary but is not looked for in a text
+NEVER = -1000.0  # score of pieces that are in the vocabulary but must not be found in a text
 WRITTEN = {"<n>": "\n", "<|tab|>": "\t", **{f"<|blank_{count}|>": " " * count for count in range(80, 1, -1)}}
 SPECIAL = {
     "bos_token": "<sop>",
@@ -28,15 +28,15 @@ SPECIAL = {
 }
 
 
-WIDE = str.maketrans(",!:;?", "，！：；？")
+FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 
 
 class ChatGLMTokenizer(PreTrainedTokenizerFast):
-    """`[gMASK] <sop>` stand after a text, where the answer begins; padding stands before it."""
+    """`[gMASK] <sop>` is appended to a text, where the answer begins; padding goes on the left."""
 
     vocab_files_names = {"vocab_file": "ice_text.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     padding_side = "left"
-    answers_keep_leading_blank = True  # with a blank of their own, as every text
+    answers_start_with_blank = True  # with a blank of their own, as every text
     written = WRITTEN
 
     @classmethod
@@ -48,15 +48,17 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
         return {"chat_template": shipped_source("chatglm"), **SPECIAL, **options}
 
     @staticmethod
-    def mend_answer(text: str) -> str:
-        """An answer with full-width punctuation beside Chinese characters, as a reader expects it. Its length stays."""
+    def fix_punctuation(text: str) -> str:
+        """Return an answer with full-width punctuation next to Chinese characters. Its length does not change."""
         return re.sub(
-            r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])", lambda found: found[0].translate(WIDE), text
+            r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])",
+            lambda found: found[0].translate(FULL_WIDTH),
+            text,
         )
 
 
 def make_backend(file: Path, image_tokens: int) -> Tokenizer:
-    """The fast form of `ice_text.model`. image_tokens: ids before those of the text."""
+    """Build the fast tokenizer for `ice_text.model`. image_tokens: number of ids before those of the text."""
     model = read_model(file)
     pieces = [(f"<image_{index}>", NEVER) for index in range(image_tokens)]
     pieces += [(piece.piece, NEVER if piece.type == piece.BYTE else piece.score) for piece in model.pieces]

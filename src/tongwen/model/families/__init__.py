@@ -1,1 +1,1 @@
-"""Kept for its one module: the import path of ChatGLM-6B that users know."""
+"""Old import path of ChatGLM-6B, kept for users' code."""

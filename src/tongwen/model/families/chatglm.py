@@ -1,4 +1,4 @@
-"""The import path of ChatGLM-6B that users know: `import tongwen.model.families.chatglm` before transformers opens it."""
+"""Old import path of ChatGLM-6B: `import tongwen.model.families.chatglm` makes transformers able to open it."""
 
 from __future__ import annotations
 

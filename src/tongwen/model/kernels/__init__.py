@@ -1,1 +1,1 @@
-"""Faster forms of attention, projections, LoRA and the loss, with the same numbers."""
+"""Faster attention, projections, LoRA and loss with the same results."""

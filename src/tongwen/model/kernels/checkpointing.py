@@ -1,4 +1,4 @@
-"""What is done to each layer of a model for speed or memory, and changes no number: recompute it, or compile it."""
+"""Activation recomputation and compilation of a model's layers, for memory and speed without changing results."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from tongwen.core.i18n import _
 from tongwen.model.kernels import packed_attention
 
 
-def recompute(model: Any, **how: Any) -> None:
-    """Each layer keeps its input alone, and is computed anew in the backward. how: words of torch.utils.checkpoint."""
-    words = {"use_reentrant": False, **how}
+def recompute(model: Any, **options: Any) -> None:
+    """Recompute each layer in the backward and keep only its input. options: arguments of torch.utils.checkpoint."""
+    kwargs = {"use_reentrant": False, **options}
     if hasattr(model, "activation_checkpointing_enable"):  # its newer name
-        model.activation_checkpointing_enable(words)
+        model.activation_checkpointing_enable(kwargs)
     else:
-        model.gradient_checkpointing_enable(words)
+        model.gradient_checkpointing_enable(kwargs)
 
 
-def keep(model: Any) -> None:
-    """The opposite: layers keep what their backward needs."""
+def keep_activations(model: Any) -> None:
+    """Turn recomputation off: layers keep the activations that their backward needs."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
 
 
 def compile_layers(model: Any) -> int:
-    """Compile each decoder layer in its place; returns how many. They are alike, so one of them is compiled and serves all;
-    what stands between them (the head over learned rows, the loss) stays as it is. Raises MachineError without a compiler."""
+    """Compile each decoder layer in place; returns how many.
+
+    The layers are alike, so one compiled graph serves all. The head and the loss are not compiled. Raises MachineError
+    without layers to compile or without a compiler.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -53,7 +56,7 @@ def compile_layers(model: Any) -> int:
     return len(layers)
 
 
-def as_written(model: Any) -> AbstractContextManager[Any]:
-    """Inside, compiled layers run as they are written: each new length of a text that is generated would be compiled again."""
+def uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """Run compiled layers in eager mode in this block: generation would recompile them for each new text length."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

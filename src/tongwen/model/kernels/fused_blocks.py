@@ -1,10 +1,9 @@
-"""RMSNorm, the gated MLP and adapted layers as one operation each, where memory traffic costs more than arithmetic: on a CPU,
-and on a GPU in 16 bits.
+"""RMSNorm, the gated MLP and adapted layers as one fused operation each.
 
-Written as single modules, each step of theirs reads and writes a whole activation. Here what can be overwritten is
-overwritten, and what is kept is not computed twice. A module gets the fast form only when it is proven, on random rows, to
-compute what that form computes; all else (Gemma's 1 + weight, other activations, layers that peft must handle itself) stays
-as it is.
+This helps where memory traffic costs more than arithmetic: on a CPU, and on a GPU in 16 bits. In eager mode each small
+step reads and writes a whole activation; the fused forms work in place where they can and save what the backward needs.
+A module is replaced only if a test on random rows gives the same result. Others (Gemma's 1 + weight, other activations,
+layers that peft must handle itself) stay unchanged.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from tongwen.model.kernels.fused_projections import FusedProjections, SiblingPro
 
 MLP, QKV = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj")
 
-LEAN = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-ROWS = 128  # whose fp32 copies stay in a core's cache
+FUSED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+ROWS = 128  # per block: their fp32 copies fit in a core's cache
 
 
 class FusedRmsNorm(torch.autograd.Function):
-    """x: (..., width); weight: (width,), frozen. Saves x and one number per row, which is fp32 at least."""
+    """x: (..., width); weight: (width,), frozen. Saves x and one number per row, in fp32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -50,9 +49,9 @@ class FusedRmsNorm(torch.autograd.Function):
         out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
         flat = (part.reshape(-1, x.shape[-1]) for part in (gradient, x))
         for upper, rows, scales, results in _blocks(*flat, inverse, out.view(-1, x.shape[-1])):
-            rows, of_rows = rows.to(inverse.dtype), (upper * weight).to(inverse.dtype)
-            along = torch.linalg.vecdot(of_rows, rows).unsqueeze(-1).mul_(scales.pow(3)).div_(-x.shape[-1])
-            results.copy_(of_rows.mul_(scales).addcmul_(rows, along))
+            rows, grad_rows = rows.to(inverse.dtype), (upper * weight).to(inverse.dtype)
+            along = torch.linalg.vecdot(grad_rows, rows).unsqueeze(-1).mul_(scales.pow(3)).div_(-x.shape[-1])
+            results.copy_(grad_rows.mul_(scales).addcmul_(rows, along))
         return out, None, None
 
 
@@ -64,8 +63,8 @@ def _blocks(*parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 class FusedGatedMlp(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)). x: (..., in), in the number type of the weights; first: gate and up joined, which read it;
-    last: down alone. adapters: A, B of the three, which both have taken."""
+    """down(silu(gate(x)) * up(x)). x: (..., in), in the dtype of the weights; first: fused gate and up; last: down.
+    adapters: A, B of the three, already loaded into first and last."""
 
     @staticmethod
     def forward(
@@ -76,39 +75,43 @@ class FusedGatedMlp(torch.autograd.Function):
         scales: tuple[float, ...],
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.first, ctx.last, ctx.scales, ctx.own, ctx.shape = first, last, scales, adapters[0].dtype, x.shape
-        wide = first.widen(x.reshape(-1, first.inside))
-        both = wide @ first.forth.t()
+        ctx.first, ctx.last, ctx.scales, ctx.adapter_dtype, ctx.shape = first, last, scales, adapters[0].dtype, x.shape
+        wide = first.widen(x.reshape(-1, first.in_features))
+        both = wide @ first.forward_weight.t()
         gate, up = both.split(first.widths, dim=1)
-        hidden, active = last.entry(both), silu(gate)
-        torch.mul(active, up, out=hidden[:, : last.inside])
-        out = last.fill(hidden) @ last.forth.t()
+        hidden, active = last.input_buffer(both), silu(gate)
+        torch.mul(active, up, out=hidden[:, : last.in_features])
+        out = last.fill(hidden) @ last.forward_weight.t()
         ctx.save_for_backward(wide, both, active, hidden)
-        return out.view(*x.shape[:-1], last.outside)
+        return out.view(*x.shape[:-1], last.out_features)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         (wide, both, active, hidden), first, last = ctx.saved_tensors, ctx.first, ctx.last
         gate, up = both.split(first.widths, dim=1)
-        room = last.exit(both)
-        room[:, : last.outside] = gradient.reshape(len(room), -1)
-        of_last = last.deal(*last.gradients(*last.split(hidden), room), ctx.scales[2:], ctx.own)
-        of_hidden = room @ last.back
-        room = first.exit(both)
-        of_gate, of_up = room[:, : first.outside].split(first.widths, dim=1)
-        torch.mul(of_hidden, active, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
-        of_first = first.deal(*first.gradients(*first.split(wide), room), ctx.scales, ctx.own)
-        of_x = (room @ first.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, None, *of_first, *of_last
+        buffer = last.output_buffer(both)
+        buffer[:, : last.out_features] = gradient.reshape(len(buffer), -1)
+        grad_last = last.split_gradients(
+            *last.gradients(*last.split(hidden), buffer), ctx.scales[2:], ctx.adapter_dtype
+        )
+        grad_hidden = buffer @ last.backward_weight
+        buffer = first.output_buffer(both)
+        grad_gate, grad_up = buffer[:, : first.out_features].split(first.widths, dim=1)
+        torch.mul(grad_hidden, active, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+        grad_first = first.split_gradients(*first.gradients(*first.split(wide), buffer), ctx.scales, ctx.adapter_dtype)
+        grad_x = (buffer @ first.backward_weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, *grad_first, *grad_last
 
 
 def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
-    """Give every RMSNorm, gated MLP and adapted linear layer that qualifies its fast forward; returns how many. is_same: decides
-    in the place of the proof, where there are only shapes."""
+    """Replace the forward of every RMSNorm, gated MLP and adapted linear layer that qualifies; returns how many.
+
+    is_same: replaces the numerical test, for models without values (meta tensors).
+    """
     is_same = is_same or _is_same
     fast: dict[Any, Any] = {}
-    for module in model.modules():  # a module comes before what is inside of it
+    for module in model.modules():  # a module comes before its children
         if module in fast:
             continue
         if _is_norm(module) and is_same(module, partial(_norm, module), module.weight):
@@ -124,22 +127,25 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
     for module, forward in fast.items():
         if forward:
             module.forward = MethodType(forward, module)
-    _leave_files(model)
+    _release_files(model)
     return sum(map(bool, fast.values()))
 
 
-def _leave_files(model: Any) -> None:
-    """A file of weights stays in the memory of a CPU's process as long as one tensor lies in it, also with what was joined and
-    stands elsewhere now. What was joined is a view, and not contiguous."""
+def _release_files(model: Any) -> None:
+    """Copy the remaining frozen weights, so that memory-mapped weight files are released.
+
+    A file stays in memory while one tensor uses it, even if the other weights were copied into fused matrices. Fused
+    weights are views and not contiguous, so they are not copied again.
+    """
     for part in model.parameters():
         if part.device.type == "cpu" and not part.requires_grad and part.is_contiguous():
             part.data = part.data.clone()
 
 
 def _is_norm(module: Any) -> bool:
-    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _is_lean(module.weight):
+    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _has_fused_dtype(module.weight):
         return False
-    _, _, *more = signature(type(module).forward).parameters  # self, x, and the gate of another kind of norm
+    _, _, *more = signature(type(module).forward).parameters  # self, x; a gated norm has more
     return not more
 
 
@@ -148,11 +154,11 @@ def _inside(module: Any, names: Sequence[str]) -> list[Any]:
 
 
 def _plain(layers: list[Any]) -> list[Any]:
-    """The layers, when all are plain, frozen and of one number type."""
+    """Return the layers if all are plain, frozen and of one dtype, else []."""
     if not all(is_plain(layer) for layer in layers):
         return []
     weights = [_weight(layer) for layer in layers]
-    suit = all(_is_lean(weight) and not weight.requires_grad for weight in weights)
+    suit = all(_has_fused_dtype(weight) and not weight.requires_grad for weight in weights)
     return layers if suit and len({weight.dtype for weight in weights}) == 1 else []
 
 
@@ -161,14 +167,14 @@ def _weight(layer: Any) -> torch.Tensor:
 
 
 def _is_same(module: Any, form: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> bool:
-    """Rows of ordinary and of very small size give the same through both forms (the small ones show the epsilon)."""
+    """Whether both forms agree on random rows of ordinary and of very small size (the small ones test the epsilon)."""
     rows = torch.randn(1, 4, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     rows[:, 2:] *= 1e-3
     half = weight.dtype != torch.float32
-    near = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
+    tolerance = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
     rows = rows.to(weight.device, weight.dtype)
     with torch.no_grad(), torch.autocast(weight.device.type, weight.dtype, enabled=half):
-        return bool(torch.allclose(module(rows), form(rows), **near))
+        return bool(torch.allclose(module(rows), form(rows), **tolerance))
 
 
 def _silu_gated(gate: Any, up: Any, down: Any, x: torch.Tensor) -> torch.Tensor:
@@ -177,9 +183,9 @@ def _silu_gated(gate: Any, up: Any, down: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if not _is_lean(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
+    if not _has_fused_dtype(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
         return type(self).forward(self, x)
-    if x.is_cuda:  # where torch has it as one operation, which autocast would take to fp32
+    if x.is_cuda:  # torch has a fused kernel, which autocast would run in fp32
         with torch.autocast("cuda", enabled=False):
             return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
     return FusedRmsNorm.apply(x, self.weight, self.variance_epsilon)
@@ -190,14 +196,14 @@ def _mlp(layers: Sequence[Any]) -> Any:
     first, last = FusedProjections(parts[:2]), FusedProjections(parts[2:])
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not _is_lean(x) or not all(is_plain(layer, x) for layer in layers):
+        if not _has_fused_dtype(x) or not all(is_plain(layer, x) for layer in layers):
             return type(self).forward(self, x)
         parts = [parts_of(layer) for layer in layers]
-        (scales, adapters), (scale, adapter) = first.take(parts[:2]), last.take(parts[2:])
+        (scales, adapters), (scale, adapter) = first.load_adapters(parts[:2]), last.load_adapters(parts[2:])
         return FusedGatedMlp.apply(x, first, last, scales + scale, *adapters, *adapter)
 
     return forward
 
 
-def _is_lean(x: torch.Tensor) -> bool:
-    return x.dtype in LEAN.get(x.device.type, ())
+def _has_fused_dtype(x: torch.Tensor) -> bool:
+    return x.dtype in FUSED_DTYPES.get(x.device.type, ())

@@ -1,11 +1,11 @@
-"""Adapted layers that read the same input as one matrix: an adapter costs no pass over activations.
+"""Fuse adapted layers with the same input into one matrix, so that an adapter needs no extra pass over activations.
 
-With W (out, in) their frozen weights below each other, A (R, in) and B (out, R) their adapters, B a block for each layer,
+Let W (out, in) be their stacked frozen weights, A (R, in) and B (out, R) their adapters, B with a block for each layer:
 
     M = [[W, s B], [A, 0]]        y = [x, x Aᵀ] [W, s B]ᵀ        dx = [dy, s dy B] [W; A]
 
-so that each direction is one product, and query, key and value, or gate and up, are one as well. The layers' own weights
-become views of M: nothing is held twice.
+Forward and backward are one product each, for all of query, key and value, or gate and up. The layers' own weights
+become views of M, so nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tongwen.model.kernels.fused_lora import is_plain, parts_of
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # W (out, in), A (r, in), B (out, r), s
 
-# R is rounded up to what the products take at a time: AMX 32 bf16 numbers (a GPU reads 8 of them), AVX-512 16 of fp32.
+# R is rounded up to the hardware's block size: AMX 32 bf16 numbers (a GPU reads 8), AVX-512 16 fp32 numbers.
 AT_A_TIME = {torch.bfloat16: 32, torch.float32: 16}
 
 
@@ -29,19 +29,24 @@ class FusedProjections:
     def __init__(self, parts: Sequence[Part]) -> None:
         weights = [weight for weight, *_ in parts]
         self.widths, self.ranks = [len(weight) for weight in weights], [len(a) for _, a, *_ in parts]
-        self.outside, self.inside = sum(self.widths), weights[0].shape[1]
+        self.out_features, self.in_features = sum(self.widths), weights[0].shape[1]
         step = AT_A_TIME.get(weights[0].dtype, 1)
         rank = -(-sum(self.ranks) // step) * step
-        self.matrix = weights[0].new_zeros(self.outside + rank, self.inside + rank)
-        for weight, rows in zip(weights, self.matrix[: self.outside].split(self.widths), strict=True):
-            rows[:, : self.inside] = weight.detach()
-            weight.data = rows[:, : self.inside]
-        self.forth, self.back = self.matrix[: self.outside], self.matrix[:, : self.inside]
-        self.a, self.b = self.matrix[self.outside :, : self.inside], self.matrix[: self.outside, self.inside :]
+        self.matrix = weights[0].new_zeros(self.out_features + rank, self.in_features + rank)
+        for weight, rows in zip(weights, self.matrix[: self.out_features].split(self.widths), strict=True):
+            rows[:, : self.in_features] = weight.detach()
+            weight.data = rows[:, : self.in_features]
+        self.forward_weight, self.backward_weight = self.matrix[: self.out_features], self.matrix[:, : self.in_features]
+        self.a, self.b = (
+            self.matrix[self.out_features :, : self.in_features],
+            self.matrix[: self.out_features, self.in_features :],
+        )
 
-    def take(self, parts: Sequence[Part]) -> tuple[tuple[float, ...], list[torch.Tensor]]:
-        """The adapters as they are now: before each forward, for not every optimizer that moves them leaves a sign of it.
-        Returns all s, and A, B of each layer."""
+    def load_adapters(self, parts: Sequence[Part]) -> tuple[tuple[float, ...], list[torch.Tensor]]:
+        """Copy the adapters into the fused matrix. Returns all s, and A, B of each layer.
+
+        Call before each forward: not every optimizer that changes the adapters bumps their version counters.
+        """
         row = column = 0
         for weight, a, b, scale in parts:
             self.a[column : column + len(a)] = a.detach()
@@ -51,82 +56,86 @@ class FusedProjections:
 
     def widen(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> [x, x Aᵀ]: (T, in + R)."""
-        wide = self.entry(x)
-        wide[:, : self.inside] = x
+        wide = self.input_buffer(x)
+        wide[:, : self.in_features] = x
         return self.fill(wide)
 
-    def entry(self, like: torch.Tensor) -> torch.Tensor:
-        """Where x belongs into the first columns, for `fill`: (T, in + R)."""
+    def input_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Return an uninitialised (T, in + R) tensor, whose first columns are for x and the rest for `fill`."""
         return like.new_empty(len(like), self.matrix.shape[1])
 
     def fill(self, wide: torch.Tensor) -> torch.Tensor:
-        wide[:, self.inside :] = wide[:, : self.inside] @ self.a.t()
+        wide[:, self.in_features :] = wide[:, : self.in_features] @ self.a.t()
         return wide
 
     def split(self, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[x, x Aᵀ] -> x, x Aᵀ."""
-        return wide[:, : self.inside], wide[:, self.inside :]
+        return wide[:, : self.in_features], wide[:, self.in_features :]
 
-    def exit(self, like: torch.Tensor) -> torch.Tensor:
-        """Where dy belongs into the first columns, for `gradients`: (T, out + R)."""
+    def output_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Return an uninitialised (T, out + R) tensor, whose first columns are for dy and the rest for `gradients`."""
         return like.new_empty(len(like), self.matrix.shape[0])
 
-    def gradients(self, x: torch.Tensor, low: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a room whose first columns hold dy, whose last are filled here: (s dA (R, in), dB' (R, out)), where the block of
-        a layer is the transpose of its dB without the scale."""
-        of_y = room[:, : self.outside]
-        room[:, self.outside :] = of_y @ self.b
-        return room[:, self.outside :].t() @ x, low.t() @ of_y
+    def gradients(self, x: torch.Tensor, low: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (s dA (R, in), dB' (R, out)); a layer's block of dB' is the transpose of its dB without the scale.
 
-    def deal(
-        self, of_a: torch.Tensor, of_b: torch.Tensor, scales: Sequence[float], own: torch.dtype
+        buffer: its first columns hold dy; its last columns are filled here.
+        """
+        grad_y = buffer[:, : self.out_features]
+        buffer[:, self.out_features :] = grad_y @ self.b
+        return buffer[:, self.out_features :].t() @ x, low.t() @ grad_y
+
+    def split_gradients(
+        self, grad_a: torch.Tensor, grad_b: torch.Tensor, scales: Sequence[float], adapter_dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """What `gradients` gave, as (dA, dB) of each layer in its adapter's number type."""
-        rows = of_a.split([*self.ranks, len(of_a) - sum(self.ranks)])
-        blocks = of_b.split(self.widths, dim=1)
+        """Split the result of `gradients` into dA, dB of each layer, in the adapter's dtype."""
+        rows = grad_a.split([*self.ranks, len(grad_a) - sum(self.ranks)])
+        blocks = grad_b.split(self.widths, dim=1)
         column = 0
         for rank, row, block, scale in zip(self.ranks, rows, blocks, scales, strict=False):
-            yield row.to(own)
-            yield block[column : column + rank].t().to(own).mul(scale)
+            yield row.to(adapter_dtype)
+            yield block[column : column + rank].t().to(adapter_dtype).mul(scale)
             column += rank
 
 
 class FusedProjectionsFunction(torch.autograd.Function):
-    """x: (..., in), in the number type of the weights -> the layers' outputs, (..., out_i) each. adapters: A, B of each layer,
-    which `joined` has taken. Saves [x, x Aᵀ] only."""
+    """x: (..., in), in the dtype of the weights -> the layers' outputs, (..., out_i) each. Saves [x, x Aᵀ] only.
+    adapters: A, B of each layer, already loaded into `fused`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, joined: FusedProjections, scales: tuple[float, ...], *adapters: torch.Tensor
+        ctx: Any, x: torch.Tensor, fused: FusedProjections, scales: tuple[float, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        wide = joined.widen(x.reshape(-1, joined.inside))
+        wide = fused.widen(x.reshape(-1, fused.in_features))
         ctx.save_for_backward(wide)
-        ctx.joined, ctx.scales, ctx.shape, ctx.own = joined, scales, x.shape, adapters[0].dtype
-        out = (wide @ joined.forth.t()).view(*x.shape[:-1], joined.outside)
-        return tuple(out.split(joined.widths, dim=-1))
+        ctx.fused, ctx.scales, ctx.shape, ctx.adapter_dtype = fused, scales, x.shape, adapters[0].dtype
+        out = (wide @ fused.forward_weight.t()).view(*x.shape[:-1], fused.out_features)
+        return tuple(out.split(fused.widths, dim=-1))
 
     @staticmethod
-    def backward(ctx: Any, *of_out: torch.Tensor) -> tuple[Any, ...]:
-        (wide,), joined = ctx.saved_tensors, ctx.joined
-        room = joined.exit(wide)
-        for columns, gradient in zip(room[:, : joined.outside].split(joined.widths, dim=1), of_out, strict=True):
+    def backward(ctx: Any, *grad_out: torch.Tensor) -> tuple[Any, ...]:
+        (wide,), fused = ctx.saved_tensors, ctx.fused
+        buffer = fused.output_buffer(wide)
+        for columns, gradient in zip(buffer[:, : fused.out_features].split(fused.widths, dim=1), grad_out, strict=True):
             columns.copy_(gradient.reshape(columns.shape))
-        of_adapters = joined.deal(*joined.gradients(*joined.split(wide), room), ctx.scales, ctx.own)
-        of_x = (room @ joined.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, *of_adapters
+        grad_adapters = fused.split_gradients(
+            *fused.gradients(*fused.split(wide), buffer), ctx.scales, ctx.adapter_dtype
+        )
+        grad_x = (buffer @ fused.backward_weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *grad_adapters
 
 
 class SiblingProjections:
-    """Layers that a module calls one after another on the same input: the first call computes for all."""
+    """Layers that a module calls in turn on the same input: the first call computes all outputs."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
-        self.joined = FusedProjections([parts_of(layer) for layer in layers])
+        self.fused = FusedProjections([parts_of(layer) for layer in layers])
         self._input: torch.Tensor | None = None
         self._ready: dict[int, torch.Tensor] = {}
 
     def forward_of(self, number: int) -> Any:
-        """The fast forward of the layer of that number, to be a method of it."""
+        """Return the fused forward of one layer, to bind to it as a method."""
 
         def forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
             if self._input is not x or number not in self._ready:
@@ -141,5 +150,5 @@ class SiblingProjections:
         return forward
 
     def _all(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scales, adapters = self.joined.take([parts_of(layer) for layer in self.layers])
-        return FusedProjectionsFunction.apply(x, self.joined, scales, *adapters)  # type: ignore[no-any-return]
+        scales, adapters = self.fused.load_adapters([parts_of(layer) for layer in self.layers])
+        return FusedProjectionsFunction.apply(x, self.fused, scales, *adapters)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Loss on learned tokens only, and the number that crosses every wall: bits per byte.
+"""Loss on learned tokens only, and bits per byte, which compares models across vocabularies.
 
-The model's head runs on just the rows that predict a learned token (`logits_to_keep`), and the gradient of the
-cross-entropy is computed where the logits lie, so that one copy of them is all the memory that the loss needs; where the
-head does not learn, of a block of rows at a time.
+The model's head runs only on the rows that predict a learned token (`logits_to_keep`). The gradient of the
+cross-entropy overwrites the logits, so the loss needs memory for one copy of them. If the head is frozen, the loss
+computes blocks of rows and needs memory for one block only.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-ROWS_AT_ONCE = {"cpu": 4}  # rows whose softmax is computed together: on a CPU their logits stay in the cache of a core
-ROWS_ELSEWHERE = 256  # an accelerator would wait for the launches of small blocks
-HEAD_ROWS = {"cpu": 256}  # rows whose logits exist together where the head is spared
+ROWS_AT_ONCE = {"cpu": 4}  # rows per softmax: on a CPU their logits stay in the cache of a core
+ROWS_ELSEWHERE = 256  # small blocks would make an accelerator wait for kernel launches
+HEAD_ROWS = {"cpu": 256}  # rows of logits in memory with the blockwise head
 HEAD_ROWS_ELSEWHERE = 1024
 
 
 def head_rows(device: str) -> int:
-    """How many rows of logits exist together where the head is spared."""
+    """Return how many rows of logits are in memory with the blockwise head."""
     return HEAD_ROWS.get(device, HEAD_ROWS_ELSEWHERE)
 
 
 def _overwrite(logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Nats of each row, (R,) in fp32. The logits (R, V) become the gradient of scale x their sum: the scale is part of the
-    softmax's division; afterwards, it would be another pass over the logits."""
+    """Return each row's nats, (R,) in fp32, and overwrite the logits (R, V) with the gradient of scale x their sum.
+
+    The scale is part of the softmax's division, which saves another pass over the logits.
+    """
     nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     at_once = ROWS_AT_ONCE.get(logits.device.type, ROWS_ELSEWHERE)
     for begin in range(0, len(targets), at_once):
@@ -37,12 +39,12 @@ def _overwrite(logits: torch.Tensor, targets: torch.Tensor, scale: float | torch
         scores = block if block.dtype == torch.float32 else block.float()
         highest = scores.amax(dim=1, keepdim=True)
         scores.sub_(highest)
-        of_target = scores.gather(1, wanted)
+        target_score = scores.gather(1, wanted)
         scores.exp_()
         total = scores.sum(dim=1, keepdim=True)
-        nats[begin : begin + at_once] = (total.log() - of_target).squeeze(1)
+        nats[begin : begin + at_once] = (total.log() - target_score).squeeze(1)
         scores.mul_(scale / total)
-        scores.scatter_add_(1, wanted, torch.zeros_like(of_target).sub_(scale))
+        scores.scatter_add_(1, wanted, torch.zeros_like(target_score).sub_(scale))
         if scores is not block:
             block.copy_(scores)
     return nats
@@ -66,13 +68,13 @@ class LearnedCrossEntropy(torch.autograd.Function):
         return nats.sum() * scale, nats
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_sum: torch.Tensor, grad_nats: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
-        # Elsewhere the question would wait for the device, and tensors without values have no answer.
-        if type(of_sum) is torch.Tensor and of_sum.device.type == "cpu" and of_sum == 1:
+        # Only on a CPU: the comparison would wait for an accelerator, and fake tensors have no value to compare.
+        if type(grad_sum) is torch.Tensor and grad_sum.device.type == "cpu" and grad_sum == 1:
             return gradient, None, None
-        return gradient.mul_(of_sum.to(gradient.dtype)), None, None
+        return gradient.mul_(grad_sum.to(gradient.dtype)), None, None
 
 
 class HeadLoss(torch.autograd.Function):
@@ -87,36 +89,41 @@ class HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, size = weight.to(hidden.dtype), head_rows(hidden.device.type)
-        of_hidden, nats = torch.empty_like(hidden), []
-        for rows, wanted, gradients in zip(hidden.split(size), targets.split(size), of_hidden.split(size), strict=True):
+        grad_hidden, nats = torch.empty_like(hidden), []
+        for rows, wanted, gradients in zip(
+            hidden.split(size), targets.split(size), grad_hidden.split(size), strict=True
+        ):
             logits = rows @ weight.t()
             nats.append(_overwrite(logits, wanted, scale))
             if ctx.needs_input_grad[0]:
                 gradients.copy_(logits @ weight)
-        ctx.save_for_backward(of_hidden)
+        ctx.save_for_backward(grad_hidden)
         each = torch.cat(nats)
         ctx.mark_non_differentiable(each)
         return each.sum() * scale, each
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (of_hidden,) = ctx.saved_tensors
-        return of_hidden * of_sum.to(of_hidden.dtype), None, None, None
+    def backward(ctx: Any, grad_sum: torch.Tensor, grad_nats: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_sum.to(grad_hidden.dtype), None, None, None
 
 
-def spare_head(model: Any, batch: dict[str, Any] | None) -> bool:
-    """Have `learned_loss` do the head's work from here on, where it may: nothing learns in the head, and the model's logits
-    are its output and no more (Gemma 2 and Granite go on computing with them). batch: on which that is seen; None: believed."""
+def use_blockwise_head(model: Any, batch: dict[str, Any] | None) -> bool:
+    """Let `learned_loss` compute the head in blocks, if the model allows it; returns whether it does.
+
+    The head must be frozen, and the model must not change the head's output (Gemma 2 and Granite do). batch: used to
+    test the latter; None: skip the test.
+    """
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None or "forward" in vars(head):  # or hooked by others
         return False
-    head.spared = not head.weight.requires_grad and (batch is None or _is_all(model, head, batch))
-    return bool(head.spared)
+    head.is_blockwise = not head.weight.requires_grad and (batch is None or _logits_are_head_output(model, head, batch))
+    return bool(head.is_blockwise)
 
 
-def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
+def _logits_are_head_output(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
     outputs: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, given, output: outputs.append(output))
+    hook = head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
         with torch.no_grad():
             logits = model(**_inputs(batch), use_cache=False).logits
@@ -126,10 +133,10 @@ def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _spared(model: Any) -> Iterator[torch.nn.Linear | None]:
-    """The head if it is spared: inside, it hands on its input, which takes the place of the logits."""
+def _blockwise_head(model: Any) -> Iterator[torch.nn.Linear | None]:
+    """Yield the head if it runs blockwise, else None. In the block the head returns its input instead of logits."""
     head = (model.module if isinstance(model, DistributedDataParallel) else model).get_output_embeddings()
-    if not getattr(head, "spared", False):
+    if not getattr(head, "is_blockwise", False):
         yield None
         return
     head.forward = lambda hidden: hidden
@@ -147,11 +154,11 @@ def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
 def learned_loss(
     model: Any, batch: dict[str, Any], scale: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale x sum of nats () with gradient, nats per learned token (R,)) of one micro-batch as `train.batches` makes it.
+    """Return (scale x sum of nats () with gradient, nats per learned token (R,)) of a micro-batch from `train.packing`.
 
-    An empty micro-batch (its one token is masked) gives a zero that still touches every parameter.
+    An empty micro-batch (its single token is masked) gives a zero that still depends on every parameter.
     """
-    with _spared(model) as head:
+    with _blockwise_head(model) as head:
         rows = model(**_inputs(batch), use_cache=False).logits.flatten(0, 1)
     if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
         rows = rows[batch["rows"]]
@@ -159,7 +166,7 @@ def learned_loss(
         return rows.sum() * 0.0, rows.new_zeros(0, dtype=torch.float32)
     if head is not None:
         return HeadLoss.apply(rows, head.weight, batch["targets"], scale)  # type: ignore[no-any-return]
-    if rows.dtype == torch.float16:  # whose smallest numbers are larger than much of a scaled gradient
+    if rows.dtype == torch.float16:  # much of a scaled gradient would underflow
         total, nats = LearnedCrossEntropy.apply(rows.contiguous(), batch["targets"], 1.0)
         return total * scale, nats
     return LearnedCrossEntropy.apply(rows.contiguous(), batch["targets"], scale)  # type: ignore[no-any-return]
@@ -177,10 +184,10 @@ INPUTS = (
 
 
 def bits_per_byte(model: Any, batches: Iterable[dict[str, Any]], token_bytes: torch.Tensor) -> dict[str, float]:
-    """Sum of loss in nats over learned tokens / (ln 2 x UTF-8 bytes that those tokens stand for).
+    """Return bits per byte: loss in nats over learned tokens / (ln 2 x UTF-8 bytes of those tokens).
 
-    token_bytes: (V,) bytes of each token; special tokens have 0 and are counted in neither sum.
-    Also gives the loss per token (special tokens included) and the counts.
+    token_bytes: (V,) bytes of each token; special tokens have 0 and count in neither sum.
+    The result also has the loss per token (special tokens included) and the counts.
     """
     nats = nats_text = 0.0
     size = tokens = 0

@@ -1,9 +1,9 @@
-"""Attention over a pack of documents in which each document sees only itself.
+"""Attention over a pack of documents, in which each document attends only to itself.
 
-The documents' borders come as `cu_seq_lens_q` (D + 1,), as for flash attention. Where flash attention computes (CUDA, 16
-bits) one call of torch's own `varlen_attn` takes them all, and the GPU is never asked for a number. Elsewhere each document
-is one causal call of torch's scaled-dot-product attention, so no mask of the whole pack is ever built: on a CPU that is
-four times faster than the dense block mask, and nothing can leak that was not passed in.
+`cu_seq_lens_q` (D + 1,) gives the document boundaries, as for flash attention. Where flash attention works (CUDA, 16
+bits), one call of torch's `varlen_attn` computes all documents without synchronising with the GPU. Elsewhere each
+document is one causal call of torch's scaled-dot-product attention, without a mask of the whole pack. On a CPU that is
+four times faster than the dense block mask, and one document cannot see another.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from tongwen.model.kernels.short_attention import ShortAttention
 
 NAME = "tongwen_documents"
-SHORT = 512  # tokens; in longer documents the pairs of tokens outweigh what a faster backward saves
+SHORT = 512  # tokens; in longer documents the cost per pair of tokens outweighs the faster backward
 HALVES = (torch.bfloat16, torch.float16)
-AMPERE = (8, 0)  # the first GPUs that flash attention knows
+AMPERE = (8, 0)  # the first GPUs that flash attention supports
 WIDEST_HEAD = 256
-# From torch 2.12 on a call says that heads are grouped; before, the kernel sees it by itself.
+# From torch 2.12 on, grouped heads need a flag; before, the kernel detects them.
 GROUPED = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 
 
@@ -41,9 +41,13 @@ def documents_attention(
     loop: Callable[..., torch.Tensor] | None = None,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(1, T, heads, head_dim). max_length_q: tokens of the longest document; prefix_lengths: (D,) tokens from a document's
-    beginning that all of it sees; loop: in the place of `_one_by_one`. Raises RuntimeError where it could only be wrong: no
-    borders, or scores that the architecture changes in a way that this function does not know."""
+    """Return the attention output (1, T, heads, head_dim).
+
+    max_length_q:   tokens of the longest document
+    prefix_lengths: (D,) tokens at each document's start that all its tokens see
+    loop:           replaces `_one_by_one`
+    Raises RuntimeError without boundaries, or for an architecture that changes the scores in an unsupported way.
+    """
     if cu_seq_lens_q is None:
         raise RuntimeError("documents_attention needs cu_seq_lens_q; for generation use attn_implementation='sdpa'")
     for unknown in ("softcap", "s_aux"):
@@ -67,12 +71,12 @@ def _one_by_one(
     dropout: float,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """(1, heads, T, head_dim), a call for each document."""
+    """Return the attention output (1, heads, T, head_dim), with one call for each document."""
     lengths = borders.diff().tolist()
     grouped = query.shape[1] != key.shape[1]
     prefixes = prefix_lengths.tolist() if prefix_lengths is not None else [0] * len(lengths)
     parts = []
-    # Split, not sliced: the backward of a slice writes and adds a whole pack of zeros for each document.
+    # Split instead of slicing: the backward of a slice writes and adds zeros for the whole pack, for each document.
     documents = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     for length, prefix, (queries, keys, values) in zip(lengths, prefixes, documents, strict=True):
         window = sliding_window if sliding_window and length > sliding_window else None
@@ -96,13 +100,13 @@ def _one_by_one(
 
 
 def _is_bf16_on_cpu(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Where `ShortAttention` computes: heads of one width, too."""
+    """Whether `ShortAttention` supports these: bf16 on a CPU, with queries and values of one head width."""
     suits: bool = query.dtype == torch.bfloat16 and query.device.type == "cpu"
     return suits and query.shape[-1] == value.shape[-1]
 
 
 def register() -> str:
-    """Make the function known to transformers; returns the name for `attn_implementation`."""
+    """Register the function with transformers; returns the name for `attn_implementation`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, documents_attention)
@@ -110,7 +114,7 @@ def register() -> str:
 
 
 def leave_out_of_graphs() -> None:
-    """The loop over documents cannot be compiled: each pack would be another program. Flash attention stays inside."""
+    """Exclude the loop over documents from compiled graphs: each pack would need its own. Flash attention stays in."""
     from transformers import AttentionInterface
 
     loop = torch.compiler.disable(_one_by_one)
@@ -118,13 +122,13 @@ def leave_out_of_graphs() -> None:
 
 
 def _computed_in(query: torch.Tensor) -> torch.dtype:
-    """The number type that attention is computed in: under autocast rotary positions may have left a query in fp32."""
+    """Return the dtype for attention. Under autocast, rotary positions may have left a query in fp32."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _suits_flash(query: torch.Tensor, value: torch.Tensor, computed_in: torch.dtype) -> bool:
-    """Whether torch's flash attention takes heads of this kind on this device."""
+    """Whether torch's flash attention supports these heads on this device."""
     width = query.shape[-1]
     return (
         query.is_cuda
@@ -145,8 +149,11 @@ def _all_at_once(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """(1, T, heads, head_dim) of all documents by one call. flash attention's window counts the tokens before the own one."""
-    from torch.nn.attention.varlen import varlen_attn  # seconds, which a CPU need not spend
+    """Return the output (1, T, heads, head_dim) of all documents by one call.
+
+    flash attention's window counts the tokens before the current one.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # this import takes seconds, so not on a CPU
 
     flat = (part[0].transpose(0, 1) for part in (query, key, value))  # (T, heads, head_dim)
     seen = (window - 1 if window and window < longest else -1, 0)
@@ -157,8 +164,8 @@ def _all_at_once(
 
 
 def _band(length: int, window: int | None, prefix: int, device: torch.device) -> torch.Tensor:
-    """(length, length) bool: each token sees itself, the window - 1 tokens before it (all of them without a window), and
-    the prefix."""
+    """Return a mask (length, length): each token sees itself, the window - 1 tokens before it (all without a window),
+    and the prefix."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if window:
         seen = seen.triu(1 - window)

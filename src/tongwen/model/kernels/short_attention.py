@@ -1,5 +1,5 @@
-"""Causal attention of one document in bf16 on a CPU, where torch's own backward takes twice as long as this one (35 against
-13 ms for two documents of 512 tokens, 9 heads of 64, with AMX)."""
+"""Causal attention of one document in bf16 on a CPU, with a faster backward than torch's own (13 ms instead of 35 for
+two documents of 512 tokens, 9 heads of 64, with AMX)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-BLOCK = 256  # queries whose scores are computed together
+BLOCK = 256  # queries per block of scores
 
 
 class ShortAttention(torch.autograd.Function):
-    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). A block of queries at a time; scores and
-    softmax in fp32, products in bf16. Saves what the softmax gave: 2 bytes for each pair of tokens and head.
+    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). Computes one block of queries at a time,
+    scores and softmax in fp32, products in bf16. Saves the softmax's output: 2 bytes for each pair of tokens and head.
     """
 
     @staticmethod
@@ -41,21 +41,21 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, *weights = ctx.saved_tensors
         grouped, keys, values = query[0].unflatten(0, (len(key[0]), -1)), key[0], value[0]
-        of_out = gradient[0].unflatten(0, grouped.shape[:2])
-        of_query, of_key, of_value = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
+        grad_out = gradient[0].unflatten(0, grouped.shape[:2])
+        grad_query, grad_key, grad_value = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
         for (begin, end), weight in zip(_blocks(grouped.shape[2]), weights, strict=True):
-            rows, of_rows = (part[:, :, begin:end].flatten(1, 2) for part in (grouped, of_out))
-            of_weight = torch.bmm(of_rows, values[:, :end].transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype)
-            of_query[:, :, begin:end] = torch.bmm(of_scores, keys[:, :end]).view_as(of_query[:, :, begin:end])
-            of_key[:, :end].baddbmm_(of_scores.transpose(1, 2), rows)
-            of_value[:, :end].baddbmm_(weight.transpose(1, 2), of_rows)
-        return of_query.mul_(ctx.scale).view_as(query), of_key.mul_(ctx.scale)[None], of_value[None], None
+            rows, grad_rows = (part[:, :, begin:end].flatten(1, 2) for part in (grouped, grad_out))
+            grad_weight = torch.bmm(grad_rows, values[:, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+            grad_query[:, :, begin:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(grad_query[:, :, begin:end])
+            grad_key[:, :end].baddbmm_(grad_scores.transpose(1, 2), rows)
+            grad_value[:, :end].baddbmm_(weight.transpose(1, 2), grad_rows)
+        return grad_query.mul_(ctx.scale).view_as(query), grad_key.mul_(ctx.scale)[None], grad_value[None], None
 
 
 @contextmanager
 def _products_of_bf16() -> Iterator[None]:
-    """Inside, fp32 numbers that are bf16 numbers are multiplied as such, exactly and in half the time, and summed in fp32."""
+    """Multiply fp32 matrices as bf16 in this block, summing in fp32: exact for bf16 values, and twice as fast."""
     precision = torch.backends.mkldnn.matmul
     before = precision.fp32_precision
     precision.fp32_precision = "bf16"

@@ -1,1 +1,1 @@
-"""Opening what others publish: weights, tokenizers, special tokens, devices."""
+"""Load published models: weights, tokenizers, special tokens, devices."""

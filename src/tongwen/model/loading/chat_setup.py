@@ -1,4 +1,4 @@
-"""What a model needs to speak: its template bound to its tokenizer, and the tokens that end an answer."""
+"""Chat setup of a model: its template bound to its tokenizer, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_chat_setup(source: Path, out: Path) -> None:
-    """Tokenizer, template and stop tokens of a model folder, file by file: nothing is read into another form."""
+    """Copy tokenizer, template and stop tokens of a model folder, byte for byte."""
     for pattern in (*TOKENIZER, "generation_config.json"):
         for file in source.glob(pattern):
             if file.is_file():
@@ -37,7 +37,7 @@ def copy_chat_setup(source: Path, out: Path) -> None:
 
 
 def bind_template(name: str, tokenizer: Any, prefix: list[int]) -> Template:
-    """The template of that name for this tokenizer. prefix: ids that the tokenizer puts before a text."""
+    """Return the template of that name for this tokenizer. prefix: ids that the tokenizer puts before a text."""
     tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -53,7 +53,7 @@ def special_texts(tokenizer: Any) -> list[str]:
 
 
 def stop_ids(tokenizer: Any, template: Template | None, generation_config: Any) -> tuple[int, ...]:
-    """Ids that end an answer: the template's stop first, then whatever the model already stopped on."""
+    """Return the ids that end an answer: the template's stop first, then the model's own stop tokens."""
     ids: list[int] = []
     if template is not None:
         ids.append(int(tokenizer.convert_tokens_to_ids(template.stop)))
@@ -65,8 +65,8 @@ def stop_ids(tokenizer: Any, template: Template | None, generation_config: Any) 
 
 
 def end_of_text(tokenizer: Any) -> int:
-    """The id that ends a document: the family's own where the tokenizer has one, else its end-of-sequence token. Raises
-    ModelError when there is neither."""
+    """Return the id that ends a document: the family's end-of-text token if the tokenizer has one, else its
+    end-of-sequence token. Raises ModelError when there is neither."""
     special = special_texts(tokenizer)
     for text in ENDS_OF_TEXT:
         if text in special:
@@ -81,13 +81,13 @@ def end_of_text(tokenizer: Any) -> int:
 
 
 def control_ids(tokenizer: Any, template: Template) -> list[int]:
-    """Ids of the control tokens that the template writes."""
+    """Return the ids of the control tokens that the template writes."""
     text = template.prompt([Message("user", "A")]) + template.stop
     return sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in template.special if token in text})
 
 
 def save_tokenizer(tokenizer: Any, template: Template | None, folder: Path) -> None:
-    """The tokenizer with the template that was trained with, byte for byte; with its own, where none was."""
+    """Save the tokenizer with the training template, byte for byte; without one, with the tokenizer's own template."""
     if template is None:
         tokenizer.save_pretrained(str(folder))
         return
@@ -99,7 +99,7 @@ def save_tokenizer(tokenizer: Any, template: Template | None, folder: Path) -> N
 
 
 def save_generation_config(model: Any, stops: tuple[int, ...], folder: Path) -> None:
-    """generation_config.json in which an answer ends where the model learned to end it."""
+    """Write a generation_config.json whose stop tokens are those that the model was trained with."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_dict(model.generation_config.to_dict())

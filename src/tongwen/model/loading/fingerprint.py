@@ -1,6 +1,6 @@
-"""A model's name that depends on its tensors alone: their names, types, shapes and bytes, not the files they lie in.
+"""Fingerprints: a hash of a model's tensors (names, dtypes, shapes, bytes) that does not depend on its files.
 
-Re-sharding, another container, or a copy of the folder leave it unchanged; one flipped bit does not.
+Re-sharding, another file format or a copy of the folder leave it unchanged; one flipped bit changes it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from tongwen.model.loading.tensors import TorchTensors, load_bin
 
 
 def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-    """The beginning of one tensor's line in the fingerprint; its bytes follow, little-endian and contiguous. BLAKE3, because
-    every byte of a model passes here, and it takes a third of SHA-256's time."""
+    """Start the digest of one tensor's line; the caller adds its bytes, little-endian and contiguous.
+
+    BLAKE3 takes a third of SHA-256's time, and every byte of a model is hashed here.
+    """
     return blake3(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
 
 
@@ -31,21 +33,21 @@ def combine(lines: dict[str, str]) -> str:
 
 
 def fingerprint_chain(base: str, adapter: str) -> str:
-    """The fingerprint of a base with an adapter on it, from those of the two: what a next adapter is trained on."""
+    """Return the fingerprint of a base with an adapter on it, from the fingerprints of the two."""
     return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
 
 
-def fingerprint_model(place: ModelRef) -> str | None:
-    """The fingerprint of a model's files; None for one that is only on a hub and not in the local cache."""
-    lines = model_lines(place)
+def fingerprint_model(ref: ModelRef) -> str | None:
+    """Return the fingerprint of a model's files; None for a hub model that is not in the local cache."""
+    lines = model_lines(ref)
     return combine(lines) if lines else None
 
 
-def model_lines(place: ModelRef) -> dict[str, str]:
-    """tensor -> its line of the fingerprint. Empty for a model that is not on this machine."""
-    if place.gguf:
-        return _gguf_lines(Path(place.folder) / place.gguf)
-    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+def model_lines(ref: ModelRef) -> dict[str, str]:
+    """Return tensor -> its line of the fingerprint; empty for a model that is not on this machine."""
+    if ref.gguf:
+        return _gguf_lines(Path(ref.folder) / ref.gguf)
+    folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     if folder is None:
         return {}
     if stored := find_tensors(folder):
@@ -58,7 +60,7 @@ def model_lines(place: ModelRef) -> dict[str, str]:
 
 
 def lines_of(tensors: Tensors) -> dict[str, str]:
-    """The same of tensors in whatever holds them: a file's lines and those of its tensors in memory are equal."""
+    """Like `model_lines`, for any `Tensors`: tensors in memory give the same lines as their file."""
     lines = {}
     for name, (dtype, shape) in tensors.facts.items():
         digest = start_digest(name, dtype, shape)
@@ -69,12 +71,12 @@ def lines_of(tensors: Tensors) -> dict[str, str]:
 
 
 def fingerprint_state(state: dict[str, Any]) -> str:
-    """The fingerprint of torch tensors in memory: the same as that of a safetensors file that holds them."""
+    """Return the fingerprint of torch tensors in memory: the same as that of a safetensors file with these tensors."""
     return combine(lines_of(TorchTensors(state)))
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """sha256 over the tokenizer's complete definition (vocabulary, merges, normaliser, added tokens)."""
+    """Return sha256 over the tokenizer's complete definition (vocabulary, merges, normaliser, added tokens)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -85,22 +87,24 @@ def fingerprint_text(text: str) -> str:
 
 
 def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tuple[int, ...] | None:
-    """The order in which each adapter was trained on what lies below it, or None. adapters: (what it was trained on, its
-    own fingerprint); one that records nothing fits anywhere."""
+    """Return the order in which each adapter was trained on those below it; None if there is no such order.
+
+    adapters: (recorded fingerprint of its base, its own fingerprint). One without a recorded base fits anywhere.
+    """
     for order in itertools.permutations(range(len(adapters))):
         below = base
         for index in order:
-            recorded, own = adapters[index]
+            recorded, fingerprint = adapters[index]
             if recorded not in (None, below):
                 break
-            below = fingerprint_chain(below, own)
+            below = fingerprint_chain(below, fingerprint)
         else:
             return order
     return None
 
 
 def line_of(stored: Stored) -> str:
-    """One tensor's line, from its bytes in the file."""
+    """Return one tensor's line, from its bytes in the file."""
     digest = start_digest(stored.name, stored.dtype, stored.shape)
     for block in iter_bytes(stored):
         digest.update(block)

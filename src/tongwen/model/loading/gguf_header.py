@@ -1,7 +1,7 @@
-"""A GGUF file's header, walked before any library reads it: no count in it reaches beyond the file.
+"""Check a GGUF file's header before any library reads it: no count in it may reach beyond the file.
 
-Readers trust these counts: one of 2^40 makes them loop for hours, one that points outside gives other numbers in
-silence. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+GGUF readers trust these counts. A count of 2^40 makes them loop for hours, and an offset outside the file silently
+gives wrong numbers. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
 
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value's type, in bytes
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
 TEXT, ARRAY = 8, 9
 ALIGNMENT = "general.alignment"
 
 
 def check_header(file: Path) -> None:
-    """Raise ModelError when the header of a GGUF file is cut, or claims what the file does not hold."""
+    """Raise ModelError when the header of a GGUF file is cut off, or claims more than the file contains."""
     facts = file.stat()
     _check(file, facts.st_size, facts.st_mtime_ns)
 
@@ -31,24 +31,24 @@ def _check(file: Path, size: int, changed: int) -> None:
         raise _wrong(file, _("it has only {size} bytes").format(size=size))
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            _Walk(data).through()
+            _HeaderParser(data).parse()
         except (struct.error, IndexError, ValueError, UnicodeDecodeError, OverflowError) as error:
             raise _wrong(file, str(error)) from None
 
 
-class _Walk:
-    """One pass over the bytes. Whatever leads outside of the file, or is no type, is a ValueError."""
+class _HeaderParser:
+    """One pass over the header. Raises ValueError for an unknown type or a length that points outside the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
-    def through(self) -> None:
+    def parse(self) -> None:
         magic, version, tensors, facts = struct.unpack_from("<4sIQQ", self.data)
         self.at = 24
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(_("it is not a GGUF file of version 2 or 3"))
         alignment = 32
-        for _index in range(self.possible(facts, 12)):
+        for _index in range(self.checked_count(facts, 12)):
             name, (kind,) = self.text(), self.take("<I")
             at = self.at
             self.value(kind)
@@ -56,13 +56,13 @@ class _Walk:
                 alignment = struct.unpack_from("<I", self.data, at)[0]
                 if not 0 < alignment <= 1 << 20:
                     raise ValueError(f"{ALIGNMENT}: {alignment}")
-        ends = [self.tensor() for _ in range(self.possible(tensors, 24))]
+        ends = [self.tensor() for _ in range(self.checked_count(tensors, 24))]
         begin = -(-self.at // alignment) * alignment
         if ends and begin + max(ends) > len(self.data):
             raise ValueError(_("the file ends before its tensors end"))
 
     def tensor(self) -> int:
-        """Where its data end, counted from the beginning of all data."""
+        """Read one tensor's entry. Return the end of its data, relative to the start of the data section."""
         sizes = _block_sizes()
         name, (dimensions,) = self.text(), self.take("<I")
         if not 1 <= dimensions <= 4:
@@ -84,7 +84,7 @@ class _Walk:
         elif kind == ARRAY:
             inner, count = self.take("<IQ")
             if inner == TEXT:
-                for _index in range(self.possible(count, 8)):
+                for _index in range(self.checked_count(count, 8)):
                     self.skip(self.take("<Q")[0])
             elif inner in SIZES:
                 self.skip(count * SIZES[inner])
@@ -111,8 +111,8 @@ class _Walk:
         if self.at > len(self.data):
             raise ValueError(_("a length points beyond the end of the file"))
 
-    def possible(self, count: int, least: int) -> int:
-        """A count of things of at least so many bytes each, if the file has room for them."""
+    def checked_count(self, count: int, least: int) -> int:
+        """Return the count if the rest of the file can hold that many items of at least `least` bytes each."""
         if count * least > len(self.data) - self.at:
             raise ValueError(_("a count of {count}").format(count=count))
         return count
@@ -120,7 +120,7 @@ class _Walk:
 
 @cache
 def _block_sizes() -> dict[int, tuple[int, int]]:
-    """number type -> (numbers in a block, bytes of a block)"""
+    """Return GGML type -> (numbers in a block, bytes of a block)."""
     try:
         import gguf
     except ImportError:

@@ -1,7 +1,7 @@
-"""A name becomes a model and its tokenizer: folder, hub id, `modelscope:id`, `.gguf` file, or a stage folder.
+"""Find and load a model and its tokenizer by name: folder, hub id, `modelscope:id`, `.gguf` file, or stage folder.
 
-What transformers accepts in silence is refused here: weights that are missing and would be random, a tokenizer with
-more tokens than the embedding has rows. No remote code runs, and no pickle beyond `weights_only=True`.
+Two faults that transformers accepts silently are errors here: missing weights, which would be random, and a tokenizer
+with more tokens than the embedding has rows. No remote code runs; pickles are read with `weights_only=True` only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tongwen.model.loading.gguf_header import check_header
 if TYPE_CHECKING:
     import torch
 
-# It says on every import which kernels it lacks, and at every int8 product that this is one of fp16.
+# bitsandbytes warns about missing kernels on every import, and about fp16 casts at every int8 product.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -37,7 +37,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model is: what to hand to `from_pretrained`, and the adapters that stand on it, the first one lowest."""
+    """Where a model is: the argument for `from_pretrained`, and the adapters on top of it, from bottom to top."""
 
     name: str  # as the user wrote it
     folder: str  # folder or hub id
@@ -45,7 +45,7 @@ class ModelRef:
     adapters: tuple[str, ...] = ()
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         return Path(self.folder).is_dir()
 
 
@@ -69,10 +69,10 @@ def locate(name: str) -> ModelRef:
                 remedy=_("give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B"),
             )
         return ModelRef(name, name)
-    return _local_place(name, path)
+    return _locate_local(name, path)
 
 
-def _local_place(name: str, path: Path) -> ModelRef:
+def _locate_local(name: str, path: Path) -> ModelRef:
     if path.is_file():
         raise ModelError(_("a model must be a folder or a .gguf file"), place=name)
     stage = artifact.find(path)
@@ -111,89 +111,91 @@ def _local_place(name: str, path: Path) -> ModelRef:
     return ModelRef(name, str(path))
 
 
-def load_tokenizer(place: ModelRef) -> Any:
-    """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
+def load_tokenizer(ref: ModelRef) -> Any:
+    """Return a model's tokenizer. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
     from tongwen.model.loading import sentencepiece, special_tokens, tiktoken
 
-    _make_known(place)
-    instead = special_tokens.instead_of_empty(Path(place.folder)) if place.local else {}
-    with quiet(), explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
+    _register_family(ref)
+    overrides = special_tokens.replace_empty_names(Path(ref.folder)) if ref.is_local else {}
+    with quiet(), explain_errors(ref):
+        tokenizer = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False, **overrides, **_gguf(ref))
 
-    if place.gguf:
-        tiktoken.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
-    file = _lone_sentencepiece(place)
+    if ref.gguf:
+        tiktoken.fix_gguf_pretokenizer(tokenizer, Path(ref.folder) / ref.gguf)
+    file = _lone_sentencepiece(ref)
     if file is None:
         return tokenizer
-    return tokenizer if tiktoken.read_ranks(file) else sentencepiece.mended(tokenizer, file)
+    return tokenizer if tiktoken.read_ranks(file) else sentencepiece.with_sentencepiece_ids(tokenizer, file)
 
 
-def dressed(place: ModelRef) -> ModelRef:
-    """Where the tokenizer stands with which a model and its adapters learned: with the last of them that has one."""
-    folders = [str(adapter_folder(Path(folder))) for folder in reversed(place.adapters)]
+def tokenizer_ref(ref: ModelRef) -> ModelRef:
+    """Return the place of the tokenizer used in training: the topmost adapter that has one, else the base."""
+    folders = [str(adapter_folder(Path(folder))) for folder in reversed(ref.adapters)]
     folder = next((folder for folder in folders if (Path(folder) / "tokenizer_config.json").is_file()), "")
-    return ModelRef(folder, folder) if folder else place
+    return ModelRef(folder, folder) if folder else ref
 
 
-def _make_known(place: ModelRef) -> None:
-    """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
-    known yet, so it is imported for that as well (a second)."""
-    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+def _register_family(ref: ModelRef) -> None:
+    """Register ChatGLM-6B, which transformers lacks, if the folder's config names it. The config of a hub model that is
+    not cached is unknown, so register it then too (this takes a second)."""
+    folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
     if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
         importlib.import_module("tongwen.model.chatglm")
 
 
-def _lone_sentencepiece(place: ModelRef) -> Path | None:
-    """A tokenizer.model without a tokenizer.json beside it."""
-    if place.local:
-        file = Path(place.folder) / "tokenizer.model"
-    elif place.gguf:
+def _lone_sentencepiece(ref: ModelRef) -> Path | None:
+    """Return the model's tokenizer.model if there is no tokenizer.json beside it."""
+    if ref.is_local:
+        file = Path(ref.folder) / "tokenizer.model"
+    elif ref.gguf:
         return None
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(place.folder, "tokenizer.model")
+        found = try_to_load_from_cache(ref.folder, "tokenizer.model")
         file = Path(found if isinstance(found, str) else "")
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
-def load_kind(place: ModelRef) -> str:
-    """The model type that a folder's config.json says, read without transformers; "" without one."""
-    file = Path(place.folder) / "config.json"
+def read_model_type(ref: ModelRef) -> str:
+    """Return `model_type` from a folder's config.json, read without transformers; "" without a config."""
+    file = Path(ref.folder) / "config.json"
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
 
 
-def load_config(place: ModelRef) -> Any:
+def load_config(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
-    _make_known(place)
-    with quiet(), explained(place):
-        return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+    _register_family(ref)
+    with quiet(), explain_errors(ref):
+        return AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
 
 
-def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
-    """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
-    the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
+def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
+    """Load the causal language model in the given dtype, with its matrices quantised to nf4 or int8 on request.
+
+    Adapters are not loaded (see `open_adapter_chain`). Raises ModelError when a weight is missing and would be random.
+    """
     from transformers import AutoModelForCausalLM
 
     from tongwen.model.loading import special_tokens
 
-    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
-    config = load_config(place)
-    if special_tokens.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
-        how["config"] = config
-    with quiet(), explained(place):
+    kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    config = load_config(ref)
+    if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{ref.name}/config.json"):
+        kwargs["config"] = config
+    with quiet(), explain_errors(ref):
         model, info = AutoModelForCausalLM.from_pretrained(
-            place.folder,
+            ref.folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             device_map=device_map,
-            **how,
-            **_gguf(place),
+            **kwargs,
+            **_gguf(ref),
         )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
@@ -201,59 +203,59 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
             _("the files lack {count} weights, which would be random; the first: {missing}").format(
                 count=len(missing), missing=missing[0]
             ),
-            place=place.name,
+            place=ref.name,
             remedy=_("download the whole model again"),
         )
     if quantize:
-        _settle_quantised(model)
-    if place.gguf:  # de-quantised: from here on an ordinary model
+        _prepare_quantised(model)
+    if ref.gguf:  # it has been de-quantised: treat it as an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
 
 
 def load_generation_config(folder: str) -> Any:
-    """What a model folder says of how it generates; None when it says nothing."""
+    """Return a model folder's generation config; None without the file."""
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
-def _settle_quantised(model: Any) -> None:
-    """A quantised model as it can be trained, and without the file that it came from."""
+def _prepare_quantised(model: Any) -> None:
+    """Make a quantised model trainable, and release the file that it was loaded from."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
-            # that, no gradient passes them.
+            # bitsandbytes repacks such weights at the first forward in eval mode and never unpacks them. Gradients do
+            # not pass through repacked weights.
             module.support_avx512bf16_for_cpu = False
     for part in model.parameters():
-        if part.is_floating_point():  # one tensor that lies in the mapped file would keep all of the file in memory
+        if part.is_floating_point():  # a single tensor in the mapped file would keep the whole file in memory
             part.data = part.data.clone()
 
 
 def cached_folder(hub_id: str) -> Path | None:
-    """The snapshot of a hub model in the local cache."""
+    """Return a hub model's snapshot folder in the local cache; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(hub_id, "config.json")
     return Path(found).parent if isinstance(found, str) else None
 
 
-def fetched(place: ModelRef) -> ModelRef:
-    """The files of a hub model in the local cache; fetched when they are not there."""
-    if place.local or place.gguf:
-        return place
-    folder = cached_folder(place.folder)
+def ensure_local(ref: ModelRef) -> ModelRef:
+    """Return the model as a local folder. Download a hub model that is not in the cache yet."""
+    if ref.is_local or ref.gguf:
+        return ref
+    folder = cached_folder(ref.folder)
     if folder is None or not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         from huggingface_hub import snapshot_download
 
-        with explained(place):
-            folder = Path(snapshot_download(place.folder))
-    return ModelRef(place.name, str(folder))
+        with explain_errors(ref):
+            folder = Path(snapshot_download(ref.folder))
+    return ModelRef(ref.name, str(folder))
 
 
 def make_skeleton(config: Any) -> Any:
-    """The model of a config with shapes only: no weight has memory."""
+    """Build the model of a config on the meta device: shapes only, no memory for weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -262,14 +264,14 @@ def make_skeleton(config: Any) -> Any:
 
 
 def count_body(config: Any) -> tuple[int, int]:
-    """(parameters that every token passes, embeddings and head left out; width of the head)."""
+    """Return (number of parameters without embedding and head, hidden size)."""
     model = make_skeleton(config)
     matrices = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
     body = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in matrices)
     return body, int(model.get_input_embeddings().weight.shape[1])
 
 
-def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
+def check_tokenizer(tokenizer: Any, model: Any, ref: ModelRef) -> None:
     """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
@@ -278,33 +280,36 @@ def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
             _("the tokenizer has ids up to {highest}, but the embedding has only {rows} rows").format(
                 highest=highest, rows=rows
             ),
-            place=place.name,
+            place=ref.name,
             remedy=_("use this model's own tokenizer"),
         )
 
 
 def compute_device() -> str:
-    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here. Under a launcher, this process takes its own, also
-    where it is shown no other (`srun --gpus-per-task=1`): its number is then the place among those that it sees."""
+    """Return cuda, npu, xpu, mps or cpu: the device that torch can use on this machine.
+
+    Under a launcher this also selects the process's own device. Its index is LOCAL_RANK modulo the visible devices,
+    because `srun --gpus-per-task=1` shows each process a single GPU.
+    """
     import torch
 
     if "LOCAL_RANK" in os.environ and (count := count_devices()):
         index = int(os.environ["LOCAL_RANK"]) % count
-        os.environ["LOCAL_RANK"] = str(index)  # for DeepSpeed, which takes it as it is
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed uses the variable unchanged
         torch.accelerator.set_device_index(index)
     kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
     return kind.type if kind is not None else "cpu"
 
 
 def count_devices() -> int:
-    """How many accelerators this process sees; none on a CPU, where any number of processes have room."""
+    """Return how many accelerators this process sees; 0 on a CPU, which any number of processes can share."""
     import torch
 
     return int(torch.accelerator.device_count()) if torch.accelerator.is_available() else 0
 
 
 def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
-    """(number type, why). fp32 on a CPU that only emulates bf16: there it is about seven times slower."""
+    """Return (dtype, reason). A CPU that only emulates bf16 gets fp32: emulated bf16 is about seven times slower."""
     import torch
 
     if precision == "fp32":
@@ -340,10 +345,10 @@ def cpu_has_bf16() -> bool:
 
 
 class quiet:  # noqa: N801 (used like a function)
-    """Bars, hints and deprecation notes of the libraries stay out of the way; their errors are raised.
+    """Hide the libraries' progress bars, hints and deprecation warnings; errors are still raised.
 
-    What is set aside belongs to the process, and the page opens models in threads: the first to come in sets it aside, the
-    last to leave puts it back.
+    These settings are global to the process, and the web page loads models in threads. So the first block to enter
+    changes them, and the last one to leave restores them.
     """
 
     _lock = threading.Lock()
@@ -353,7 +358,7 @@ class quiet:  # noqa: N801 (used like a function)
     def __enter__(self) -> None:
         with quiet._lock:
             if not quiet._inside:
-                self._hush()
+                self._silence()
             quiet._inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -362,7 +367,7 @@ class quiet:  # noqa: N801 (used like a function)
             if not quiet._inside:
                 quiet._before.close()
 
-    def _hush(self) -> None:
+    def _silence(self) -> None:
         from transformers.utils import logging as hf
 
         self._before.callback(hf.set_verbosity, hf.get_verbosity())
@@ -377,17 +382,17 @@ class quiet:  # noqa: N801 (used like a function)
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Bars that libraries draw themselves (GGUF) are for a terminal; a log would fill with them. All else is said at the end."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    """Keep progress bars that libraries draw themselves (GGUF) out of a log. Other output is written at the end."""
+    with contextlib.redirect_stderr(io.StringIO()) as captured:
         yield
-    sys.stderr.write("\n".join(line for line in said.getvalue().split("\n") if "\r" not in line))
+    sys.stderr.write("\n".join(line for line in captured.getvalue().split("\n") if "\r" not in line))
 
 
-class explained:  # noqa: N801
-    """Whatever a loader raises becomes one message with a place and a remedy."""
+class explain_errors:  # noqa: N801
+    """Turn any exception of a loader into one error with a place and a remedy."""
 
-    def __init__(self, place: ModelRef) -> None:
-        self.place = place
+    def __init__(self, ref: ModelRef) -> None:
+        self.ref = ref
 
     def __enter__(self) -> None:
         return None
@@ -395,23 +400,23 @@ class explained:  # noqa: N801
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception) or isinstance(error, (ModelError, MachineError)):
             return
-        if is_out_of_memory(error):  # the command says what helps
+        if is_out_of_memory(error):  # the command itself reports the remedy
             return
         text = str(error)
-        said = first_line(error)
+        reason = first_line(error)
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
-        if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
+        if not self.ref.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                _("cannot get this model from the hub: {said}").format(said=said[:160]),
-                place=self.place.name,
+                _("cannot get this model from the hub: {said}").format(said=reason[:160]),
+                place=self.ref.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
-                + _("   or write   base: modelscope:{place}").format(place=self.place.name),
+                + _("   or write   base: modelscope:{place}").format(place=self.ref.name),
             ) from None
         if "trust_remote_code" in text:
             raise ModelError(
                 _("this model needs its own code, which tongwen never runs"),
-                place=self.place.name,
+                place=self.ref.name,
                 remedy=self._without_its_code(),
             ) from None
         if (
@@ -419,14 +424,14 @@ class explained:  # noqa: N801
             or type(error).__name__ == "SafetensorError"
         ):
             raise ModelError(
-                _("the model cannot be loaded: {said}").format(said=said[:300]),
-                place=self.place.name,
+                _("the model cannot be loaded: {said}").format(said=reason[:300]),
+                place=self.ref.name,
                 remedy=_("check that the files are complete"),
             ) from error
 
     def _without_its_code(self) -> str:
-        if load_kind(self.place) == "baichuan":
-            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        if read_model_type(self.ref) == "baichuan":
+            return f"tongwen convert {self.ref.name} --to hf --out {Path(self.ref.folder).name}-llama"
         return _("use a version that transformers supports natively")
 
 
@@ -443,13 +448,13 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
+        bnb_4bit_quant_storage=dtype,  # FSDP2 does not shard integer tensors
     )
 
 
 def _check_int8() -> None:
-    """Raise MachineError on GPUs before Turing, which have no 8-bit products: there, losses of 0.0 and mixed number types
-    were what people saw (F-07, F-13)."""
+    """Raise MachineError on GPUs before Turing, which have no 8-bit products. Users of older projects saw losses of 0.0
+    and mixed dtypes there (F-07, F-13)."""
     import torch
 
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
@@ -462,8 +467,8 @@ def _check_int8() -> None:
         )
 
 
-def _gguf(place: ModelRef) -> dict[str, str]:
-    return {"gguf_file": place.gguf} if place.gguf else {}
+def _gguf(ref: ModelRef) -> dict[str, str]:
+    return {"gguf_file": ref.gguf} if ref.gguf else {}
 
 
 def _from_modelscope(name: str) -> str:
@@ -480,7 +485,7 @@ def _from_modelscope(name: str) -> str:
 
 
 def adapter_folder(folder: Path) -> Path:
-    """Where an adapter's files are: there, or in the folder below into which the trainers of 2023 put them."""
+    """Return the folder of an adapter's files: this one, or the subfolder that the training scripts of 2023 used."""
     if (folder / "adapter_config.json").is_file() or not folder.is_dir():
         return folder
     below = (folder / name for name in ("adapter_model", "sft_lora_model", "pt_lora_model"))
@@ -488,7 +493,7 @@ def adapter_folder(folder: Path) -> Path:
 
 
 def find_adapter(folder: Path) -> Path:
-    """The same. Raises ArtifactError when there is no adapter."""
+    """Like `adapter_folder`, but raise ArtifactError when there is no adapter."""
     place = adapter_folder(folder)
     if not (place / "adapter_config.json").is_file():
         raise no_adapter_config(place)
@@ -496,7 +501,7 @@ def find_adapter(folder: Path) -> Path:
 
 
 def no_adapter_config(folder: Path) -> ArtifactError:
-    """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
+    """Return the error for a folder without adapter_config.json. A bare file of tensors can be migrated."""
     bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
     return ArtifactError(
         _("no adapter_config.json in this folder"),
@@ -506,6 +511,6 @@ def no_adapter_config(folder: Path) -> ArtifactError:
 
 
 def adapter_type(model: Any) -> str:
-    """peft's name for the kind of a model's adapter, such as LORA; "" for a model without one."""
+    """Return peft's name for the type of a model's adapter, such as LORA; "" without an adapter."""
     config = getattr(model, "peft_config", None)
     return str(next(iter(config.values())).peft_type.value) if config else ""

@@ -1,7 +1,8 @@
-"""A base as quantised training saw it: each matrix to nf4 or int8 and back, one in memory at a time.
+"""A base as quantised training saw it: each matrix is quantised to nf4 or int8 and back, one in memory at a time.
 
-QLoRA learns beside these numbers, not beside the original ones. Merging into the original base is the usual way and the
-better model for its precision; merging into what training saw keeps to what was learned. The difference is measured.
+QLoRA trains an adapter beside the quantised weights, not beside the original ones. Merging into the original base is
+usual and gives the more precise model; merging into the quantised weights matches the training. `distance` measures
+how much the two differ.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ KINDS = ("nf4", "int8")
 
 
 class QuantizedTensors:
-    """Tensors (see `weights.Tensors`) of a base, with the matrices of its layers as bitsandbytes gives them back."""
+    """Tensors (see `core.safetensors_io.Tensors`) of a base, whose layer matrices are quantised and de-quantised."""
 
-    def __init__(self, base: Tensors, place: ModelRef, kind: str) -> None:
+    def __init__(self, base: Tensors, ref: ModelRef, kind: str) -> None:
         try:
             import bitsandbytes
         except ImportError:
             raise MissingPackage("bitsandbytes", _("a quantised base"), "qlora") from None
         self.base, self.kind, self.bitsandbytes = base, kind, bitsandbytes
         self.facts = base.facts
-        self.matrices = matrices_of(place) & base.facts.keys()
+        self.matrices = matrices_of(ref) & base.facts.keys()
         self._last = threading.local()
 
     def raw(self, name: str, begin: int, end: int) -> Array:
         if name not in self.matrices:
             return self.base.raw(name, begin, end)
         if getattr(self._last, "name", "") != name:
-            self._last.name, self._last.bytes = name, from_fp32(self._back(name), self.facts[name][0])
+            self._last.name, self._last.bytes = name, from_fp32(self._round_trip(name), self.facts[name][0])
         width = row_bytes(*self.facts[name])
         return self._last.bytes.reshape(-1).view(np.uint8)[begin * width : end * width]
 
-    def _back(self, name: str) -> Array:
-        """Quantised and de-quantised. (out, in) fp32"""
+    def _round_trip(self, name: str) -> Array:
+        """Return a weight after quantisation and de-quantisation: (out, in) fp32."""
         import torch
 
         shape = self.facts[name][1]
@@ -58,18 +59,18 @@ class QuantizedTensors:
         return functional.dequantize_4bit(held.data, held.quant_state).float().numpy().reshape(shape)
 
 
-def matrices_of(place: ModelRef) -> set[str]:
-    """Names of the weights that transformers quantises: of all linear layers but the head."""
+def matrices_of(ref: ModelRef) -> set[str]:
+    """Return the names of the weights that transformers quantises: all linear layers but the head."""
     import torch
 
-    model = make_skeleton(load_config(place))
+    model = make_skeleton(load_config(ref))
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear,)
     return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, linear) and part is not head}
 
 
 def distance(base: Tensors, quantised: QuantizedTensors) -> float:
-    """How far the quantised matrices are from the original ones: root mean square, as a share of theirs."""
+    """Return the relative error of the quantised matrices: RMS of the difference over RMS of the originals."""
     apart, whole = 0.0, 0.0
     for name in sorted(quantised.matrices):
         for begin, end in blocks(base.facts[name][1]):
@@ -80,9 +81,9 @@ def distance(base: Tensors, quantised: QuantizedTensors) -> float:
 
 
 def kind_of(settings: dict[str, Any]) -> str:
-    """nf4 or int8 for a training stage whose base was quantised, by its recorded settings; else nothing."""
-    for said in settings.values():
-        adapter = said.get("adapter") if isinstance(said, dict) else None
+    """Return nf4 or int8 if a training stage's recorded settings say that its base was quantised, else ""."""
+    for section in settings.values():
+        adapter = section.get("adapter") if isinstance(section, dict) else None
         if isinstance(adapter, dict) and adapter.get("method") == "qlora":
             return str(adapter["quantize"])
     return ""
@@ -90,11 +91,11 @@ def kind_of(settings: dict[str, Any]) -> str:
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """bitsandbytes imported in this block leaves torch's compiler alone.
+    """Import bitsandbytes in this block without compiling its CPU functions.
 
-    peft imports bitsandbytes wherever it is installed, and that hands its functions for CPUs to `torch.compile` at once:
-    a sixth of all that a command with an adapter imports. They stay uncompiled in this process, which is for those who
-    compute with none of them.
+    peft imports bitsandbytes wherever it is installed, which passes its CPU functions to `torch.compile` at once: a
+    sixth of the import time of a command with an adapter. They stay uncompiled for the rest of the process, so use this
+    only where they are not called.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -1,8 +1,8 @@
-"""SentencePiece models (`tokenizer.model`): read, and the fast form (`tokenizer.json`) that gives the same ids.
+"""Read SentencePiece models (`tokenizer.model`) and build a fast tokenizer (`tokenizer.json`) with the same ids.
 
-transformers 5 ranks the pieces of such a file by their place, but SentencePiece merges by score, and LLaMA's runs of
-blanks (places 259 and later, score -1e9) come last: 17 of 20 English articles got other ids from a folder without
-tokenizer.json. Its blank before a text is also left out when the text begins with one. So the fast form is built here.
+transformers 5 ranks the pieces of such a file by position, but SentencePiece merges by score, and LLaMA's runs of
+blanks (positions 259 and later, score -1e9) rank last. 17 of 20 English articles got different ids from a folder
+without tokenizer.json. transformers also omits the blank before a text that begins with one. So we build our own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
 
 def read_model(file: Path) -> Any:
-    """The ModelProto of a file. Raises ModelError when it is none, MissingPackage without the package."""
+    """Return a file's ModelProto. Raises ModelError for another file, MissingPackage without the package."""
     return parse(file.read_bytes(), str(file))
 
 
 def parse(held: bytes, place: str) -> Any:
-    """The same from its bytes."""
+    """Like `read_model`, from the file's bytes."""
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2 as proto
@@ -46,15 +46,18 @@ def parse(held: bytes, place: str) -> Any:
 
 
 def processor(model: Any) -> Any:
-    """SentencePiece's own encoder of a ModelProto."""
+    """Return SentencePiece's own encoder for a ModelProto."""
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 def fast_form(model: Any) -> Tokenizer:
-    """The model in the tokenizers library. Among pieces of one score SentencePiece takes the leftmost, which ranks cannot
-    say: there the two may differ (see `vocab.spm.disagreement`)."""
+    """Build the model's tokenizer for the tokenizers library.
+
+    Among pieces of equal score SentencePiece takes the leftmost, which ranks cannot express. There the two may differ
+    (see `vocab.spm.disagreement`).
+    """
     spec = model.trainer_spec
     names = [piece.piece for piece in model.pieces]
     unknown = names[spec.unk_id] if 0 <= spec.unk_id < len(names) else None
@@ -85,7 +88,7 @@ def fast_form(model: Any) -> Tokenizer:
             if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.USER_DEFINED)
         ]
     )
-    if 0 <= spec.bos_id < len(names):  # the families that use these files all begin a text so
+    if 0 <= spec.bos_id < len(names):  # every family with such a file begins a text with bos
         begin = names[spec.bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, spec.bos_id)]
@@ -93,8 +96,8 @@ def fast_form(model: Any) -> Tokenizer:
     return tokenizer
 
 
-def mended(tokenizer: Any, file: Path) -> Any:
-    """transformers' tokenizer of a folder that has tokenizer.model alone, with the ids that SentencePiece gives."""
+def with_sentencepiece_ids(tokenizer: Any, file: Path) -> Any:
+    """Replace transformers' tokenizer of a folder without tokenizer.json by one that gives SentencePiece's ids."""
     model = read_model(file)
     if model.trainer_spec.model_type != BPE:
         return tokenizer
@@ -112,14 +115,14 @@ def mended(tokenizer: Any, file: Path) -> Any:
 
 
 def special_names(model: Any) -> dict[str, str]:
-    """transformers' names of the special tokens that the file knows."""
+    """Return the file's special tokens under transformers' names."""
     spec, names = model.trainer_spec, [piece.piece for piece in model.pieces]
     ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id, "pad_token": spec.pad_id}
     return {name: names[index] for name, index in ids.items() if 0 <= index < len(names)}
 
 
 def _merges(model: Any) -> list[tuple[str, str]]:
-    """Every way to build every piece from two others, by falling score."""
+    """Return every way to build a piece from two others, by descending score."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED)}
     out = [
         (score, name[:cut], name[cut:])

@@ -1,8 +1,7 @@
-"""Special tokens that a published folder has wrong, put right in memory and said aloud; the user's files stay as they are.
+"""Correct wrong special tokens of published models in memory, with a notice; the user's files are not changed.
 
-The first LLaMA conversions on the hub say that a text begins with token 0, ends with token 1 and is padded with -1, and
-their tokenizer has empty names for all three: transformers recurses without end, or trains on, and the model never stops
-(F-11, F-12, F-15).
+The first LLaMA conversions on the hub set bos to 0, eos to 1 and pad to -1, and their tokenizer has empty names for all
+three. transformers then recurses without end, or trains on wrong tokens and the model never stops (F-11, F-12, F-15).
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_tok
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def instead_of_empty(folder: Path) -> dict[str, str | None]:
-    """What to load for special tokens whose name is empty in a tokenizer's folder: the family's usual ones, where the
-    vocabulary has them, else none."""
+def replace_empty_names(folder: Path) -> dict[str, str | None]:
+    """Return replacements for special tokens with an empty name: the usual token if the vocabulary has it, or None."""
     empty = [name for name in USUAL if any(_text(held.get(name)) == "" for held in _configs(folder))]
     if not empty:
         return {}
@@ -34,9 +32,11 @@ def instead_of_empty(folder: Path) -> dict[str, str | None]:
     return found
 
 
-def drop_outside(config: Any, rows: int, place: str) -> bool:
-    """Take out ids for which the embedding has no row: one of padding would freeze the last row, or stop the loading.
-    Returns whether there were any. place: the file."""
+def drop_invalid_ids(config: Any, rows: int, place: str) -> bool:
+    """Remove special token ids for which the embedding has no row. Returns whether there were any.
+
+    Such a padding id would freeze the last row, or make loading fail. place: the file, for the notice.
+    """
     wrong = [name for name in IDS if isinstance(index := getattr(config, name, None), int) and not 0 <= index < rows]
     for name in wrong:
         console.notice(
@@ -48,10 +48,10 @@ def drop_outside(config: Any, rows: int, place: str) -> bool:
     return bool(wrong)
 
 
-def mend_ends(tokenizer: Any, model: Any, place: str) -> None:
-    """A model that would stop at the token that begins a text, or at the unknown one, stops at its tokenizer's end."""
+def fix_stop_tokens(tokenizer: Any, model: Any, place: str) -> None:
+    """Set the model's stop token to the tokenizer's eos if it would stop at bos or at the unknown token."""
     config = model.generation_config
-    drop_outside(config, model.get_input_embeddings().weight.shape[0], f"{place}/generation_config.json")
+    drop_invalid_ids(config, model.get_input_embeddings().weight.shape[0], f"{place}/generation_config.json")
     known = getattr(config, "eos_token_id", None)
     ends = list(known) if isinstance(known, (list, tuple)) else [known]
     never = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}
@@ -85,7 +85,7 @@ def _text(token: Any) -> Any:
 
 
 def _pieces(folder: Path) -> set[str]:
-    """Pieces of a tokenizer's vocabulary, read from its file."""
+    """Return the pieces of a tokenizer's vocabulary, read from its file."""
     if (file := folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 

@@ -1,7 +1,7 @@
-"""A model's tensors by name, whatever holds them: safetensors files, `.bin` files, or a model in memory.
+"""Read a model's tensors by name from safetensors files, `.bin` files, or a model in memory.
 
-All have one interface (`weights.Tensors`). Numbers are computed in fp32 with numpy; torch is
-imported only for containers that need it, because importing it costs more memory than a merge does.
+All share one interface (`core.safetensors_io.Tensors`). Numbers are computed in fp32 with numpy. torch is imported only
+for formats that need it, because the import costs more memory than a merge.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tongwen.core.safetensors_io import (
 from tongwen.model.loading.load import ModelRef, load_model
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
-BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # what old files hold besides weights; models compute it anew
-Array = Any  # numpy arrays; their types are noise here
+BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # non-weights in old files; models recompute them
+Array = Any  # a numpy array
 
 
 class FileTensors:
-    """Tensors of safetensors files, read by position. Threads may read at once."""
+    """Tensors of safetensors files, read by position. Thread-safe."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self.stored = dict(stored)
@@ -52,7 +52,7 @@ class FileTensors:
 
 
 class TorchTensors:
-    """Tensors that torch holds: the mapped pages of `.bin` files, or a model that had to be opened whole."""
+    """Torch tensors: memory-mapped `.bin` files, or a model in memory."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = {name: tensor.detach() for name, tensor in state.items()}
@@ -69,7 +69,7 @@ class TorchTensors:
 
 
 def open_tensors(folder: Path, pattern: str) -> Tensors:
-    """The tensors of a folder: its safetensors files, else its `.bin` files by `pattern`. Raises ModelError without any."""
+    """Open a folder's safetensors files, else its `.bin` files that match `pattern`. Raises ModelError without any."""
     if stored := find_tensors(folder):
         return FileTensors(stored)
     state: dict[str, Any] = {}
@@ -86,22 +86,22 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     return TorchTensors(state)
 
 
-def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
-    """A model's tensors and its config. One that is a GGUF file is de-quantised in memory, which is said.
+def open_model(ref: ModelRef) -> tuple[Tensors, dict[str, Any]]:
+    """Return a model's tensors and its config. A GGUF file is de-quantised in memory, with a notice.
 
-    Raises ModelError for a config that cannot be read and for a quantised model: its tensors are not its weights.
+    Raises ModelError for an unreadable config and for a quantised model, whose tensors are not its weights.
     """
-    if place.gguf:
+    if ref.gguf:
         import torch
 
         console.notice(_("de-quantising the GGUF file: the whole model is loaded into memory"))
-        model = load_model(place, torch.float32)
+        model = load_model(ref, torch.float32)
         state = dict(model.state_dict())
         if model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        config = json.loads(model.config.to_json_string())  # what differs from the family's defaults
+        config = json.loads(model.config.to_json_string())  # only values that differ from the family's defaults
         return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
-    file = Path(place.folder) / "config.json"
+    file = Path(ref.folder) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
@@ -109,16 +109,16 @@ def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     if config.get("quantization_config"):
         raise ModelError(
             _("this model is quantised"),
-            place=place.name,
+            place=ref.name,
             remedy=_("use the original, unquantised model: an adapter fits both"),
         )
-    tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
+    tensors = open_tensors(Path(ref.folder), "pytorch_model*.bin")
     tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
     return tensors, config
 
 
 def load_bin(file: Path) -> dict[str, Any]:
-    """The tensors of a torch file, mapped and not read. Whatever needs more than tensors is refused and never run."""
+    """Memory-map the tensors of a torch file. Raises ModelError for a file with anything else; no code in it runs."""
     import torch
 
     if what := describe_wrong_file(file):
@@ -133,7 +133,7 @@ def load_bin(file: Path) -> dict[str, Any]:
     for name, tensor in state.items():
         if not isinstance(name, str) or tensor.layout != torch.strided:
             raise ModelError(_("{name!r} is not a plain tensor").format(name=name), place=str(file))
-        if tensor.numel() * tensor.element_size() > size:  # a stride of 0 or a squeezed archive
+        if tensor.numel() * tensor.element_size() > size:  # a stride of 0 or a compressed archive
             raise ModelError(_("{name} claims more bytes than the file has").format(name=name), place=str(file))
     return state
 
@@ -164,7 +164,7 @@ def _load(file: Path, *, mmap: bool) -> Any:
 
 
 def to_fp32(raw: Array, dtype: str) -> Array:
-    """Raw bytes as fp32 numbers, flat. Raises KeyError for a type that is no plain float."""
+    """Convert raw bytes to flat fp32 numbers. Raises KeyError for a dtype that is not a plain float."""
     if dtype == "BF16":
         out = raw.view(np.uint16).astype(np.uint32)
         out <<= 16
@@ -173,7 +173,7 @@ def to_fp32(raw: Array, dtype: str) -> Array:
 
 
 def from_fp32(numbers: Array, dtype: str) -> Array:
-    """fp32 numbers rounded once to the nearest (ties to even) of a type, as raw bytes. They must be finite."""
+    """Round finite fp32 numbers once to a dtype (to nearest, ties to even) and return the raw bytes."""
     flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1)
     if dtype == "BF16":
         bits = flat.view(np.uint32)
@@ -188,22 +188,22 @@ def from_fp32(numbers: Array, dtype: str) -> Array:
 
 
 def read_fp32(tensors: Tensors, name: str, begin: int = 0, end: int | None = None) -> Array:
-    """Rows of a tensor as fp32, in its shape."""
+    """Return rows [begin, end) of a tensor as fp32, in its shape."""
     dtype, shape = tensors.facts[name]
     end = row_count(shape) if end is None else end
     return to_fp32(tensors.raw(name, begin, end), dtype).reshape(end - begin, *shape[1:])
 
 
 def is_finite(numbers: Array) -> bool:
-    """Whether no number is NaN or Inf. The sum of squares tells in one fast pass; when it overflows, each is asked."""
+    """Return whether no number is NaN or Inf. The sum of squares is a fast test; if it overflows, check each number."""
     flat = numbers.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
 
 
 def torch_name(dtype: Any) -> str:
-    """torch.bfloat16 -> BF16, as safetensors writes it."""
+    """Return safetensors' name for a torch dtype: torch.bfloat16 -> BF16."""
     names = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U"}
-    word = str(dtype).removeprefix("torch.")
-    kind = word.rstrip("0123456789")
-    return "BOOL" if word == "bool" else names.get(kind, kind) + word.removeprefix(kind)
+    text = str(dtype).removeprefix("torch.")
+    kind = text.rstrip("0123456789")
+    return "BOOL" if text == "bool" else names.get(kind, kind) + text.removeprefix(kind)

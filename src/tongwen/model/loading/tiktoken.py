@@ -1,9 +1,10 @@
-"""Byte-level tokenizers from files that transformers reads in part or not at all: ranked bytes (tiktoken's, Mistral's
-tekken), and GGUF, of which it leaves out how a text is cut.
+"""Byte-level tokenizers from files that transformers reads incompletely or not at all.
 
-They hold no merges: BPE over ranks merges the neighbours whose concatenation has the lowest rank, so every way to build
-a token is a merge of its rank. tiktoken's file does not hold the pattern that splits a text either; it is known for the
-published vocabularies, told apart by their size, and a file of another size is refused.
+These are ranked bytes (tiktoken, Mistral's tekken) and GGUF, where transformers ignores the pre-tokeniser.
+
+Ranked files have no merges. BPE over ranks merges the neighbours whose concatenation has the lowest rank, so every way
+to build a token is a merge of that token's rank. A tiktoken file does not contain the splitting pattern either. It is
+known for the published vocabularies, which are recognised by their size; a file of another size is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
 
-# Tokens in the file: the family, its pattern, normaliser, special tokens behind the last rank. From Qwen's
+# Number of tokens in the file -> family, pattern, whether to apply NFC, special tokens after the last rank. From Qwen's
 # tokenization_qwen.py and meta-llama's tokenizer.py.
 PUBLISHED: dict[int, tuple[str, tuple[str, ...], bool, tuple[str, ...]]] = {
     151_643: ("qwen", PATTERNS["qwen2"], True, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
@@ -49,7 +50,7 @@ PUBLISHED: dict[int, tuple[str, tuple[str, ...], bool, tuple[str, ...]]] = {
 
 
 def read_ranks(file: Path) -> Tokenizer | None:
-    """The tokenizer of a tiktoken or tekken file; None when the file is neither. Raises ModelError for an unknown one."""
+    """Read the tokenizer of a tiktoken or tekken file; None for another file. Raises ModelError for an unknown size."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip()
     if start.startswith(b"{"):
@@ -73,7 +74,7 @@ def read_ranks(file: Path) -> Tokenizer | None:
 
 
 def _read_tiktoken(file: Path) -> dict[bytes, int] | None:
-    """bytes -> rank, or None when a line is not `base64 rank`."""
+    """Return bytes -> rank, or None when a line is not `base64 rank`."""
     out: dict[bytes, int] = {}
     try:
         for line in file.read_text(encoding="ascii").splitlines():
@@ -85,16 +86,16 @@ def _read_tiktoken(file: Path) -> dict[bytes, int] | None:
 
 
 def _read_tekken(file: Path) -> Tokenizer | None:
-    """Mistral's file: special tokens first, then as many of the ranked tokens as the vocabulary has room for."""
+    """Read Mistral's file: special tokens first, then ranked tokens up to the vocabulary size."""
     try:
-        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config = held["config"]
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = content["config"]
         special = int(config["default_num_special_tokens"])
-        ranked = held["vocab"][: int(config["default_vocab_size"]) - special]
+        ranked = content["vocab"][: int(config["default_vocab_size"]) - special]
         pieces = {base64.b64decode(entry["token_bytes"]): special + int(entry["rank"]) for entry in ranked}
     except (ValueError, KeyError, TypeError):
         return None
-    names = {int(token["rank"]): str(token["token_str"]) for token in held.get("special_tokens") or ()}
+    names = {int(token["rank"]): str(token["token_str"]) for token in content.get("special_tokens") or ()}
     return _tokenizer(
         pieces, (config["pattern"],), {names.get(place, f"<SPECIAL_{place}>"): place for place in range(special)}
     )
@@ -126,9 +127,11 @@ def _cut(patterns: Sequence[str]) -> Any:
     )
 
 
-def mend_gguf(tokenizer: Any, file: Path) -> None:
-    """Let a tokenizer that transformers read from a GGUF file cut texts as the file says; transformers cuts all as GPT-2
-    did, which gives a Llama-3 or Qwen other ids for numbers and more. What is not known is said."""
+def fix_gguf_pretokenizer(tokenizer: Any, file: Path) -> None:
+    """Give a tokenizer from a GGUF file the pre-tokeniser that the file names; print a notice for an unknown one.
+
+    transformers splits all texts as GPT-2 does, which gives wrong ids for a Llama-3 or Qwen, for example for numbers.
+    """
     from gguf import GGUFReader
 
     fields = GGUFReader(str(file)).fields
@@ -156,7 +159,7 @@ def mend_gguf(tokenizer: Any, file: Path) -> None:
 
 
 def _characters() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary."""
+    """Return byte -> its character in a byte-level vocabulary."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     found: dict[int, str] = bytes_to_unicode()

@@ -1,1 +1,1 @@
-"""Folding adapters into a base, combining them, and the proof that the sum is right."""
+"""Merge adapters into a base, combine adapters, and verify the merged model."""

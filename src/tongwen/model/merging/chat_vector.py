@@ -1,8 +1,8 @@
-"""A chat vector: what an instruct model has over its base, added to another descendant of that base.
+"""Chat vectors: add the difference between an instruct model and its base to another model trained from that base.
 
-W + s (instruct - base), tensor by tensor, a block of rows in memory, in fp32 and rounded once (Huang et al. 2023,
-arXiv:2310.04799: how Chinese is brought to an instruct model without Chinese instructions). Where the descendant's
-vocabulary has grown, its new rows have no counterpart and stay.
+Computes W + s (instruct - base) tensor by tensor in fp32, with one block of rows in memory, and rounds once (Huang et
+al. 2023, arXiv:2310.04799: gives a Chinese base chat abilities without Chinese instructions). Rows that an extended
+vocabulary added have no counterpart and stay unchanged.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tongwen.model.loading.tensors import FLOATS, from_fp32, is_finite, read_fp3
 
 @dataclass
 class ChatVectorResult:
-    """lines: tensor -> its part of the fingerprint; changed: tensors of which a number differs; kept: rows of a grown
-    vocabulary to which nothing was added."""
+    """lines: tensor -> its line of the fingerprint; changed: number of tensors that changed; kept: number of rows of an
+    extended vocabulary that did not."""
 
     lines: dict[str, str] = field(default_factory=dict)
     changed: int = 0
@@ -30,7 +30,7 @@ class ChatVectorResult:
 
 
 def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
-    """Raise ArtifactError unless the three have the same tensors; the target's vocabulary may be larger."""
+    """Raise ArtifactError unless all three have the same tensors; the target's vocabulary may be larger."""
     for name in sorted(base.facts.keys() | instruct.facts.keys() | target.facts.keys()):
         shapes = [tensors.facts[name][1] if name in tensors.facts else None for tensors in (target, instruct, base)]
         ours, theirs, old = shapes
@@ -50,8 +50,8 @@ def add_chat_vector(
 ) -> ChatVectorResult:
     """Write target + scale x (instruct - base) to `out` as safetensors and read it back.
 
-    Raises NumbersError on NaN or Inf and when what is read back is not what was written, ArtifactError when the
-    difference changes nothing.
+    Raises NumbersError on NaN or Inf and when the data read back differ from those written, ArtifactError when
+    instruct and base are equal.
     """
     planned, added = plan_shards(out, target.facts, SHARD_BYTES), ChatVectorResult()
     for done, place in enumerate(planned.values(), 1):

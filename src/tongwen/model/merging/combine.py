@@ -1,8 +1,8 @@
-"""Adapters that were trained beside each other on one base, combined: their changes summed (linear), or by TIES.
+"""Combine adapters that were trained independently on one base: a weighted sum of their changes (linear), or TIES.
 
-TIES (Yadav et al. 2023, arXiv:2306.01708) keeps of each change its largest numbers, lets the adapters elect a sign for
-each number of the weight, and averages those that agree. It is done on W's changes themselves, tensor by tensor, and not
-on the A and B of LoRA, whose products are what was learned. fp64 throughout, so that a row recomputed alone is the same.
+TIES (Yadav et al. 2023, arXiv:2306.01708) keeps the largest numbers of each change, elects a sign for each weight, and
+averages the changes that agree with it. It works on the changes of W, tensor by tensor, not on LoRA's A and B, because
+only their product is meaningful. All in fp64, so that recomputing a single row gives the same result.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class CombinedAt(Protocol):
 
 @dataclass(frozen=True)
 class Combination:
-    """How changes are combined. how: linear or ties; weights: adapter folder -> weight; density: share of a change's
-    numbers that TIES keeps; scale: of what is added."""
+    """How to combine changes. how: linear or ties; weights: adapter folder -> weight; density: share of a change's
+    numbers that TIES keeps; scale: factor of the combined change."""
 
     how: str
     weights: Mapping[str, float]
@@ -36,7 +36,7 @@ class Combination:
 
 
 class CombinedChange:
-    """All adapters' changes of one tensor as one step. cuts: the smallest magnitude that each keeps, for TIES."""
+    """All adapters' changes of one tensor as one step. cuts: for TIES, each adapter's smallest magnitude to keep."""
 
     additive = False
     pair = None
@@ -50,7 +50,7 @@ class CombinedChange:
         return all(getattr(step, "is_zero", False) for step in self.steps)
 
     def apply(self, block: Array, begin: int, end: int) -> Array:
-        """The changed rows, in the block's number type."""
+        """Return the changed rows, in the block's dtype."""
         exact = block.astype(np.float64)
         changes = [changed(step, exact, begin, end) for step in self.steps]
         if self.mix.how == "ties":
@@ -61,19 +61,19 @@ class CombinedChange:
 
 
 def changed(step: CombinedAt, exact: Array, begin: int, end: int) -> Array:
-    """What one adapter adds to rows of a tensor, in fp64."""
+    """Return one adapter's change of rows of a tensor, in fp64."""
     return step.apply(exact.copy(), begin, end) - exact
 
 
 def magnitude_of(change: Array) -> Array:
-    """|change| in fp32: what is compared with a cut."""
+    """Return |change| in fp32, to compare with a cut."""
     return np.abs(change).astype(np.float32)
 
 
 def find_cut(magnitudes: Callable[[], Iterator[Array]], keep: int) -> float:
-    """The `keep`-th largest of many fp32 numbers that are not negative; they are gone through twice, and never held."""
+    """Return the `keep`-th largest of many non-negative fp32 numbers, in two passes without storing them."""
     high = np.zeros(1 << 16, np.int64)
-    for block in magnitudes():  # the bits of such numbers are in the numbers' order
+    for block in magnitudes():  # as integers, the bits of non-negative floats have the same order as the floats
         high += np.bincount(block.reshape(-1).view(np.uint32) >> 16, minlength=1 << 16)
     above = np.cumsum(high[::-1])
     top = (1 << 16) - 1 - int(np.searchsorted(above, keep))

@@ -1,4 +1,4 @@
-"""A base with adapters on it, in memory and by peft: for what cannot be folded tensor by tensor, and to compare with."""
+"""Merge adapters in memory with peft: for adapters that cannot be merged tensor by tensor, and as a reference."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.loading.load import ModelRef, load_config, load_model, make_skeleton
 
 
-def open_in_memory(place: ModelRef, adapters: Sequence[Path], *, live: bool) -> Any:
-    """The model in fp32 with all adapters folded in; live: the last one stays beside its weights. Raises ArtifactError when
-    peft takes only a part of an adapter."""
+def open_in_memory(ref: ModelRef, adapters: Sequence[Path], *, live: bool) -> Any:
+    """Return the model in fp32 with all adapters merged. live: leave the last adapter unmerged.
+
+    Raises ArtifactError when peft loads only a part of an adapter.
+    """
     import torch
     from peft import get_peft_model_state_dict
 
-    model = load_model(place, torch.float32)
+    model = load_model(ref, torch.float32)
     for index, folder in enumerate(adapters):
         adapted = open_adapter(model, str(folder), None)
         _check_whole(folder, set(get_peft_model_state_dict(adapted)))
@@ -26,13 +28,13 @@ def open_in_memory(place: ModelRef, adapters: Sequence[Path], *, live: bool) -> 
     return model.eval()
 
 
-def known_names(place: ModelRef) -> set[str]:
-    """What transformers calls the tensors of a model, without loading one."""
-    return set(make_skeleton(load_config(place)).state_dict())
+def known_names(ref: ModelRef) -> set[str]:
+    """Return transformers' names of a model's tensors, without loading the tensors."""
+    return set(make_skeleton(load_config(ref)).state_dict())
 
 
 def logits_of(model: Any, ids: Sequence[int]) -> Any:
-    """(T, V) as a numpy array."""
+    """Return the logits (T, V) as a numpy array."""
     import torch
 
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Adapters are folded into their base as its tensors stream by: W + scale x B A in fp32, rounded once.
+"""Merge adapters into their base while streaming its tensors: W + scale x B A in fp32, rounded once.
 
-A block of rows at a time is in memory, whatever the model's size; tensors that no adapter touches are copied by the
-kernel. Every adapter tensor is used exactly once and every target exists, or nothing is written.
+Only one block of rows is in memory, whatever the model's size. The kernel copies tensors that no adapter changes.
+Nothing is written unless every adapter tensor is used exactly once and every target exists.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from tongwen.model.loading.fingerprint import start_digest
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
 from tongwen.model.merging import combine
 
-ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one number, relative; fp32 noise included
+ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # relative error of a number, with fp32 noise
 
 
 @dataclass
 class MergeTarget:
-    """One tensor of the merged model. source: the base's tensor that it starts from; mix: how the changes are combined,
-    when they were not trained one upon the other, with the cuts of TIES."""
+    """One tensor of the merged model. source: the base's tensor that it starts from; mix: how to combine the changes of
+    independently trained adapters; cuts: for TIES, see `combine`."""
 
     name: str
     dtype: str
@@ -52,8 +52,8 @@ class MergeTarget:
 
 @dataclass
 class MergeResult:
-    """What came of it. lines: tensor -> its part of the fingerprint; same: changed tensors of which no byte differs from
-    the base; untrained: those with an adapter that is all zero."""
+    """The merged files. lines: tensor -> its line of the fingerprint; same: tensors with changes that equal the base's
+    to the byte; untrained: tensors with an adapter that is all zero."""
 
     stored: dict[str, Stored]
     targets: list[MergeTarget]
@@ -63,7 +63,7 @@ class MergeResult:
 
 
 class ChangeStep:
-    """One change of one tensor with its small matrices in memory, applied to rows [begin, end) of it."""
+    """One adapter's change of one tensor, with its small matrices in memory."""
 
     def __init__(self, change: AdapterChange) -> None:
         self.change = change
@@ -72,11 +72,11 @@ class ChangeStep:
         self.bias = change.read("bias") if "bias" in change.parts else None
         self.values = change.read("rows") if "rows" in change.parts else None
         self.is_zero = self.pair is not None and not all(part.any() for part in self.pair)
-        self.additive = self.magnitude is None and self.values is None  # a sum of products, and no more
+        self.additive = self.magnitude is None and self.values is None  # only a sum of products
         self.place = change.place
 
     def apply(self, block: Array, begin: int, end: int) -> Array:
-        """The changed rows, in the block's number type."""
+        """Return the changed rows [begin, end), in the block's dtype."""
         change = self.change
         if "whole" in change.parts:
             block = read_fp32(change.source, change.parts["whole"], begin, end).astype(block.dtype, copy=False)
@@ -104,10 +104,10 @@ def plan_targets(
     dtype: str | None,
     known: Callable[[], set[str]],
 ) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
-    """(the merged model's tensors in the base's order, its config, what should be said).
+    """Return (the merged model's tensors in the base's order, its config, notices for the user).
 
-    known: the names that transformers has for this model's tensors; they may be others than the file's.
-    Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft could know where it belongs.
+    known: returns transformers' names of this model's tensors, which may differ from those in the files.
+    Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft can map it to the model.
     """
     config, notices = json.loads(json.dumps(config)), []
     targets = {
@@ -140,7 +140,7 @@ def plan_targets(
                 raise _missing(adapter, missing)
             _check_fit(targets[name], change)
             targets[name].changes.append(change)
-        if tied and head and embedding:  # a file that holds both halves of a tied pair
+        if tied and head and embedding:  # the file holds both matrices of a tied pair
             targets[head] = _twin(targets[embedding], head)
     rows = targets[embedding].shape[0] if embedding else None
     if head and rows is not None and targets[head].shape[0] != rows:
@@ -166,12 +166,12 @@ def merge_adapters(
 ) -> MergeResult:
     """Write the merged tensors to `out` as safetensors. Raises NumbersError on NaN or Inf, naming the tensor.
 
-    base_lines: the base's lines of the fingerprint, so that what is copied need not be hashed again.
+    base_lines: the base's lines of the fingerprint, so that copied tensors need not be hashed again.
     """
     stored = plan_shards(out, {target.name: (target.dtype, target.shape) for target in targets}, shard_bytes)
-    folded = MergeResult(stored, list(targets))
+    result = MergeResult(stored, list(targets))
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        work = [pool.submit(_fold_one, base, base_lines, target, folded) for target in targets]
+        work = [pool.submit(_merge_one, base, base_lines, target, result) for target in targets]
         try:
             for done, one in enumerate(work, 1):
                 one.result()
@@ -179,15 +179,15 @@ def merge_adapters(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    _check_changed(folded)
-    return folded
+    _check_changed(result)
+    return result
 
 
-def _check_changed(folded: MergeResult) -> None:
-    changed = [target for target in folded.targets if target.changes]
-    if len(folded.same) < len(changed):
+def _check_changed(result: MergeResult) -> None:
+    changed = [target for target in result.targets if target.changes]
+    if len(result.same) < len(changed):
         return
-    never = len(folded.untrained) == len(changed)
+    never = len(result.untrained) == len(changed)
     raise ArtifactError(
         _("the merged model equals the base: ")
         + (
@@ -200,14 +200,14 @@ def _check_changed(folded: MergeResult) -> None:
     )
 
 
-def check_rows(base: Tensors, folded: MergeResult) -> float:
-    """Read three rows of every changed tensor back from the files and recompute them in fp64.
+def check_rows(base: Tensors, result: MergeResult) -> float:
+    """Read three rows of every changed tensor back from the files and compare them with a recomputation in fp64.
 
-    Returns the largest difference, as a share of what rounding allows. Raises NumbersError when it exceeds that.
+    Returns the largest difference, as a share of the rounding limit. Raises NumbersError when it exceeds the limit.
     """
-    merged = FileTensors(folded.stored)
+    merged = FileTensors(result.stored)
     worst = 0.0
-    for target in folded.targets:
+    for target in result.targets:
         if not target.changes:
             continue
         steps = steps_of(target)
@@ -231,11 +231,11 @@ def check_rows(base: Tensors, folded: MergeResult) -> float:
     return worst
 
 
-def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget, folded: MergeResult) -> None:
-    """One tensor from the base to its place in the file, and its line of the fingerprint."""
+def _merge_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget, result: MergeResult) -> None:
+    """Merge one tensor, write it to its place in the file, and record its line of the fingerprint."""
     facts = base.facts.get(target.source or "")
     if facts == (target.dtype, target.shape) and not target.changes:
-        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, folded)
+        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, result)
         return
     if facts and facts[0] not in FLOATS:
         raise ModelError(
@@ -243,12 +243,12 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
             place=target.name,
             remedy=_("merge into the original, unquantised model"),
         )
-    place, steps = folded.stored[target.name], steps_of(target)
+    place, steps = result.stored[target.name], steps_of(target)
     if any(step.is_zero for step in steps):
-        folded.untrained.append(target.name)
+        result.untrained.append(target.name)
     digest = start_digest(target.name, target.dtype, target.shape)
-    same = facts == (target.dtype, target.shape)  # until the first block tells otherwise
-    least = 32 if any(change.rank > 16 for change in target.changes) else 1  # A is packed anew for every block
+    same = facts == (target.dtype, target.shape)  # updated with each block
+    least = 32 if any(change.rank > 16 for change in target.changes) else 1  # BLAS packs A again for every block
     with place.file.open("r+b") as stream:
         stream.seek(place.begin)
         for begin, end in blocks(target.shape, least):
@@ -265,14 +265,14 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
             same = same and np.array_equal(base.raw(target.source or "", begin, end), new)
             digest.update(new)
             stream.write(memoryview(new))
-    folded.lines[target.name] = digest.hexdigest()
+    result.lines[target.name] = digest.hexdigest()
     if target.changes and same:
-        folded.same.append(target.name)
+        result.same.append(target.name)
 
 
-def _copy(base: Tensors, line: str | None, target: MergeTarget, folded: MergeResult) -> None:
-    """A tensor that nothing changes: moved by the kernel where it lies in a file, and looked over for NaN."""
-    place, digest = folded.stored[target.name], start_digest(target.name, target.dtype, target.shape)
+def _copy(base: Tensors, line: str | None, target: MergeTarget, result: MergeResult) -> None:
+    """Copy an unchanged tensor (by the kernel if it is in a file) and check it for NaN."""
+    place, digest = result.stored[target.name], start_digest(target.name, target.dtype, target.shape)
     if isinstance(base, FileTensors):
         copy_bytes(base.stored[target.source or ""], place)
     with place.file.open("r+b") as stream:
@@ -285,16 +285,16 @@ def _copy(base: Tensors, line: str | None, target: MergeTarget, folded: MergeRes
                 digest.update(raw)
             if not isinstance(base, FileTensors):
                 stream.write(memoryview(raw))
-    folded.lines[target.name] = line or digest.hexdigest()
+    result.lines[target.name] = line or digest.hexdigest()
 
 
 def size_of(target: MergeTarget) -> int:
-    """Bytes of a target in its file."""
+    """Return the bytes of a target in its file."""
     return row_bytes(target.dtype, target.shape) * row_count(target.shape)
 
 
-def mix_in(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
-    """The changes are combined and not applied one after the other. Raises ArtifactError when a vocabulary grew."""
+def combine_changes(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
+    """Combine each target's changes instead of applying them in turn. Raises ArtifactError for a grown vocabulary."""
     for target in targets:
         if not target.changes:
             continue
@@ -319,7 +319,7 @@ def _cut(base: Tensors, target: MergeTarget, step: ChangeStep, keep: int) -> flo
 
 
 def steps_of(target: MergeTarget) -> list[ChangeStep | combine.CombinedChange]:
-    """The changes that still count: what comes before the last whole tensor is replaced by it. Combined: one step."""
+    """Return the steps to apply: one for combined changes, else all from the last that replaces the whole tensor."""
     if target.mix:
         return [combine.CombinedChange([ChangeStep(change) for change in target.changes], target.mix, target.cuts)]
     last = max((index for index, change in enumerate(target.changes) if "whole" in change.parts), default=0)
@@ -327,7 +327,7 @@ def steps_of(target: MergeTarget) -> list[ChangeStep | combine.CombinedChange]:
 
 
 def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array:
-    """Rows of the tensor that a target starts from, in fp32; zeros where a grown vocabulary has none there."""
+    """Return rows of the base tensor that a target starts from, in fp32; zeros for rows that the base lacks."""
     facts = base.facts.get(target.source or "")
     held = min(end, row_count(facts[1])) if facts else begin
     if held == end:
@@ -338,11 +338,11 @@ def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array
     return block
 
 
-def _finite(block: Array, name: str, whose: str) -> Array:
+def _finite(block: Array, name: str, origin: str) -> Array:
     if not is_finite(block):
         raise NumbersError(
             _("the merged weight contains NaN or Inf")
-            if whose == "merged"
+            if origin == "merged"
             else _("the base's weight contains NaN or Inf"),
             place=name,
         )
@@ -350,10 +350,10 @@ def _finite(block: Array, name: str, whose: str) -> Array:
 
 
 def _unties(adapter: Adapter, changes: dict[str, AdapterChange], embedding: str) -> bool:
-    """Whether this adapter, on a base that ties its head to the embedding, makes two matrices of them.
+    """Whether this adapter unties the head from the embedding of a tied base.
 
-    peft unties a pair in silence when it trains one half; it saves both halves, which are the same, when it keeps the
-    tie. Rows that are trained alone belong to both.
+    peft silently unties the pair when it trains one of the two. When it keeps them tied, it saves both, with equal
+    values. Rows that are trained one by one apply to both.
     """
     head = next((name for name in changes if name.endswith(HEADS)), None)
     inside = changes.get(embedding)
@@ -372,12 +372,12 @@ def _unties(adapter: Adapter, changes: dict[str, AdapterChange], embedding: str)
 
 
 def _twin(embedding: MergeTarget, name: str) -> MergeTarget:
-    """The other half of a tied pair, as it stands."""
+    """Return a target for the other matrix of a tied pair, with the same changes."""
     return MergeTarget(name, embedding.dtype, embedding.shape, embedding.source, list(embedding.changes))
 
 
 def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
-    """Raise ArtifactError when a change does not have the target's shape. A whole vocabulary may be larger: it grew."""
+    """Raise ArtifactError when a change does not have the target's shape. A whole embedding or head may be larger."""
     whole = change.shape_of("whole") if "whole" in change.parts else target.shape
     vocabulary = target.name.endswith((*EMBEDDINGS, *HEADS))
     if whole != target.shape:
@@ -410,7 +410,7 @@ def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
 
 
 def _last_token(target: MergeTarget) -> str:
-    """The token of a vocabulary's last row, and whose tokenizer has it, where that is known."""
+    """Return the token of the vocabulary's last row and the folder of its tokenizer, if known, for a message."""
     if not target.changes:
         return ""
     folder = Path(target.changes[-1].place)

@@ -1,8 +1,8 @@
-"""Logits of base + adapters against the merged model's, on fixed ids, with one block of one matrix in memory.
+"""Compare the logits of base + adapters with the merged model's on fixed ids, with one block of a matrix in memory.
 
 The two sides are computed in different ways: the adapters act on the activations, x Wᵀ + s (x Aᵀ) Bᵀ, while the merged
-matrix is read back from its file. The forward pass is the one that the Llama-like families share, in fp32; stretched
-rotary positions are left out, since both sides would stretch alike. Other families are compared by `--parity full`.
+matrix is read back from its file. The forward pass is that of the Llama-like families, in fp32, without RoPE scaling,
+which would affect both sides equally. Use `--parity full` for other families.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tongwen.model.merging.combine import CombinedChange
 from tongwen.model.merging.merge import ChangeStep, MergeResult, MergeTarget, base_rows, steps_of
 
 TOKENS = 12
-# How far rounding alone may move the logits, as a share of their spread; one wrong matrix moves them by tens of percent.
+# Largest change of the logits by rounding, as a share of their spread; a wrong matrix changes them by tens of percent.
 LIMITS = {"F64": 1e-3, "F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 
 
 class MergedWeights:
-    """The merged model's tensors as they stand in its files."""
+    """The merged model's tensors, read from its files."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
@@ -42,14 +42,14 @@ class MergedWeights:
         return read_fp32(self.tensors, name)
 
     def product(self, name: str, x: Array) -> Array:
-        """x Wᵀ. x: (T, in) -> (T, out)"""
+        """Return x Wᵀ. x: (T, in) -> (T, out)."""
         return np.concatenate(
             [x @ read_fp32(self.tensors, name, *rows).T for rows in blocks(self.tensors.facts[name][1])], axis=1
         )
 
 
 class LiveWeights:
-    """The base's tensors, and the adapters beside them."""
+    """The base's tensors with unmerged adapters."""
 
     def __init__(self, base: Tensors, targets: Sequence[MergeTarget]) -> None:
         self.base, self.targets = base, {target.name: target for target in targets}
@@ -67,7 +67,7 @@ class LiveWeights:
         return self._weights(target, steps_of(target), 0, target.shape[0])
 
     def product(self, name: str, x: Array) -> Array:
-        """What the layer with its adapters gives for x. (T, in) -> (T, out)"""
+        """Return the output of the layer with its adapters. x: (T, in) -> (T, out)."""
         target = self.targets[name]
         steps = steps_of(target)
         products = [step for step in steps if isinstance(step, ChangeStep) and step.additive]
@@ -77,7 +77,7 @@ class LiveWeights:
         return self._summed(target, products, x)
 
     def _summed(self, target: MergeTarget, steps: Sequence[ChangeStep], x: Array) -> Array:
-        """Each adapter on the activations, beside the base."""
+        """Apply the base and each adapter to the activations, and sum."""
         low = [x @ step.pair[1].T * step.change.scale if step.pair else None for step in steps]  # (T, r) each
         out = []
         for begin, end in blocks(target.shape):
@@ -104,38 +104,38 @@ class LiveWeights:
         return block
 
 
-def compare_logits(base: Tensors, folded: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The largest difference of two logits and what goes with it; None for a family whose layers are not known here.
+def compare_logits(base: Tensors, result: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the differences of the logits (see `measure`); None for a family that this forward pass does not support.
 
     Raises NumbersError when the two differ by more than rounding explains.
     """
-    sides = logits_of_both(base, folded, config)
-    return sides and judge(*sides, limit_of(folded))
+    sides = logits_of_both(base, result, config)
+    return sides and check_difference(*sides, limit_of(result))
 
 
-def logits_of_both(base: Tensors, folded: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
-    """(base + adapters, merged), (T, V) each; None for a family whose layers are not known here."""
+def logits_of_both(base: Tensors, result: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
+    """Return the logits of (base + adapters, merged model), (T, V) each; None for an unsupported family."""
     family = family_of(str(config.get("model_type")))
     if family is None or not family.like_llama:
         return None
     ids = fixed_ids(int(config["vocab_size"]))
     with ThreadPoolExecutor(2) as pool:
-        sides = (LiveWeights(base, folded.targets), MergedWeights(FileTensors(folded.stored)))
+        sides = (LiveWeights(base, result.targets), MergedWeights(FileTensors(result.stored)))
         live, merged = pool.map(lambda side: logits(side, config, ids), sides)
     return live, merged
 
 
 def fixed_ids(vocabulary: int) -> list[int]:
-    """The same few ids of a vocabulary every time, from all over it."""
+    """Return the same few ids every time, spread over the vocabulary."""
     return [(7 + 997 * index) % vocabulary for index in range(TOKENS)]
 
 
-def limit_of(folded: MergeResult) -> float:
-    return max((LIMITS[target.dtype] for target in folded.targets if target.changes), default=LIMITS["F32"])
+def limit_of(result: MergeResult) -> float:
+    return max((LIMITS[target.dtype] for target in result.targets if target.changes), default=LIMITS["F32"])
 
 
-def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
-    """live, merged: (T, V). Raises NumbersError when they are further apart than `limit`, a share of their spread."""
+def check_difference(live: Array, merged: Array, limit: float) -> dict[str, Any]:
+    """Return how two logits (T, V) differ. Raises NumbersError if by more than `limit`, a share of their spread."""
     found = measure(live, merged)
     if not found["relative"] <= limit:
         raise NumbersError(
@@ -149,7 +149,7 @@ def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
 
 
 def measure(live: Array, merged: Array) -> dict[str, Any]:
-    """How far two sides are apart; relative: root mean square as a share of the spread. Raises NumbersError on NaN."""
+    """Measure how two logits (T, V) differ. relative: RMS as a share of the spread. Raises NumbersError on NaN."""
     if not (np.isfinite(live).all() and np.isfinite(merged).all()):
         raise NumbersError(_("the logits contain NaN or Inf"), place="parity")
     apart = np.abs(live - merged)
@@ -163,7 +163,7 @@ def measure(live: Array, merged: Array) -> dict[str, Any]:
 
 
 def logits(weights: MergedWeights | LiveWeights, config: Mapping[str, Any], ids: Sequence[int]) -> Array:
-    """(T, V) for one sequence of ids."""
+    """Return the logits (T, V) of one sequence of ids."""
     heads, groups = (
         int(config["num_attention_heads"]),
         int(config.get("num_key_value_heads") or config["num_attention_heads"]),
@@ -214,7 +214,7 @@ def _rotation(length: int, width: int, config: Mapping[str, Any]) -> tuple[Array
 
 
 def _turned(x: Array, turn: tuple[Array, Array]) -> Array:
-    """Rotary positions over halves, as transformers has them. x: (heads, T, width)"""
+    """Apply rotary positions to halves, as transformers does. x: (heads, T, width)."""
     cos, sin = turn
     one, other = np.split(x, 2, axis=-1)
     return np.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)

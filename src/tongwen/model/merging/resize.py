@@ -1,6 +1,6 @@
-"""A model with more rows in its embedding and head, written as its tensors stream by: a block of rows is in memory.
+"""Enlarge a model's embedding and head while streaming its tensors, with one block of rows in memory.
 
-Rows that the base has to spare (Qwen and BLOOM pad their matrices) are filled first, and no old row moves.
+Unused rows of the base (Qwen and BLOOM pad their matrices) are filled first, and no old row moves.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MakeRows = Callable[[str], Iterator[Array]]  # tensor's name -> blocks of its ne
 
 @dataclass(frozen=True)
 class RowPlan:
-    """old: tokens that have a row already; new: ids of the new tokens, all from `old` on; held: rows of the base's
-    matrices; wanted: rows of the new ones."""
+    """old: number of tokens of the base; new: ids of the new tokens, all from `old` on; held: rows of the base's
+    matrices; wanted: rows of the new matrices."""
 
     old: int
     new: range
@@ -41,7 +41,7 @@ class RowPlan:
 
     @property
     def filled(self) -> int:
-        """New tokens that found a spare row."""
+        """Number of new tokens that use a spare row of the base."""
         return max(0, min(self.new.stop, self.held) - self.new.start)
 
     @property
@@ -50,12 +50,12 @@ class RowPlan:
 
     @property
     def padding(self) -> int:
-        """New rows that no token has."""
+        """Number of new rows without a token."""
         return max(0, self.wanted - max(self.new.stop, self.held))
 
 
 def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = False) -> RowPlan:
-    """How many rows the matrices get: room for every token, up to a multiple; never fewer than before unless asked.
+    """Plan the number of rows: one for every token, rounded up to a multiple; fewer than before only with `shrink`.
 
     Raises ModelError when the base's tokenizer has tokens for which its matrices have no row.
     """
@@ -72,7 +72,7 @@ def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = 
 
 
 def matrices_of(base: Tensors, place: str) -> list[str]:
-    """Names of the input embedding and, where the file has one, of the head. Raises ModelError without an embedding."""
+    """Return the names of the input embedding and, if stored, of the head. Raises ModelError without an embedding."""
     names = [name for name in base.facts if name.endswith((*EMBEDDINGS, *HEADS))]
     if not any(name.endswith(EMBEDDINGS) for name in names):
         raise ModelError(
@@ -84,7 +84,7 @@ def matrices_of(base: Tensors, place: str) -> list[str]:
 
 
 def bytes_needed(base: Tensors, names: Sequence[str], rows: RowPlan) -> int:
-    """Bytes of the widened model's files."""
+    """Return the bytes of the enlarged model's files."""
     held = sum(row_bytes(*fact) * row_count(fact[1]) for fact in base.facts.values())
     return held + sum(row_bytes(*base.facts[name]) * rows.added for name in names)
 
@@ -98,11 +98,11 @@ def widen(
     out: Path,
     progress: Callable[[int], None],
 ) -> dict[str, str]:
-    """Write the model to `out` as safetensors; returns the lines of its fingerprint. base_lines: the base's, as far as they
-    are known, so that what is copied need not be hashed again.
+    """Write the enlarged model to `out` as safetensors; returns the lines of its fingerprint.
 
-    names: the tensors that get the rows; biases of a head (one number a row) grow with it, by zeros. make: the rows of
-    the new tokens in their order, then those of the padding.
+    base_lines: the base's known lines, so that copied tensors need not be hashed again
+    names:      the tensors that get the rows; a head's bias (one number per row) grows by zeros
+    make:       returns the rows of the new tokens in order, then those of the padding
     """
     grown = {*names, *(_bias_of(name) for name in names if _bias_of(name) in base.facts)}
     facts = {
@@ -123,7 +123,7 @@ def widen(
 
 
 def widen_in_memory(model: Any, rows: RowPlan, make: Callable[[Callable[[int, int], Array]], Iterator[Array]]) -> None:
-    """The same for a model in memory. make: a reader of a matrix's rows -> its new rows."""
+    """Like `widen`, for a model in memory. make: takes a reader of a matrix's rows and returns its new rows."""
     import torch
 
     model.resize_token_embeddings(rows.wanted, mean_resizing=False)
@@ -155,13 +155,13 @@ def _copy_rows(base: Tensors, name: str, count: int, place: Stored) -> None:
 
 
 def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: Stored) -> None:
-    """The new rows where their ids say, the padding behind all. Raises ModelError on NaN or Inf."""
+    """Write new rows at their ids, then the padding. Raises ModelError on NaN or Inf."""
     size, at = row_bytes(place.dtype, place.shape), rows.new.start
     with place.file.open("r+b") as stream:
         for block in new:
             if not is_finite(block):
                 raise ModelError(_("a new row contains NaN or Inf"), place=name)
-            if at == rows.new.stop:  # spare rows of the base behind the last token stay as they are
+            if at == rows.new.stop:  # spare rows of the base after the last token stay unchanged
                 at = max(at, rows.held)
             stream.seek(place.begin + at * size)
             stream.write(memoryview(from_fp32(block, place.dtype)))

@@ -16,8 +16,8 @@ from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.data.encode import token_bytes
-from tongwen.model.adapters.adalora import budget_of
-from tongwen.model.adapters.settings import check_further
+from tongwen.model.adapters.adalora import rank_allocator
+from tongwen.model.adapters.settings import check_continued
 from tongwen.model.kernels.loss import learned_loss
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import fingerprint_tokenizer
@@ -57,7 +57,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
     engine = choose_engine(job.section)
     if distributed.is_main_process():  # only this process reports to trackers
         trackers.check(job.recipe.track)
-    check_further(job.section.adapter, job.stage)
+    check_continued(job.section.adapter, job.stage)
     report_ledger(job.data)
     device = load.compute_device()
     phases = plan_phases(job, device, artifact.partial_of(out) / "checkpoints")
@@ -153,7 +153,7 @@ def _begin_phase(
 
     Returns (embeddings of which only some rows are trained, trainable tensors that got no gradient in the audit).
     """
-    guarded = model.adapted.focus(phase.parts)
+    guarded = model.adapted.train_only(phase.parts)
     if is_named:
         console.info(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
     set_memory_savers(model, phase, job.data.store)
@@ -210,7 +210,7 @@ def _phase_run(
         learners=model.adapted.learners,
         embeddings=model.adapted.embeddings if has_own_rate else (),
         guarded=guarded,
-        allocator=budget_of(model.model),
+        allocator=rank_allocator(model.model),
         manifest=progress.manifest,
         deadline=distributed.deadline(job.recipe.stop_before),
         evaluations=progress.evaluations_of(checkpoint),
@@ -236,8 +236,8 @@ def _tracker_run(
 
 def _settle_adalora(model: PreparedModel) -> list[str]:
     """Make the cuts that AdaLoRA's schedule had left when training ended early, and return a notice about them."""
-    allocator = budget_of(model.model)
-    if not allocator or not (cut := allocator.settle()):
+    allocator = rank_allocator(model.model)
+    if not allocator or not (cut := allocator.reach_target_rank()):
         return []
     notice = _(
         "training ended before adalora had allocated its budget: cutting the {cut} least important ranks now"

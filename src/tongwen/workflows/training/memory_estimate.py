@@ -22,8 +22,8 @@ from tongwen.model.adapters import attach
 from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import recompute
-from tongwen.model.kernels.fused_blocks import LEAN, fuse_blocks
-from tongwen.model.kernels.loss import head_rows, learned_loss, spare_head
+from tongwen.model.kernels.fused_blocks import FUSED_DTYPES, fuse_blocks
+from tongwen.model.kernels.loss import head_rows, learned_loss, use_blockwise_head
 from tongwen.model.loading import load
 from tongwen.model.loading.quantized import without_compiler
 from tongwen.recipe.training import AdapterConfig, TrainedPart
@@ -172,13 +172,13 @@ def _prepare(model: Any, setting: TrainingSetup) -> None:
     model.set_attn_implementation(packed_attention.register())
     model.config.use_cache = False
     model.train()
-    if setting.sharing.is_whole and setting.dtype in LEAN.get(setting.device, ()):
+    if setting.sharing.is_whole and setting.dtype in FUSED_DTYPES.get(setting.device, ()):
         fuse_blocks(model, is_same=lambda *_: True)
 
 
 def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
     """Turn on blockwise logits if the stage does; returns how many of the rows of logits exist at the same time."""
-    if setting.sharing.is_whole and setting.dtype != torch.float16 and spare_head(model, None):
+    if setting.sharing.is_whole and setting.dtype != torch.float16 and use_blockwise_head(model, None):
         return min(rows, head_rows(setting.device))
     return rows
 
@@ -198,16 +198,16 @@ def estimate_files(
     state = STATE_BYTES[setting.optimizer] + 4 * setting.sharing.engine.startswith("zero")  # and the fp32 originals
     sizes = []
     for parts in phases:
-        adapted.focus(parts)
+        adapted.train_only(parts)
         learning = sum(part.numel() for part in adapted.model.parameters() if part.requires_grad)
         sizes.append(saved + state * learning)
-    result = whole * getattr(config.dtype, "itemsize", 4) if adapted.has_rows_alone else saved
+    result = whole * getattr(config.dtype, "itemsize", 4) if adapted.trains_only_rows else saved
     return result, sizes
 
 
 def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list[int]]:
     """Return the adapted model on the meta device, and the sizes of its quantisable matrices."""
-    model = load.make_skeleton(config).to(attach.kept_in(setting.parts, setting.dtype))
+    model = load.make_skeleton(config).to(attach.base_dtype(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
@@ -260,7 +260,7 @@ def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: M
 def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
     """Return (seconds per token forward and backward, seconds per optimizer step), measured with the real weights on
     one micro-batch of the plan, after a warm-up."""
-    model, _ = open_adapter_chain(place, attach.kept_in(setting.parts, setting.dtype), setting.quantize)
+    model, _ = open_adapter_chain(place, attach.base_dtype(setting.parts, setting.dtype), setting.quantize)
     rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # new rows may not exist yet
     adapted = attach.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     for part in adapted.learners:

@@ -16,13 +16,13 @@ from tongwen.core.model_families import family_of
 from tongwen.data.token_store import TokenStore
 from tongwen.infer.generation import Sampling, TextGenerator
 from tongwen.model.adapters import attach
-from tongwen.model.adapters.chain import make_room, open_adapter_chain
+from tongwen.model.adapters.chain import open_adapter_chain, resize_for_adapter
 from tongwen.model.kernels import checkpointing, packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
-from tongwen.model.kernels.loss import bits_per_byte, learned_loss, spare_head
+from tongwen.model.kernels.loss import bits_per_byte, learned_loss, use_blockwise_head
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model
-from tongwen.model.loading.special_tokens import mend_ends
+from tongwen.model.loading.special_tokens import fix_stop_tokens
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.memory import STATE_BYTES, device_memory, is_estimated_to_fit
@@ -46,14 +46,14 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     # Open the base, and check what its files say.
     with console.waiting(_("opening the base")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
-        kept = attach.kept_in(trained, dtype)
+        kept = attach.base_dtype(trained, dtype)
         if engine.name == "fsdp2" and attach.base_learns(trained):  # it becomes fp32 when it is sharded
             kept = load.load_config(place).dtype or kept
         model, packed, fingerprint = _open(place, kept, quantize)
     if section.adapter.continue_from:
-        make_room(model, load.find_adapter(Path(section.adapter.continue_from)))
+        resize_for_adapter(model, load.find_adapter(Path(section.adapter.continue_from)))
     load.check_tokenizer(tokenizer, model, place)
-    mend_ends(tokenizer, model, job.base)
+    fix_stop_tokens(tokenizer, model, job.base)
     _check_lengths(model.config, job)
     audit.check_finite_base(model)
     stops = chat_setup.stop_ids(tokenizer, job.template, getattr(model, "generation_config", None))
@@ -126,7 +126,7 @@ def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> 
     runs a training step."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
         with model.computing():  # autocast would later reuse casts made here without gradients
-            spare_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
+            use_blockwise_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
     _set_checkpointing(model, phase, store)
 
 
@@ -137,7 +137,7 @@ def _first_batch(model: PreparedModel, store: TokenStore, plan: BatchPlan) -> di
 def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
     """Recompute activations if the recipe asks for it, or if the largest micro-batch would not fit on the GPU."""
     setting = phase.config.activation_checkpointing
-    checkpointing.keep(model.model)
+    checkpointing.keep_activations(model.model)
     if setting == "on":
         checkpointing.recompute(model.model)
     elif setting == "auto" and (memory := device_memory(model.device)) and not _fits(model, phase, store, memory):
@@ -229,7 +229,7 @@ def answer_prompts(prepared: PreparedModel, record_encoder: RecordEncoder, promp
         model.set_attn_implementation("sdpa")
     try:
         ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
-        with prepared.computing(), checkpointing.as_written(model):
+        with prepared.computing(), checkpointing.uncompiled(model):
             return [generator.decode(generator.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
         model.set_attn_implementation(trained_with)
@@ -245,11 +245,11 @@ def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: d
     if model.config._attn_implementation == packed_attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True
-    if prepared.adapted.has_rows_alone:
+    if prepared.adapted.trains_only_rows:
         place = load.locate(job.base)
         base, _unused = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
-        mend_ends(tokenizer, base, job.base)
-        prepared.adapted.put_rows(base, whole)
+        fix_stop_tokens(tokenizer, base, job.base)
+        prepared.adapted.copy_rows_into(base, whole)
         base.save_pretrained(str(folder))
     else:
         prepared.adapted.save(folder, whole)
