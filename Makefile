@@ -23,11 +23,11 @@ gpu: $(VENV)/installed-dev
 	$(BIN)/python bench/gpu_train.py --out bench/results/gpu_train.json $(PEERS)
 
 docs: $(VENV)/installed-dev
-	$(BIN)/python docs/generate.py
+	$(BIN)/python scripts/generate_docs.py
 
 # after a text for users was added or changed: the catalogue gets its entry; translate it there, then run this again
 messages: $(VENV)/installed-dev
-	$(BIN)/python docs/messages.py
+	$(BIN)/python scripts/update_catalogue.py
 
 # the page in Debian's chromium (apt-get install chromium fonts-noto-cjk), both languages at both widths
 pages: $(VENV)/installed-dev

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripts import update_catalogue
 
-from docs import messages
 from tongwen.core.i18n import N_, _, language, use_language
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.py")])
+SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 TEXT = "show this help message and exit"
 CHINESE_DATA = {
     "src/tongwen/commands/demo.py",
@@ -92,21 +92,21 @@ def test_an_english_start_reads_no_catalogue() -> None:
 
 def test_the_catalogue_is_in_step_with_the_code() -> None:
     """`make messages` mends it: every text of the code is there, no other is, and the .mo is made from the .po."""
-    catalog = messages.updated()
-    assert messages.PO.read_bytes() == messages.po_of(catalog)
-    assert messages.MO.read_bytes() == messages.mo_of(catalog)
+    catalog = update_catalogue.updated()
+    assert update_catalogue.PO.read_bytes() == update_catalogue.po_of(catalog)
+    assert update_catalogue.MO.read_bytes() == update_catalogue.mo_of(catalog)
 
 
 def test_every_text_has_a_translation() -> None:
-    entries = [entry for entry in messages.saved() if entry.id]
+    entries = [entry for entry in update_catalogue.saved() if entry.id]
     assert len(entries) >= 30
     assert not [entry.id for entry in entries if not entry.string or entry.fuzzy]
-    assert not messages.saved().obsolete
+    assert not update_catalogue.saved().obsolete
 
 
 def test_a_translation_has_the_placeholders_of_its_text() -> None:
     """Names, conversions and formats: {rank}, {value!r}, {share:.1%}, %(prog)s."""
-    for entry in messages.saved():
+    for entry in update_catalogue.saved():
         for pattern in (r"\{\w*(?:![rsa])?(?::[^{} ]*)?\}", r"%(?:\(\w+\))?[rs]"):
             theirs, ours = (sorted(set(re.findall(pattern, str(text)))) for text in (entry.id, entry.string))
             assert theirs == ours, entry.id

@@ -1,6 +1,6 @@
 """init: write a commented recipe for a model and a machine.
 
-`docs/generate.py` writes each of these recipes into `recipes/`, for readers who have not installed the package.
+`scripts/generate_docs.py` writes each of these recipes into `recipes/`, for readers who have not installed the package.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def main() -> int:
 
 def texts() -> Iterator[tuple[Path, int, str]]:
     """Yield (file, line, English text) of every text for users, in the order of the files."""
-    for file in sorted([*PACKAGE.rglob("*.py"), ROOT / "docs" / "generate.py"]):
+    for file in sorted([*PACKAGE.rglob("*.py"), ROOT / "scripts" / "generate_docs.py"]):
         yield from ((file, line, text) for line, text in in_python(file.read_text(encoding="utf-8")))
     for file in sorted(PACKAGE.rglob("*.yaml")):
         found = in_template if file.parent.name == "recipe_templates" else in_table

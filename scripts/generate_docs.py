@@ -2,7 +2,7 @@
 facts, docs/memory*.md from the estimates of `tongwen plan`, the table of failures in docs/from-older-projects*.md, the memory
 table of the READMEs, and recipes/ from `tongwen init`.
 
-`python docs/generate.py` writes them; with `--check` it only lists stale ones, and fails if there are any.
+`python scripts/generate_docs.py` writes them; with `--check` it only lists stale ones, and fails if there are any.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tongwen.core.i18n import N_, _
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 LLAMA = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
 # Published shapes: hidden, intermediate, layers, heads, tied head.
