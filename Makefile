@@ -36,9 +36,9 @@ pages: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	@echo "see bench/README.md: each script opens with its command"
 
-# make bench-large TEXT=zh_docs.txt TOKENIZER=FOLDER: two gigabytes through the data river, unattended (half an hour)
+# make bench-large TEXT=zh_docs.txt TOKENIZER=FOLDER: two gigabytes through the data pipeline, unattended (half an hour)
 bench-large: $(VENV)/installed-dev
-	$(BIN)/python bench/river.py --text $(TEXT) --tokenizer $(TOKENIZER) --sizes 2048 --out bench/results/river_2gb.json
+	$(BIN)/python bench/data_pipeline.py --text $(TEXT) --tokenizer $(TOKENIZER) --sizes 2048 --out bench/results/data_pipeline_2gb.json
 
 # make crash-storm: 400 kills of a training, each continued to the bit; every system call of a save (needs strace)
 crash-storm: $(VENV)/installed-dev

@@ -131,7 +131,7 @@ def test_chatglms_legacy_tokens_are_those_of_the_old_code(length: int, small_ice
     assert cut == (2 if length == 12 else 0), "where <sop> was cut, the old model crashed; here the sample is rejected"
 
 
-def test_chatglms_legacy_goes_down_the_river(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_chatglms_legacy_goes_through_the_whole_run(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
     base = chatglm_folder(tmp_path / "chatglm-6b", small_ice)
     rows = dialogues(10)
     long = {"instruction": "很长的问题" * 80, "input": "", "output": "好"}

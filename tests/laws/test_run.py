@@ -328,7 +328,7 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
     assert code == 0 and rows[0]["answer"] == answer and rows[1]["prompt"] == "问"
 
 
-def test_the_whole_river_on_a_grown_vocabulary(tongwen: Any, chat_model: Path, tmp_path: Path) -> None:
+def test_the_whole_run_on_a_grown_vocabulary(tongwen: Any, chat_model: Path, tmp_path: Path) -> None:
     """Every stage uses the previous one. Old rows stay bit-identical until a phase trains all rows, new rows change, and the
     GGUF file has the grown vocabulary."""
     text = ["机器学习使用数据训练模型，模型从数据中学习规律。", "我们用中文语料继续训练模型，让模型更懂中文。"] * 30
@@ -338,7 +338,7 @@ def test_the_whole_river_on_a_grown_vocabulary(tongwen: Any, chat_model: Path, t
     rows = write_rows(tmp_path / "data.jsonl", dialogues(24))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"""name: river
+        f"""name: whole
 base: {chat_model}
 out: {tmp_path / "out"}
 prepare:

@@ -1,4 +1,4 @@
-"""ChatGLM-6B is the original to the bit that its numbers allow, and goes down the whole river like any other family."""
+"""ChatGLM-6B is the original to the bit that its numbers allow, and runs through every stage like any other family."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_reaches_every_adapter() -> None:
 
 
 @pytest.mark.parametrize(("method", "real"), [("full", False), pytest.param("lora", True, marks=needs_shared)])
-def test_down_the_river(method: str, real: bool, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_the_whole_run(method: str, real: bool, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     """Trained in full, and with the original's own tokenizer where that is at hand; the rest is in test_families."""
     base = chatglm_folder(tmp_path / "chatglm-6b", ICE if real else small_ice)
     recipe = write_recipe(tmp_path, base, rows=dialogues(16), merge=method != "full")

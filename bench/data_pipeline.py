@@ -1,7 +1,7 @@
 """Data preparation: peak memory and speed of each step on growing texts, and recall of near duplicates.
 
-    python bench/river.py --text zh_docs.txt --tokenizer SMOLLM2_FOLDER --out bench/results/river.json
-    python bench/river.py --text zh_docs.txt --tokenizer SMOLLM2_FOLDER --sizes 2048        # once, unattended
+    python bench/data_pipeline.py --text zh_docs.txt --tokenizer SMOLLM2_FOLDER --out bench/results/data_pipeline.json
+    python bench/data_pipeline.py --text zh_docs.txt --tokenizer SMOLLM2_FOLDER --sizes 2048        # once, unattended
 
 The text is repeated with variation (every repetition maps its Chinese characters by another permutation, so that no
 repetition is a duplicate of another) until it has SIZE million bytes, one paragraph a line. Each size runs in its
@@ -57,7 +57,7 @@ def main() -> None:
     print(json.dumps(near))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
-        "what": "steps of the data river on repeated Chinese text, one process",
+        "what": "steps of the data pipeline on repeated Chinese text, one process",
         "runs": runs,
         "near_duplicates": near,
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
@@ -87,7 +87,7 @@ def write_text(source: Path, target: Path, size: int) -> None:
 
 
 def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    from tongwen.data import prepare_steps, token_store
+    from tongwen.data import input_parts, prepare_steps, token_store
     from tongwen.data.clean import Cleaner
     from tongwen.data.encode import Encoder, encode_documents
     from tongwen.data.ledger import Ledger
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
         section = Prepare.model_validate(
             {"documents": [{"path": str(place / "text.txt"), "records": "line"}], "held_out": 100.0}
         )
-        parts = prepare_steps.list_parts(section, lambda path, tell: path, print)
+        parts = input_parts.list_parts(section, lambda path, tell: path, print)
         (place / "parts").mkdir()
         few = place / "few.txt"
         write_text(Path(args.text), few, 16_000_000)  # reading and cleaning by themselves, on a part
