@@ -212,6 +212,26 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="run every case of the tests that are marked with `sample`, too"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test with `@pytest.mark.sample(*ids)` keep these cases, unless --all or a single test is asked for."""
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if not _is_in_sample(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_in_sample(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("sample")
+    return mark is None or item.name.partition("[")[2].removesuffix("]") in mark.args
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     return require_packages((yield))

@@ -141,6 +141,13 @@ STRETCHED = {
 STRETCHED["deepseek"] = STRETCHED["yarn"] | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 
 
+@pytest.mark.sample(
+    "llama-byte level-more0",
+    "qwen3-byte level-more3",
+    "gemma-gemma-more19",
+    "deepseek_v3-deepseek-v3-more16",
+    "llama-sentencepiece-more22",
+)
 @pytest.mark.parametrize(
     ("family", "kind", "more"),
     [

@@ -100,6 +100,7 @@ def die_at(step: int) -> Any:
     return arm
 
 
+@pytest.mark.sample("ddp-lora", "fsdp2-full", "zero3-lora", "fsdp2-qlora")
 @pytest.mark.parametrize(("engine", "method"), CASES)
 def test_two_processes_killed_and_resumed_are_one_process(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]

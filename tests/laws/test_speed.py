@@ -60,6 +60,7 @@ def test_without_a_compiler_the_cure_is_named(chat_model: Path, monkeypatch: pyt
     assert "compile: false" in caught.value.text()
 
 
+@pytest.mark.sample()
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_path: Path) -> None:
     """Run from the recipe to the saved adapter, with the graphs that inductor would get."""

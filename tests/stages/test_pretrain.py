@@ -331,6 +331,7 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
             assert norm == pytest.approx(wanted_norm, rel=2e-5)
 
 
+@pytest.mark.sample("fsdp2-new_rows--True", "zero2-new_rows--True")
 @pytest.mark.parametrize(
     ("engine", "first", "then", "tied"),
     [
