@@ -10,6 +10,7 @@ without a translation.
 from __future__ import annotations
 
 import ast
+import difflib
 import io
 import re
 import sys
@@ -105,12 +106,18 @@ def in_template(source: str) -> Iterator[tuple[int, str]]:
 
 
 def updated() -> Catalog:
-    """Return the catalogue with the texts of the code and the saved translations."""
+    """The catalogue with the texts of the code, and the translations that the file has."""
     template = Catalog()
     for file, line, text in texts():
         template.add(text, locations=[(str(file.relative_to(ROOT)), line)])
     catalog = saved()
-    catalog.update(template)
+    known = {message.id for message in catalog}
+    catalog.update(template, no_fuzzy_matching=True)
+    gone = {message.id: message.string for message in catalog.obsolete.values()}  # Babel would compare with all texts
+    for message in catalog:
+        if message.id not in known and (similar := difflib.get_close_matches(message.id, gone, n=1)):
+            message.string = gone[similar[0]]
+            message.flags.add("fuzzy")
     catalog.obsolete.clear()
     return catalog
 
