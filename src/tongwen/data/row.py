@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tongwen.core.errors import RowRefused
-from tongwen.core.i18n import _
+from tongwen.core.i18n import N_, _
 
 CAP = 1 << 24  # maximal bytes of a row
 DEPTH = 32
@@ -123,5 +123,12 @@ def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:
 
 def kind(value: Any) -> str:
     """Return the JSON type of a value, for messages."""
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    names = {
+        dict: N_("an object"),
+        list: N_("a list"),
+        str: N_("text"),
+        int: N_("a number"),
+        float: N_("a number"),
+        bool: N_("true or false"),
+    }
+    return "null" if value is None else _(names[type(value)])

@@ -15,7 +15,7 @@ from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
 from tongwen.migrate.flag_values import READERS, CorrectedValue, MigrationContext, RemovedFlag
 from tongwen.migrate.tables import FlagRule, OldProgram, translate
-from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
+from tongwen.recipe.aliases import NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
 
 
 @dataclass
@@ -101,7 +101,7 @@ class FlagReader:
             or (_training_argument_rule(name) if program.trains else None)
         )
         if rule is None:
-            near = difflib.get_close_matches(name, [*program.flags, *(OWNED if program.trains else ())], 3)
+            near = difflib.get_close_matches(name, [*program.flags, *((OWNED | NEEDLESS) if program.trains else ())], 3)
             self.add_problem(
                 place,
                 _("{project} has no flag {name!r} here").format(project=program.project, name=name),
@@ -169,6 +169,8 @@ def _training_argument_rule(name: str) -> FlagRule | None:
         return FlagRule(to=f"@.{OLD[name]}", read="scalar")
     if name in OLD:
         return FlagRule(read="scalar", dropped=OLD_REASONS.get(name, N_("it has no effect any more")))
+    if name in NEEDLESS:
+        return FlagRule(read="scalar", dropped=NEEDLESS[name])
     if name in OWNED:
         return FlagRule(read="scalar", dropped=_("in a recipe: {owned}").format(owned=OWNED[name]))
     return FlagRule(to=f"@.trainer.{name}", read="scalar") if name in training_arguments() else None

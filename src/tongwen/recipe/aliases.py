@@ -1,6 +1,6 @@
 """Names of other tools in a recipe: translated with a notice, or refused with the recipe's own name.
 
-`OWNED`: TrainingArguments for which the recipe has its own settings. `OLD`: names that transformers 5 dropped or other
+`OWNED`: TrainingArguments for which the recipe has its own settings; `NEEDLESS`: those that it needs no setting for. `OLD`: names that transformers 5 dropped or other
 trainers use, with the recipe's name for each.
 """
 
@@ -48,44 +48,48 @@ OWNED = {
     "run_name": "name",
     "logging_steps": "log_every",
     "logging_strategy": "log_every",
-    "logging_nan_inf_filter": "nothing: a NaN stays a NaN",
     "save_steps": "save_every",
     "save_strategy": "save_every",
     "save_total_limit": "keep_checkpoints",
-    "save_only_model": "nothing: a checkpoint always resumes",
     "eval_steps": "evaluate_every",
     "eval_strategy": "evaluate_every",
-    "eval_on_start": "nothing: the held-out set is always scored before and after",
     "eval_delay": "evaluate_every",
-    "metric_for_best_model": "nothing: `patience` goes by the held-out bits per byte",
-    "greater_is_better": "nothing: `patience` goes by the held-out bits per byte",
     "push_to_hub": "export: {formats: [hf], push: OWNER/NAME}",
     **dict.fromkeys(
         ("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"),
         "export: {formats: [hf], push: OWNER/NAME}",
     ),
-    "resume_from_checkpoint": "nothing: the same command continues by itself",
-    "remove_unused_columns": "nothing: there are no columns",
-    "label_names": "nothing: there are no columns",
-    "dataloader_drop_last": "nothing: no sample is dropped",
-    "average_tokens_across_devices": "nothing: the loss is always averaged over all learned tokens",
-    "train_sampling_strategy": "nothing: micro-batches carry no padding",
-    "group_by_length": "nothing: micro-batches carry no padding",
-    "disable_tqdm": "nothing: progress is shown only in a terminal",
-    "do_train": "nothing: a section that is present runs",
     "do_eval": "evaluate_every",
-    "do_predict": "nothing: `tongwen generate` does it",
-    "use_cpu": "nothing: the device is found by itself",
     "auto_find_batch_size": "micro_batch_tokens",
-    "ignore_data_skip": "nothing: a resumed run continues where it stopped",
-    "full_determinism": "nothing: the same seed gives the same order",
-    "label_smoothing_factor": "nothing: not supported with the loss over learned tokens",
-    "use_liger_kernel": "nothing: the head already runs on learned rows only",
     "accelerator_config": "engine",
     "parallelism_config": "engine",
     "fsdp": "engine: fsdp2",
     "fsdp_config": "engine: FILE.yaml",
     "deepspeed": "engine: zero2, zero3 or FILE.json",
+}
+
+# TrainingArguments that a recipe needs no setting for, with the reason.
+NEEDLESS = {
+    "logging_nan_inf_filter": N_("a NaN stays a NaN"),
+    "save_only_model": N_("a checkpoint always resumes"),
+    "eval_on_start": N_("the held-out set is always scored before and after"),
+    "metric_for_best_model": N_("`patience` goes by the held-out bits per byte"),
+    "greater_is_better": N_("`patience` goes by the held-out bits per byte"),
+    "resume_from_checkpoint": N_("the same command continues by itself"),
+    "remove_unused_columns": N_("there are no columns"),
+    "label_names": N_("there are no columns"),
+    "dataloader_drop_last": N_("no sample is dropped"),
+    "average_tokens_across_devices": N_("the loss is always averaged over all learned tokens"),
+    "train_sampling_strategy": N_("micro-batches carry no padding"),
+    "group_by_length": N_("micro-batches carry no padding"),
+    "disable_tqdm": N_("progress is shown only in a terminal"),
+    "do_train": N_("a section that is present runs"),
+    "do_predict": N_("`tongwen generate` does it"),
+    "use_cpu": N_("the device is found by itself"),
+    "ignore_data_skip": N_("a resumed run continues where it stopped"),
+    "full_determinism": N_("the same seed gives the same order"),
+    "label_smoothing_factor": N_("not supported with the loss over learned tokens"),
+    "use_liger_kernel": N_("the head already runs on learned rows only"),
 }
 
 # Dropped or foreign name -> the recipe's key, or "" when it has no effect any more.

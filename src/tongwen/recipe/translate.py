@@ -9,7 +9,7 @@ from typing import Any
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
 from tongwen.recipe import engine_config
-from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
+from tongwen.recipe.aliases import NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.training import Training
 from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
 
@@ -51,6 +51,12 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
                 key_path,
                 _("the recipe has its own key for {key!r}").format(key=key),
                 _("instead of trainer.{key}, use: {owned}").format(key=key, owned=OWNED[key]),
+            )
+        elif key in NEEDLESS:
+            reader.add_problem(
+                key_path,
+                _("the recipe needs no setting for {key!r}: {reason}").format(key=key, reason=_(NEEDLESS[key])),
+                _("delete this line"),
             )
         elif known and key not in known:
             reader.add_problem(
