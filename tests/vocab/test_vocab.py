@@ -214,6 +214,12 @@ def test_a_corpus_without_the_script_is_refused(byte_level: Path) -> None:
 # -- SentencePiece -------------------------------------------------------------------------------------------------
 
 
+def test_a_corpus_that_repeats_nothing_new_is_refused(chat_model: Path) -> None:
+    base = tokenizer_files.open_tokenizer_files(str(chat_model))
+    with pytest.raises(DataError, match="no new piece can be learned"):
+        tokenizer_files.learn(base, ["你好", "世界"] * 5, HAN, 10)
+
+
 def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[str] = ENGLISH) -> Path:
     from tongwen.vocab.train import train_sentencepiece
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from tongwen.core import console
 from tongwen.core.artifact import write_json
-from tongwen.core.errors import ModelError, RecipeError, RowRefused
+from tongwen.core.errors import DataError, ModelError, RecipeError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data.clean import Cleaner
@@ -217,17 +217,25 @@ def learn(
     if base.model is not None:
         spm.check_base(base.model, base.name)
         inside = encoder_of(spm.without_prefix(base.model))
-        return LearnedPieces(
-            base, script, spm.learn_pieces(base.model, texts, script, inside, most, on_progress) if most else []
+        learned: LearnedMerges | list[tuple[str, int]] = (
+            spm.learn_pieces(base.model, texts, script, inside, most, on_progress) if most else []
         )
-    definition = base.definition
-    spelling = bytelevel.spelling_of(definition)
-    counted = bytelevel.count_words(base.backend, texts, script) if most else {}
-    special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
-    learned = learn_merges(
-        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, progress=on_progress
-    )
-    return LearnedPieces(base, script, learned)
+    else:
+        definition = base.definition
+        spelling = bytelevel.spelling_of(definition)
+        counted = bytelevel.count_words(base.backend, texts, script) if most else {}
+        special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
+        learned = learn_merges(
+            counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, progress=on_progress
+        )
+    pieces = LearnedPieces(base, script, learned)
+    if most and not len(pieces):
+        raise DataError(
+            _("no new piece can be learned: this tokenizer has every piece that the texts repeat"),
+            place=base.name,
+            remedy=_("use more text, or leave `vocab` out of the recipe"),
+        )
+    return pieces
 
 
 def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
