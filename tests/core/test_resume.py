@@ -160,7 +160,11 @@ def test_data_that_were_touched_after_prepare_are_refused(broken: Path, tongwen:
     whole = file.read_text()
     file.write_text(whole.replace("1", "7", 1))
     code, _, err = tongwen("run", broken / "recipe.yaml")
-    assert code == 4 and f"{file}: this file is not as prepare has left it" in err and "--from prepare --again" in err
+    assert (
+        code == 4
+        and f"{file}: this file differs from the one that prepare wrote" in err
+        and "--from prepare --again" in err
+    )
     assert not list((broken / "out").glob("*.old-*")), "before anything is moved"
     file.write_text(whole)
     (file.parent / ".DS_Store").write_text("x")

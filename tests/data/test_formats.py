@@ -248,7 +248,7 @@ def test_too_many_bad_rows_are_refused_with_the_first_of_them() -> None:
 
 
 def test_missing_files_name_the_folder_they_were_sought_in(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such file[\s\S]*folder where you stand"):
+    with pytest.raises(DataError, match=r"no such file[\s\S]*relative paths start from the current folder"):
         find_files(str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="no data file"):
         find_files(str(tmp_path))

@@ -126,5 +126,5 @@ def test_modelscope_goes_through_its_own_package(model: Path, monkeypatch: pytes
     assert upload.push(model, "modelscope:me/mine", print).endswith("modelscope.cn/models/me/mine")
     assert called == [("login", CANARY), ("create", "me/mine", 1), ("upload", "me/mine", str(model))]
     monkeypatch.setattr(Api, "size", 3)
-    with pytest.raises(upload.MachineError, match=r"config\.json is differs from the file that was sent"):
+    with pytest.raises(upload.MachineError, match=r"config\.json on the hub differs from the file that was sent"):
         upload.push(model, "modelscope:me/mine", print)

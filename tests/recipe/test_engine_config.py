@@ -140,7 +140,7 @@ def test_the_batch_of_a_file_is_the_recipes_or_refused(tmp_path: Path) -> None:
     with pytest.raises(TongwenError) as refused:
         load_recipe(recipe(tmp_path, {**NO_OFFLOAD, "train_batch_size": 32}, ", batch_size: 16"))
     text = refused.value.text()
-    assert "the recipe says 16" in text and "engine.json says 32" in text and '"auto"' in text
+    assert "the recipe has 16" in text and "engine.json has 32" in text and '"auto"' in text
 
 
 def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
@@ -161,29 +161,37 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
 @pytest.mark.parametrize(
     ("settings", "sft", "said"),
     [
-        ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not supported; known are: Adam, AdamW"),
+        ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not supported; supported: Adam, AdamW"),
         ({"optimizer": {"params": {"betas": 0.9}}}, "", "optimizer.params.betas: 0.9 is not supported"),
         ({"optimizer": {"params": {"eps": "x"}}}, "", "optimizer.params.eps: 'x' is not supported"),
-        ({"optimizer": []}, "", "optimizer: [] is no mapping"),
-        ("engine.json: null", "", "'null' is no mapping of keys to values"),
-        ("engine.json: true", "", "True is no mapping"),
-        ("engine.yaml: []", "", "[] is no mapping"),
+        ({"optimizer": []}, "", "optimizer: [] must be a mapping of keys to values"),
+        ("engine.json: null", "", "'null' must be a mapping of keys to values"),
+        ("engine.json: true", "", "True must be a mapping of keys to values"),
+        ("engine.yaml: []", "", "[] must be a mapping of keys to values"),
         ({"zero_optimization": {"stage": 4}}, "", "zero_optimization.stage: 4 is not supported"),
         (zero(offload_optimizer={"device": "gpu"}), "", "offload_optimizer.device: 'gpu' is not supported"),
-        (zero(cpu_offload="maybe"), "", "cpu_offload: 'maybe' is not supported; known are: true, false"),
+        (zero(cpu_offload="maybe"), "", "cpu_offload: 'maybe' is not supported; supported: true, false"),
         (zero(reduce_bucket_size="big"), "", "reduce_bucket_size: 'big' is not supported"),
         ({**NO_OFFLOAD, "train_batch_size": "32"}, "", "train_batch_size: '32' is not supported"),
-        (fsdp("", "mixed_precision: bf16\n"), ", precision: fp32", "→ leave it out of that file"),
-        ({**NO_OFFLOAD, "train_batch_size": 32}, ", batch_tokens: 400", "says 400, ENGINE says batch_size: 32"),
+        (
+            fsdp("", "mixed_precision: bf16\n"),
+            ", precision: fp32",
+            "→ in that file, leave it out or write the same value",
+        ),
+        (
+            {**NO_OFFLOAD, "train_batch_size": 32},
+            ", batch_tokens: 400",
+            "the recipe has 400, but ENGINE has batch_size: 32",
+        ),
         (rates(1e-4, 2e-4), "", "warmup_max_lr: 0.0002, but optimizer.params.lr is 0.0001"),
-        (BELLE, ", trainer: {adam_beta2: 0.5}", "adam_beta2: the recipe says 0.5, ENGINE says 0.999"),
+        (BELLE, ", trainer: {adam_beta2: 0.5}", "adam_beta2: the recipe has 0.5, but ENGINE has 0.999"),
         (BELLE, ", trainer: 5", "trainer: 5 must be a valid dictionary"),
         ({"scheduler": {"type": "OneCycle"}}, "", "'OneCycle' is not supported"),
         ({"scheduler": {"type": []}}, "", "scheduler.type: [] is not supported"),
         (
             "distributed_type: MULTI_GPU\n",
             "",
-            "'MULTI_GPU' is not supported; known are: FSDP, DEEPSPEED\n  → engine: ddp",
+            "'MULTI_GPU' is not supported; supported: FSDP, DEEPSPEED\n  → engine: ddp",
         ),
         (fsdp("fsdp_wonder: 1"), "", "'wonder' is not supported"),
         (fsdp("fsdp_sharding_strategy: NO_SHARD"), "", "HYBRID_SHARD_ZERO2\n  → engine: ddp"),
@@ -224,7 +232,10 @@ def test_what_does_not_work_is_refused_by_name(settings: Any, sft: str, said: st
         (fsdp("", "mixed_precision: fp8\n"), "mixed_precision: fp8"),
         (fsdp("", "gradient_accumulation_steps: 4\n"), "gradient_accumulation_steps: 4"),
         (fsdp("", "parallelism_config: {tp_size: 2}\n"), "parallelism_config"),
-        (fsdp("fsdp_sharding_strategy: HYBRID_SHARD"), "fsdp_sharding_strategy: HYBRID_SHARD (shared out among all)"),
+        (
+            fsdp("fsdp_sharding_strategy: HYBRID_SHARD"),
+            "fsdp_sharding_strategy: HYBRID_SHARD (sharded over all processes)",
+        ),
         (fsdp("fsdp_min_num_params: 5"), "min_num_params"),
         (accelerates("zero3_init_flag: true"), "deepspeed_config.zero3_init_flag: True"),
         (accelerates("zero_stage: 1"), "deepspeed_config.zero_stage: 1"),
@@ -332,7 +343,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
             4,
             ("--devices", "2"),
             2,
-            "devices: 2: the launcher has started 4 processes\n  → tongwen run RECIPE devices=4",
+            "devices: 2: the launcher started 4 processes\n  → tongwen run RECIPE devices=4",
         ),
         (None, ("--devices", "0"), 2, "devices: 0 must be greater than or equal to 1"),
         (
@@ -374,7 +385,7 @@ def test_check_says_that_an_engine_would_be_alone(tmp_path: Path, tongwen: Any) 
 def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_load, "count_devices", lambda: 1)
     made = load_recipe(recipe(tmp_path, "auto"), ["devices=2"])[0]
-    with pytest.raises(TongwenError, match="shows 1 GPUs"):
+    with pytest.raises(TongwenError, match="this machine has 1 visible GPUs"):
         pipeline._check_devices(made, ["prepare", "sft"])
     pipeline._check_devices(made, ["prepare", "export"])
 
@@ -435,7 +446,7 @@ def test_whoever_waits_for_a_first_process_that_failed_ends_too(tmp_path: Path, 
     file = recipe(tmp_path, "auto")
     (tmp_path / "data.jsonl").write_text("nonsense\n")
     assert in_processes(2, "run", file, f"out={tmp_path / 'out'}", before=be_impatient, seconds=30) == [3, 5]
-    assert "prepare: the first process has ended without it" in capfd.readouterr().err
+    assert "prepare: the first process ended without finishing it" in capfd.readouterr().err
 
 
 def test_other_settings_from_outside_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +461,7 @@ def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     parallel.Engine("single").check_resumes(tmp_path)
-    with pytest.raises(TongwenError, match="one of ddp, and zero2 cannot continue it"):
+    with pytest.raises(TongwenError, match="ddp wrote the checkpoint, and zero2 cannot continue it"):
         parallel.Engine("zero2").check_resumes(tmp_path)
     (tmp_path / "global_step3").mkdir()
     for rank in range(2):

@@ -36,7 +36,7 @@ def test_a_recipe_is_frozen_and_survives_its_own_dump(text: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ("{quantize: int8}", "`method: lora` does nothing with quantize"),
+        ("{quantize: int8}", "`method: lora` does not use quantize"),
         ("{method: full, rank: 4, dropout: 0.1}", "dropout, rank"),
     ],
 )
@@ -50,11 +50,11 @@ def test_settings_without_effect_are_said(adapter: str, message: str, tmp_path: 
     [
         (
             "sft: {optimizer: muon, trainer: {adam_beta1: 0.5}}",
-            "`optimizer: muon` does nothing with trainer.adam_beta1",
+            "`optimizer: muon` does not use trainer.adam_beta1",
         ),
-        ("sft: {trainer: {optim_args: a=1}}", "`optimizer: adamw` does nothing with trainer.optim_args"),
+        ("sft: {trainer: {optim_args: a=1}}", "`optimizer: adamw` does not use trainer.optim_args"),
         ("sft: {trainer: {adam_beta1: 0.5}}", ""),
-        ("pretrain: {train: full, adapter: {rank: 8}}", "`train: full` does nothing with rank"),
+        ("pretrain: {train: full, adapter: {rank: 8}}", "`train: full` does not use rank"),
         ("pretrain: {train: lora+embeddings, adapter: {rank: 8}}", ""),
     ],
 )

@@ -21,7 +21,12 @@ from tests.recipe.reading import PRETRAIN, SFT, check_problem
         (SFT % "adapter: {method: qlora, quantize: int8, dora: true}", 4, "dora", "quantize: nf4"),
         (SFT % "decay: 0.1", 4, "decay", "schedule: wsd"),
         (SFT % "optimizer: muon, adapter: {method: full}", 4, "muon", "optimizer: adamw"),
-        (SFT % "engine: zero4", 4, "'zero4'", "is not one of auto, ddp, fsdp2, zero2, zero3"),
+        (
+            SFT % "engine: zero4",
+            4,
+            "'zero4'",
+            "is neither one of auto, ddp, fsdp2, zero2, zero3 nor a .json or .yaml file",
+        ),
         (SFT % "engine: ddp, offload: true", 4, "`offload` needs an engine that shards", "fsdp2"),
         (SFT % "engine: fsdp2, optimizer: muon", 4, "`optimizer: muon` does not work with `engine: fsdp2`", "adamw"),
         (SFT % "engine: zero2, adapter: {method: adalora}", 4, "`method: adalora` does not work", "method: lora"),

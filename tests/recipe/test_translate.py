@@ -50,9 +50,9 @@ def test_the_batch_is_converted_once_with_the_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ("adam_beta1: x", "recipe.yaml:4 · sft.trainer.adam_beta1: 'x' is no float"),
-        ("dataloader_num_workers: 1.5", "1.5 is no int"),
-        ("tf32: 1", "1 is no bool | None"),
+        ("adam_beta1: x", "recipe.yaml:4 · sft.trainer.adam_beta1: 'x' is not of type float"),
+        ("dataloader_num_workers: 1.5", "1.5 is not of type int"),
+        ("tf32: 1", "1 is not of type bool | None"),
         ("adam_beta1: 1, tf32: null, project: a", ""),
     ],
 )

@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("convert a model to another format: Hugging Face, LLaMA's .pth, GGUF")
+    return _("convert a model to another format: Hugging Face, LLaMA .pth, GGUF")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("fetch public data sets, models and adapters by name and verify them")
+    return _("fetch and verify public data sets, models and adapters by name")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

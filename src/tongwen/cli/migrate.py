@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("turn an older project's command or files into a recipe or a command")
+    return _("turn an older project's command or files into a recipe or command")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

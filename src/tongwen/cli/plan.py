@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("show batch sizes, tokens, steps, memory, disk and time; writes nothing")
+    return _("show batches, tokens, steps, memory, disk and time; writes nothing")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("compare weights, tokenizer and adapter with known or recorded hashes")
+    return _("compare weights, tokenizer, adapter with known or recorded hashes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -321,7 +321,7 @@ def test_rows_are_one_more_input_of_prepare(
     server = faults(seconds=0.01)
     recipe = write_recipe(tmp_path, server.url, "prepare: {held_out: 1}\n")
     code, out, _ = tongwen("check", recipe)
-    assert code == 0 and "not there yet" in out
+    assert code == 0 and "synthesize has not generated its data yet" in out
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
     rows = rows_of(tmp_path)
@@ -402,7 +402,7 @@ def test_fewer_seed_tasks_than_a_prompt_shows(tongwen: Any, tmp_path: Path) -> N
     seeds.write_text(json.dumps([GOOD, GOOD]), encoding="utf-8")
     recipe = write_recipe(tmp_path, "http://127.0.0.1:1/v1", method="self_instruct", seeds=str(seeds))
     code, _, err = tongwen("run", recipe)
-    assert code == 3 and "2 seed tasks" in err and "3 are shown" in err
+    assert code == 3 and "only 2 seed tasks" in err and "each prompt needs 3" in err
 
 
 def test_a_web_page_is_no_endpoint(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
