@@ -186,7 +186,7 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
         5,
         5,
     ]
-    assert "fsdp2 was asked for, and ddp runs" in capfd.readouterr().err
+    assert "the recipe asks for fsdp2, but ddp is running" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
@@ -295,7 +295,7 @@ def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path
     _, err = running.communicate(timeout=60)
     assert time.monotonic() - began < 20 and not any(child.is_running() for child in ranks.values())
     assert running.returncode == 5
-    assert f"rank 1 ({ranks[1].pid}) was ended by SIGKILL" in err and "the same command continues" in err
+    assert f"SIGKILL ended the process of rank 1 ({ranks[1].pid})" in err and "the same command continues" in err
 
 
 def wait_until(done: Any, seconds: float = 120) -> None:

@@ -70,9 +70,9 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
     output = out + err
-    assert ("do not see each other" in output) == (facts.padded is None)
-    assert ("padded batches" in output) == (facts.padded is not None)
-    assert ("with the whole model in memory" in output) == facts.experts
+    assert ("documents in a pack cannot see each other" in output) == (facts.padded is None)
+    assert ("trains in padded batches" in output) == (facts.padded is not None)
+    assert ("peft merges the whole model in memory" in output) == facts.experts
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     assert report["held_out"]["bits_per_byte"]["after"] < report["held_out"]["bits_per_byte"]["before"]
     base = tmp_path / "out" / "pretrain" if PRETRAIN in text else base
@@ -112,7 +112,7 @@ def test_a_table_of_positions_is_not_read_beyond_its_end(small_ice: Path, tmp_pa
     recipe = write_recipe(tmp_path, base, rows=rows, merge=False)
     recipe.write_text(recipe.read_text().replace("max_length: 256", "max_length: 1000"))
     code, _, err = tongwen("run", recipe)
-    assert code == 2 and "a table of 256 positions" in err and "max_length: 256" in err
+    assert code == 2 and "a table of only 256 positions" in err and "max_length: 256" in err
 
 
 def test_a_prefix_model_does_not_learn_from_plain_text(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811

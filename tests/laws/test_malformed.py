@@ -320,13 +320,13 @@ def flipped(data: bytes, place: int) -> bytes:
 
 
 BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str]] = [  # id, name, content, source, message
-    ("DA-04 UTF-16 named UTF-8", "a.jsonl", LINES.decode().encode("utf-16-le"), {"encoding": "utf-8"}, "this is UTF-16"),
-    ("DA-05 GBK named UTF-8", "a.jsonl", GBK, {"encoding": "utf-8"}, "this is GB18030.*encoding: gb18030"),
-    ("DA-27 UTF-8 named GB18030", "a.jsonl", LINES, {"encoding": "gb18030"}, "this is UTF-8"),
-    ("DA-27 UTF-8 named Big5", "a.txt", "你好".encode(), {"encoding": "big5"}, "this is UTF-8"),
-    ("DA-27 UTF-8 named Latin-1", "a.txt", "你好".encode(), {"encoding": "latin-1"}, "this is UTF-8"),
-    ("DA-27 ASCII named UTF-16", "a.txt", b"plain text", {"encoding": "utf-16"}, "this is UTF-8"),
-    ("DA-06 GBK named Big5", "a.jsonl", GBK, {"encoding": "big5"}, "this is GB18030"),
+    ("DA-04 UTF-16 named UTF-8", "a.jsonl", LINES.decode().encode("utf-16-le"), {"encoding": "utf-8"}, "the file is UTF-16"),
+    ("DA-05 GBK named UTF-8", "a.jsonl", GBK, {"encoding": "utf-8"}, "the file is GB18030.*encoding: gb18030"),
+    ("DA-27 UTF-8 named GB18030", "a.jsonl", LINES, {"encoding": "gb18030"}, "the file is UTF-8"),
+    ("DA-27 UTF-8 named Big5", "a.txt", "你好".encode(), {"encoding": "big5"}, "the file is UTF-8"),
+    ("DA-27 UTF-8 named Latin-1", "a.txt", "你好".encode(), {"encoding": "latin-1"}, "the file is UTF-8"),
+    ("DA-27 ASCII named UTF-16", "a.txt", b"plain text", {"encoding": "utf-16"}, "the file is UTF-8"),
+    ("DA-06 GBK named Big5", "a.jsonl", GBK, {"encoding": "big5"}, "the file is GB18030"),
     ("unknown encoding", "a.jsonl", LINES, {"encoding": "utf-99"}, "'utf-99' is not known"),
     ("UTF-16 cut in a letter", "a.txt", "\ufeff你好".encode("utf-16-le")[:-1], {}, "not UTF-16"),
     ("UTF-32 beyond Unicode", "a.txt", b"\xff\xfe\0\0" + b"\xff" * 4, {}, "not UTF-32"),
@@ -473,7 +473,7 @@ def test_broken_lines_of_other_encodings_are_rows(tmp_path: Path) -> None:
     good, bad = take(tmp_path / "a.jsonl")
     assert len(good) == 3
     assert [(raw.row, raw.reason) for raw, _ in bad] == [(4, "bad_bytes"), (5, "bad_bytes")]
-    assert "UTF-8 in a file of GB18030" in bad[1][1].rule
+    assert "UTF-8 in a GB18030 file" in bad[1][1].rule
 
 
 def test_half_a_pair_in_utf16_costs_its_row(tmp_path: Path) -> None:
@@ -641,7 +641,7 @@ def test_what_is_no_file_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setattr(os, "access", lambda *arguments: False)
-    with pytest.raises(DataError, match=r"a\.jsonl: there is no permission[\s\S]*chmod \+r"):
+    with pytest.raises(DataError, match=r"a\.jsonl: no permission to read this[\s\S]*chmod \+r"):
         find_files(str(tmp_path / "a.jsonl"))
 
 

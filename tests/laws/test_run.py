@@ -245,7 +245,7 @@ def test_show_plan_look_and_schema_speak(finished: Path, tongwen: Any, tmp_path:
     assert json.loads(out)["fits"] is True
     assert tongwen("plan", finished / "recipe.yaml", "--gpu", "lots")[0] == 2
     code, out, _ = tongwen("look", finished / "recipe.yaml", "-n", "1")
-    assert code == 0 and "<|im_end|>" in out and "are learned" in out
+    assert code == 0 and "<|im_end|>" in out and "tokens count toward the loss" in out
     assert tongwen("look", finished / "recipe.yaml", "--html", tmp_path / "look.html")[0] == 0
     page = (tmp_path / "look.html").read_text(encoding="utf-8")
     assert '<span class="s"' in page and "http" not in page
@@ -307,7 +307,7 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
     assert sampled[0] == sampled[1] != sampled[2]
     with pytest.raises(ModelError, match=r"temprature[\s\S]*temperature"):
         opened.chat(question, temprature=1.0)
-    with pytest.raises(ModelError, match="the model sees 512"):
+    with pytest.raises(ModelError, match="the model sees at most 512"):
         opened.chat([{"role": "user", "content": "长" * 3000}])
     adapted = package.open(str(finished / "out" / "sft"))
     assert adapted.chat(question, max_new_tokens=24) == answer, "live adapter and merged model say the same"

@@ -116,7 +116,11 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: P
 def test_other_settings_are_refused(change: str, stage: str, place: Path, tongwen: Any) -> None:
     before = hashes(place / "sft" / "sft.partial")
     code, _, err = tongwen("run", "sft.yaml", change)
-    assert code == 2 and f"sft/{stage}: made from other settings" in err and change.split("=")[0] in err
+    assert (
+        code == 2
+        and f"sft/{stage}: the existing result was made from different settings" in err
+        and change.split("=")[0] in err
+    )
     assert hashes(place / "sft" / "sft.partial") == before
 
 

@@ -284,7 +284,11 @@ def test_a_held_out_file_of_another_kind_is_refused(
     )
     assert main([*command, str(recipe)]) == 3
     error = capsys.readouterr().err
-    assert "h.txt" in error and "holds documents, the recipe has dialogues" in error and "held_out: 0.02" in error
+    assert (
+        "h.txt" in error
+        and "this file contains documents, but the recipe has dialogues" in error
+        and "held_out: 0.02" in error
+    )
 
 
 def test_check_asks_nothing_of_a_kind_that_is_only_examined(tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ def test_a_source_says_its_language_and_its_share(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("train: full, phases: [{train: lora}]", "exclude each other"),
+        ("train: full, phases: [{train: lora}]", "give only one of `train` and `phases`"),
         ("phases: [{train: full}, {train: lora}]", "keep one of the two"),
         ("train: lora, forgetting: {stop: 0.1}", "evaluate_every: 50"),
         ("train: everything", "not one of"),

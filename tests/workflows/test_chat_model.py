@@ -148,7 +148,7 @@ def test_settings_are_changed_and_checked(monkeypatch: pytest.MonkeyPatch, capsy
     assert spoken.settings == [{"max_new_tokens": 1, "temperature": 0.7}]
     err = capsys.readouterr().err
     assert "temperature: 7 is out of range" in err and "0 … 2" in err
-    assert "no such option: warmth" in err and "'x' is not a number" in err
+    assert "unknown option: warmth" in err and "'x' is not a number" in err
 
 
 def test_an_answer_that_is_stopped_stays_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_typing_in_a_real_terminal(chat_model: Path, tmp_path: Path) -> None:
     terminal.until("characters/s")
     terminal.until("you ›")
     terminal.write("\x1b[200~" + "长\n" * 50_000 + "\x1b[201~\r")  # a paste of many lines is one question
-    terminal.until("the model sees 512")
+    terminal.until("the model sees at most 512")
     terminal.until("you ›")
     terminal.write("再说\r")
     terminal.until("再说")

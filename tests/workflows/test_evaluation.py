@@ -359,7 +359,7 @@ def test_rows_without_an_answer_are_not_scored_and_counted(chat_model: Path, ton
     words = ["evaluate", "--model", chat_model, "--template", "chatml", "--data", data, "--max-new-tokens", 2]
     code, said, err = tongwen(*words, "--task", "exact_match", "--task", "bits_per_byte", "--out", tmp_path / "out")
     assert code == 0, err
-    assert said.count("1 rows have no answer") == 2
+    assert said.count("1 rows without an answer are not scored") == 2
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["exact_match"]["rows"] == scores["bits_per_byte"]["rows"] == 2
 
@@ -391,7 +391,7 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     ("name", "text", "task", "wanted"),
     [
         ("a.jsonl", "", "entity_f1", ("a.jsonl",)),
-        ("a.jsonl", '{"prompt": "问"}\n', "exact_match", ("a.jsonl:1", "exact_match compares with an answer")),
+        ("a.jsonl", '{"prompt": "问"}\n', "exact_match", ("a.jsonl:1", "exact_match needs reference answers")),
         ("a.jsonl", '{"instruction": "问", "output": "北京"}\n', "entity_f1", ("a.jsonl:1", "'北京'", "实体_类型")),
         ("a.jsonl", '{"x": "问"}\n', "bleu", ("a.jsonl:1", "columns")),
         ("a.csv", "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,丁,E\n", "multiple_choice", ("a.csv:2", "'E'", "A, B, C, D")),

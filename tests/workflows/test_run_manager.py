@@ -45,7 +45,7 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
     subprocess.run([sys.executable, "-c", code, str(once.parent / "recipe.yaml"), str(once)], check=True)
     assert lock_holder(once)
     wait_for(lambda: steps(once) > 5)
-    with pytest.raises(MachineError, match="is running"):
+    with pytest.raises(MachineError, match="this run is already in progress"):
         run_manager.resume(once)
     assert dict(map(reversed, run_manager.facts(once)))["current memory"]
     run_manager.stop(once)

@@ -263,7 +263,7 @@ def test_a_note_of_the_page_is_never_told_to_the_model(address: str, parrot: Par
 
 def test_what_no_conversation_holds_is_refused(address: str, parrot: Parrot) -> None:
     before = len(parrot.asked)
-    assert "at most 100,000" in ask(address, "长" * 50_000 * 1 + "x" * 50_001)[-1]["content"]
+    assert "the limit is 100,000" in ask(address, "长" * 50_000 * 1 + "x" * 50_001)[-1]["content"]
     many = tuple({"role": "user", "content": "x"} for _ in range(500))
     assert "start a new one" in ask(address, "?", history=many)[-1]["content"]
     assert len(parrot.asked) == before
@@ -368,5 +368,5 @@ def test_only_what_lies_in_the_folders_is_found(tmp_path: Path) -> None:
     for name in ("../out", str(outside), str(inside / "link"), f"{inside}/../out", "/etc/passwd", "x\0y", f"{inside}2"):
         with pytest.raises(TongwenError, match="outside"):
             place.inside(name)
-    with pytest.raises(RecipeError, match="no folder"):
+    with pytest.raises(RecipeError, match="this is not a folder"):
         Workspace.of([str(tmp_path / "none")])
