@@ -1,0 +1,143 @@
+"""How many processes a recipe runs in: as the recipe, the launcher and the machine agree, or refused before anything runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.launching import launched as in_processes
+from tests.recipe.test_engine_config import recipe
+from tongwen.cli import main
+from tongwen.core import distributed
+from tongwen.core.errors import TongwenError
+from tongwen.model.loading import load as model_load
+from tongwen.recipe.load import load_recipe
+from tongwen.workflows import pipeline
+
+
+@pytest.fixture()
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher; what a command takes from the environment comes back."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", distributed.EXIT_FILE, distributed.START_TIME):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(distributed, "torchrun", lambda *arguments: pytest.fail("no process may start"))
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "code", "said"),
+    [
+        (None, (), 2, "sft.engine: ddp: this engine needs several processes\n  → tongwen run RECIPE --devices 2"),
+        (1, (), 2, "several processes"),
+        (
+            4,
+            ("--devices", "2"),
+            2,
+            "devices: 2: the launcher started 4 processes\n  → tongwen run RECIPE devices=4",
+        ),
+        (None, ("--devices", "0"), 2, "devices: 0 must be greater than or equal to 1"),
+        (
+            None,
+            ("--devices", "3"),
+            5,
+            "devices: 3: this machine has 2 visible GPUs; each process needs one\n  → --devices 2",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_another_number_of_processes_is_refused_before_anything_runs(
+    world: int | None,
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tongwen: Any,
+) -> None:
+    if world:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(model_load, "count_devices", lambda: 2)
+    out = tmp_path / "out"
+    found, _, err = tongwen("run", recipe(tmp_path, "ddp"), f"out={out}", *words)
+    assert found == code and said in err and not (out / "prepare").exists()
+
+
+@pytest.mark.usefixtures("alone")
+def test_check_says_that_an_engine_would_be_alone(tmp_path: Path, tongwen: Any) -> None:
+    file = recipe(tmp_path, "ddp")
+    assert "this engine needs several processes" in "".join(tongwen("check", file)[1:])
+    assert "several processes" not in "".join(tongwen("check", file, "devices=2")[1:])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_load, "count_devices", lambda: 1)
+    made = load_recipe(recipe(tmp_path, "auto"), ["devices=2"])[0]
+    with pytest.raises(TongwenError, match="this machine has 1 visible GPUs"):
+        pipeline._check_devices(made, ["prepare", "sft"])
+    pipeline._check_devices(made, ["prepare", "export"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_accelerates_cpu_is_one_process_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    out = tongwen("run", recipe(tmp_path, "auto"), f"out={tmp_path / 'out'}", "--only", "prepare")
+    assert "starts only one process and ignores --num_processes" in "".join(out[1:])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`engine: fsdp2` on one GPU: torchrun has started it."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), (distributed.EXIT_FILE, "somewhere")):
+        monkeypatch.setenv(name, value)
+    distributed.read_launcher_environment()
+    assert distributed.is_launched()
+    monkeypatch.delenv(distributed.EXIT_FILE)
+    for size in ("1", ""):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", size)
+        distributed.read_launcher_environment()
+        assert not distributed.is_launched() and distributed.world_size() == 1
+
+
+@pytest.mark.parametrize(("rank", "visible", "taken"), [(3, 8, 3), (3, 1, 0), (3, 2, 1), (3, 0, None)])
+@pytest.mark.usefixtures("alone")
+def test_a_process_takes_its_own_gpu_of_those_it_sees(
+    rank: int, visible: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = list[int]()
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **words: torch.device("cuda"))
+    assert model_load.compute_device() == ("cuda" if visible else "cpu")
+    assert chosen == ([taken] if visible else [])
+    assert os.environ["LOCAL_RANK"] == str(rank if taken is None else taken)
+
+
+def test_two_processes_on_one_gpu_are_told_so() -> None:
+    said = main._machine_cause(
+        RuntimeError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on device 1b000")
+    )
+    assert said and "two processes of this run use the same GPU" in said
+
+
+def test_whoever_waits_for_a_first_process_that_failed_ends_too(tmp_path: Path, capfd: Any) -> None:
+    """As under `srun` without -K."""
+
+    def be_impatient(rank: int) -> None:
+        pipeline.PATIENCE_SECONDS = 1  # type: ignore[assignment]
+
+    file = recipe(tmp_path, "auto")
+    (tmp_path / "data.jsonl").write_text("nonsense\n")
+    assert in_processes(2, "run", file, f"out={tmp_path / 'out'}", before=be_impatient, seconds=30) == [3, 5]
+    assert "prepare: the first process ended without finishing it" in capfd.readouterr().err
