@@ -81,10 +81,10 @@ def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
     tokenizer = byte_level_tokenizer(tmp_path)
     samples = [[Span("问：", False), Span(text, True)] for text in texts(400)]
     slow = Encoder(tokenizer)
-    monkeypatch.setattr(encode, "MANY", 10**9)
+    monkeypatch.setattr(encode, "FAST_FROM", 10**9)
     wanted = [[list(map(int, piece.ids)) for piece in pieces] for pieces in slow.encode(samples)]
     assert slow.fast is None
-    monkeypatch.setattr(encode, "MANY", 100)
+    monkeypatch.setattr(encode, "FAST_FROM", 100)
     fast = Encoder(tokenizer)
     assert [[list(map(int, piece.ids)) for piece in pieces] for pieces in fast.encode(samples)] == wanted
     assert fast.fast is not None
@@ -110,7 +110,7 @@ def test_one_difference_and_it_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
-    monkeypatch.setattr(encode, "MANY", 10)
+    monkeypatch.setattr(encode, "FAST_FROM", 10)
     encoder = Encoder(tokenizer)
     wrong = make_fast(tokenizer.backend_tokenizer)
     assert wrong is not None

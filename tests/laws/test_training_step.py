@@ -486,8 +486,8 @@ def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small:
         """Pass the adapters that finite differences have changed to the fused projections."""
         pairs = zip(moved[::2], moved[1::2], strict=True)
         now = [(weight, *pair, scale) for (weight, *_, scale), pair in zip(parts, pairs, strict=False)]
-        first.take(now[:2])
-        last.take(now[2:])
+        first.load_adapters(now[:2])
+        last.load_adapters(now[2:])
         return tuple(scale for *_, scale in parts)
 
     assert torch.autograd.gradcheck(
