@@ -21,6 +21,9 @@ class SourceConfig(Section):
         Literal["alpaca", "messages", "conversations", "completion", "query", "pair", "turns_inside", "text"] | None
     ) = setting(None, "data format; detected from the content when absent")
     columns: dict[str, str] = setting({}, "column names, ours to the file's, e.g. {output: answer}")
+    ignore: list[str] = setting(
+        [], "fields of the rows that are not to be read, as the notice on unread fields names them, e.g. [id, label]"
+    )
     roles: dict[str, str] = setting({}, "role names, the file's to ours, e.g. {Customer: user}")
     separator: str = setting(
         "\n",
