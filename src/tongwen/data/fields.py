@@ -13,7 +13,7 @@ from tongwen.recipe.data import SourceConfig
 class Fields:
     """One object of a row: its values under our names.
 
-    place: where it is in the row, such as `messages[].`; ahead of the names of its unread keys.
+    place: where it is in the row, such as `messages.`; ahead of the names of its unread keys.
     """
 
     __slots__ = ("_asked", "_columns", "_parts", "_taken", "place", "source", "values")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,32 +18,19 @@ from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data.fields import Fields, is_empty
 from tongwen.data.preference import check_preferences, verdicts
 from tongwen.data.row import RawRow, kind
+from tongwen.data.texts import as_yaml, check_data, check_text, double_encoded, is_blank, keys_of
+from tongwen.data.tool_calls import read_tools, without_padding
+from tongwen.data.turns import (
+    IN_TURNS,
+    ROLES,
+    THOUGHTS,
+    check_media,
+    list_turns,
+    read_learn,
+    read_turns,
+)
 from tongwen.recipe.data import SourceConfig
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "用户": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "助手": "assistant",
-    "system": "system",
-    "developer": "system",
-    "系统": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
-    "function_call": "function_call",
-    "tool_call": "function_call",
-}
 PAIRS = (
     ("question", "answer"),
     ("question", "std_answer"),
@@ -55,28 +42,15 @@ PAIRS = (
 # Names of a question and of an answer in flat rows; a row that has one of each is a pair, whatever their combination.
 QUESTIONS = ("instruction", "prompt", "query", "question", "input", "问题", "提问", "问", "user", "human")
 ANSWERS = ("output", "completion", "response", "answer", "答案", "回答", "回复", "答", "assistant", "bot")
+SYSTEMS = ("system", "system_prompt", "system_message", "meta_instruction")
 TURNS = ("messages", "conversations", "conversation")
-LEARN = ("learn", "train", "loss", "weight", "loss_weight")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "cot", "complex_cot")
 # Values of a column such as `reasoning` that say whether there is thinking, and are none.
 _FLAGS = {"on", "off", "yes", "no", "true", "false", "enabled", "disabled"}
-_CONTENT_PARTS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "thinking": "thinking",
-    "reasoning": "thinking",
-    "tool_call": "tool_call",
-}
-_PLAIN_TURN = {"role", "content"}  # keys of nearly every turn
-IN_TURNS = ("from", "value", "role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS, *LEARN)
 # All keys that the readers use; `columns` can map each of them.
 NAMES = tuple(dict.fromkeys((
     "instruction", "input", "output", "target", "history", "system", "tools", "functions", *TURNS, "instruct",
-    *QUESTIONS, *ANSWERS, "std_answer", "q", "a", "text", *IN_TURNS,
+    *QUESTIONS, *ANSWERS, "std_answer", "q", "a", "context", "text", *IN_TURNS,
 )))  # fmt: skip
-_MEDIA = re.compile(r"((?:image|img|video|audio)s?)(?:_(?:url|path|file|byte|list|name)s?)?", re.IGNORECASE)
-_MEDIA_NAMES = {"image": "images", "img": "images", "video": "videos", "audio": "audios"}
 
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 _WORDS_OF_ANSWERS = re.compile("answer|response|reply|output|completion|solution|答|回复", re.IGNORECASE)
@@ -84,7 +58,6 @@ _WORDS_OF_QUESTIONS = re.compile("question|query|prompt|ask|instruct|input|user|
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 # Placeholders of identity data sets; unfilled, the model would learn them as its name.
 MUST_FILL = {"name", "author"}
-_VISIBLE = re.compile("[^\\s\xad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff]")
 _MARK = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|System)[ \t]*[:：]")
 _MARK_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
 _INSIDE = re.compile(r"\s*(?:Human|User)[ \t]*[:：]")
@@ -146,7 +119,7 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     found = recognise(row)
     if found and found != "text":
         return found
-    keys = _keys(raw.value)
+    keys = keys_of(raw.value)
     rule = _("this row is not a dialogue in a known format; it has: {keys}").format(keys=keys)
     if found == "text":
         remedy = _(
@@ -194,10 +167,11 @@ def _likely_columns(row: dict[str, Any]) -> dict[str, str]:
     texts = [
         str(key) for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")
     ]
+    systems = dict([("system", key) for key in texts if key.lower().startswith("system")][:1])
+    texts = [key for key in texts if key not in systems.values()]
     answers = [key for key in texts if _WORDS_OF_ANSWERS.search(key)]
     questions = [key for key in texts if _WORDS_OF_QUESTIONS.search(key) and key not in answers]
     rest = [key for key in texts if key not in answers and key not in questions]
-    systems = dict([("system", key) for key in rest if key.lower().startswith("system")][:1])
     if len(answers) == len(questions) == 1:
         return {**systems, "instruction": questions[0], "output": answers[0]}
     if len(texts) != 2 or len(answers) > 1 or len(questions) > 1:
@@ -212,7 +186,7 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
     """Return a recipe line that fixes the error: with the similar keys, or with what is likely the question and the answer."""
     if not columns and isinstance(row, dict):
         columns = _likely_columns(row)
-    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    pairs = ", ".join(f"{ours}: {as_yaml(theirs)}" for ours, theirs in columns.items())
     return _("name the columns in the recipe: {{path: …, columns: {{{pairs}}}}}").format(
         pairs=pairs or _("instruction: YOUR_QUESTION, output: YOUR_ANSWER")
     )
@@ -234,15 +208,15 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
     check_preferences(row, source, str(origin))
     fields = Fields(row, source)
     fields.get(*verdicts(row))
-    _check_media(fields)
+    check_media(fields)
     if format_ == "alpaca" and _has_turns_inside(with_columns(row, source)):
         format_ = "turns_inside"
     messages, tools = READERS[format_](fields, source)
     messages = _with_thinking(messages, fields)
     messages = [_split_thinking(_filled(message, fill), turn) for turn, message in enumerate(messages, 1)]
-    tools = _without_padding(tools, messages)
+    tools = without_padding(tools, messages)
     _check_dialogue(messages)
-    _check_data(tools, "tools")
+    check_data(tools, "tools")
     return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
 
 
@@ -251,7 +225,7 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        rule = _("no text under {theirs!r}: the row has {keys}").format(theirs=theirs, keys=_keys(row))
+        rule = _("no text under {theirs!r}: the row has {keys}").format(theirs=theirs, keys=keys_of(row))
         if isinstance(row, dict) and text is not None:
             raise RowRefused("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
         likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
@@ -259,13 +233,7 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
     if is_blank(text):
         raise RowRefused("empty_text", _("the text is empty"))
     unread = () if len(row) == 1 else tuple(key for key in row if key != theirs and key not in source.ignore and not is_empty(row[key]))  # fmt: skip
-    return Document(_check_text(text, theirs), origin, unread=unread)
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has only invisible characters: blanks, zero-width characters and direction marks."""
-    first = text[:1]  # nearly always enough
-    return not ("!" <= first <= "~" or "\u4e00" <= first <= "\u9fff") and _VISIBLE.search(text) is None
+    return Document(check_text(text, theirs), origin, unread=unread)
 
 
 def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
@@ -303,12 +271,12 @@ def _read_turns_inside(row: Fields, source: SourceConfig) -> Read:
         else:
             messages.append(Message("user", extra))
     answer = "target" if row.has("target") and not row.has("output") else "output"
-    return [*messages, Message("assistant", _text(row, answer, source))], _tools(row)
+    return [*messages, Message("assistant", _text(row, answer, source))], read_tools(row)
 
 
 def _read_messages(row: Fields, source: SourceConfig) -> Read:
     """OpenAI: role and content, tool calls, reasoning. LLaMA-Factory v1: content is a list of parts."""
-    return _with_system(row, source, _turns_of(row, "messages", source))
+    return _with_system(row, source, read_turns(row, "messages", source))
 
 
 def _read_conversations(row: Fields, source: SourceConfig) -> Read:
@@ -317,7 +285,7 @@ def _read_conversations(row: Fields, source: SourceConfig) -> Read:
     rounds = row.values.get(row.key(key) or "")
     if isinstance(rounds, list) and rounds and isinstance(rounds[0], dict) and _round_of(rounds[0]):
         return _with_system(row, source, (_rounds(row, key, source), []))
-    return _with_system(row, source, _turns_of(row, key, source))
+    return _with_system(row, source, read_turns(row, key, source))
 
 
 def _read_completion(row: Fields, source: SourceConfig) -> Read:
@@ -330,7 +298,7 @@ def _read_completion(row: Fields, source: SourceConfig) -> Read:
     tools: list[Any] = []
     for name, value, role in (("prompt", prompt, "user"), (answer, completion, "assistant")):
         if _has_turns(value):
-            found, more = _turns_of(row, name, source)
+            found, more = read_turns(row, name, source)
             messages, tools = [*messages, *found], [*tools, *more]
         else:
             messages.append(Message(role, _text(row, name, source)))
@@ -349,10 +317,11 @@ def _read_query(row: Fields, source: SourceConfig) -> Read:
 
 
 def _read_pair(row: Fields, source: SourceConfig) -> Read:
-    """A question and an answer, by the names that are there; an input beside the question belongs to it."""
+    """A question and an answer, by the names that are there, and the context that the question is about (Dolly, SQuAD)."""
     named = {name: True for name in (*QUESTIONS, *ANSWERS, *sum(PAIRS, ())) if row.has(name)}
     question, answer = _pair_of(named) or PAIRS[0]
-    return _one_round(row, source, _text(row, question, source), answer)
+    asked = _joined(_text(row, question, source), _text(row, "context", source, default=""), source)
+    return _one_round(row, source, asked, answer)
 
 
 READERS: dict[str, Callable[[Fields, SourceConfig], Read]] = {
@@ -373,13 +342,13 @@ def _one_round(row: Fields, source: SourceConfig, question: str, answer: str) ->
         *_history(row),
         Message("user", question),
         Message("assistant", _text(row, answer, source)),
-    ], _tools(row)
+    ], read_tools(row)
 
 
 def _with_system(row: Fields, source: SourceConfig, read: Read) -> Read:
     """Add the row's own system text and tools to what its turns hold."""
     messages, inside = read
-    system, tools = _system(row, source), _tools(row)
+    system, tools = _system(row, source), read_tools(row)
     if system and messages and messages[0].role == "system":
         if messages[0].content != system[0].content:
             raise RowRefused("ambiguous", _("the row has a system text, and its first turn has another"))
@@ -390,20 +359,6 @@ def _with_system(row: Fields, source: SourceConfig, read: Read) -> Read:
 
 
 # -- parts of a row ------------------------------------------------------------------------------------------------
-
-
-def _check_media(row: Fields) -> None:
-    """Raise RowRefused for a row or turn that cannot be understood without a picture, a video or a sound."""
-    for key, value in row.values.items():
-        found = _MEDIA.fullmatch(key)
-        if found and not is_empty(value) and not isinstance(value, (bool, int, float)):
-            kind_of_media = found[1].lower().removesuffix("s")
-            raise RowRefused(
-                _MEDIA_NAMES[kind_of_media],
-                _("{key} is not empty, and only text is learned (ignore: [{key}] if the text stands alone)").format(
-                    key=row.place + key
-                ),
-            )
 
 
 def _with_thinking(messages: list[Message], row: Fields) -> list[Message]:
@@ -430,7 +385,8 @@ def _joined(first: str, second: str, source: SourceConfig) -> str:
 
 
 def _system(row: Fields, source: SourceConfig) -> list[Message]:
-    text = _text(row, "system", source, default="")
+    key = next((name for name in SYSTEMS if not is_empty(row.values.get(row.key(name) or ""))), "system")
+    text = _text(row, key, source, default="")
     return [Message("system", text)] if not is_blank(text) else []
 
 
@@ -465,28 +421,6 @@ def _split_turns(text: str) -> list[Message]:
     return messages
 
 
-def _turns(row: Fields, key: str, source: SourceConfig) -> Iterator[tuple[int, Fields]]:
-    """Yield (number, turn). Raises RowRefused for a turn that is not an object."""
-    turns = row.get(key)
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        raise _double_encoded(key)
-    if not isinstance(turns, list) or not turns:
-        found = _("empty") if turns == [] else kind(turns)
-        raise RowRefused(
-            "no_messages",
-            _("{key} must be a non-empty list, this is {found}").format(key=key, found=found),
-        )
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowRefused(
-                "bad_turn",
-                _("turn {number} is {kind}, not an object").format(number=number, kind=kind(turn)),
-            )
-        fields = row.inside(turn, f"{key}[]")
-        _check_media(fields)
-        yield number, fields
-
-
 def _round_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the names of question and answer in a turn that holds both (MOSS: human, assistant); None for other turns."""
     return None if "role" in turn or "from" in turn else _pair_of(turn)
@@ -495,251 +429,21 @@ def _round_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
 def _rounds(row: Fields, key: str, source: SourceConfig) -> list[Message]:
     """Read turns that hold a question and its answer each; the first may have the system text."""
     messages: list[Message] = []
-    for number, turn in _turns(row, key, source):
+    for number, turn in list_turns(row, key, source):
         names = _round_of(turn.values)
         if names is None:
             raise RowRefused(
                 "bad_turn",
                 _("turn {number} has no question and answer; it has {keys}").format(
-                    number=number, keys=_keys(turn.values)
+                    number=number, keys=keys_of(turn.values)
                 ),
             )
         if number == 1:
             messages += _system(turn, source)
         asked, answered = (_text(turn, name, source) for name in names)
-        answer = Message("assistant", answered, learn=_learn(turn, number, "assistant"))
+        answer = Message("assistant", answered, learn=read_learn(turn, number, "assistant"))
         messages += [Message("user", asked), *_with_thinking([answer], turn)]
     return messages
-
-
-def _turns_of(row: Fields, key: str, source: SourceConfig) -> Read:
-    """Read a list of turns of one role each, and the tools of its system turn. Calls in turns of their own that follow each
-    other are one answer with several calls."""
-    messages: list[Message] = []
-    tools: list[Any] = []
-    was_call = False
-    for number, turn in _turns(row, key, source):
-        if not source.columns and turn.values.keys() == _PLAIN_TURN and isinstance(turn.values["content"], str):
-            role = _role(turn.get("role"), number, source, row.values.get(key))
-            if role != "function_call":
-                messages.append(Message(role, turn.get("content")))
-                was_call = False
-                continue
-        message, is_call = _turn(turn, number, source, row.values.get(row.key(key) or ""))
-        if message.role == "system" and number == 1:
-            tools = _tools(turn)
-        if is_call and was_call:
-            message = replace(messages.pop(), tool_calls=(*messages[-1].tool_calls, *message.tool_calls))
-        messages.append(message)
-        was_call = is_call
-    return messages, tools
-
-
-def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[Message, bool]:
-    """Return (message, whether the turn consists of calls only)."""
-    role = _role(turn.get("role", "from"), number, source, turns)
-    is_call = role == "function_call"
-    role = "assistant" if is_call else role
-    answers = role == "assistant"
-    thinking = _thinking(turn, number) if answers else None
-    calls = _calls(turn, number) if answers else []
-    text, more_thinking, more_calls = _content(turn, number, optional=bool(calls), answers=answers)
-    if is_call and not calls:
-        found = _json(text, _("turn {number}").format(number=number))
-        calls, text = found if isinstance(found, list) else [found], ""
-    if thinking and more_thinking and thinking != more_thinking:
-        raise RowRefused("ambiguous", _("turn {number} has two kinds of thinking").format(number=number))
-    made = tuple(_tool_call(call, turn, number) for call in (*calls, *more_calls))
-    message = Message(
-        role,
-        text,
-        thinking or more_thinking or None,
-        made,
-        _learn(turn, number, role),
-        _word(turn, "name", number),
-        _word(turn, "tool_call_id", number) if role == "tool" else None,
-    )
-    return message, is_call
-
-
-def _word(turn: Fields, key: str, number: int) -> str | None:
-    """Return a name or an id; None when there is none."""
-    value = turn.get(key)
-    if value is None or isinstance(value, str):
-        return value or None
-    raise RowRefused(
-        "bad_name",
-        _("turn {number}: {key} is {kind}, not text").format(number=number, key=key, kind=kind(value)),
-    )
-
-
-def _thinking(turn: Fields, number: int) -> str | None:
-    value = turn.get(*THOUGHTS)
-    if isinstance(value, list) and value:
-        value = _joined_parts(value)
-    if value is not None and not isinstance(value, str):
-        raise RowRefused(
-            "bad_thinking",
-            _("turn {number}: reasoning_content is {kind}").format(number=number, kind=kind(value)),
-        )
-    return None if value is None or is_blank(value) else value
-
-
-def _joined_parts(parts: list[Any]) -> Any:
-    """Return the text of a list of parts {type, text}; the list itself when it holds anything else."""
-    found = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in parts]
-    texts = [text for text in found if isinstance(text, str)]
-    return "".join(texts) if len(texts) == len(parts) else parts
-
-
-def _calls(turn: Fields, number: int) -> list[Any]:
-    calls = turn.get("tool_calls") or []
-    if isinstance(calls, str):
-        calls = _json(calls, "tool_calls")
-    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
-        raise RowRefused(
-            "bad_tool_calls",
-            _("turn {number}: tool_calls must be a list of objects").format(number=number),
-        )
-    call = turn.get("function_call")
-    return [*calls, *([call] if call else [])]
-
-
-def _content(turn: Fields, number: int, optional: bool, answers: bool) -> tuple[str, str, list[Any]]:
-    """Return (text, thinking, calls) of a turn. A list of parts is joined: LLaMA-Factory v1, Anthropic, OpenAI."""
-    content = turn.get("content", "value")
-    if content is None and optional:
-        return "", "", []
-    if isinstance(content, str):
-        return content, "", []
-    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
-        raise _bad_content(number, "value" if turn.has("value") and not turn.has("content") else "content", content, turn.values)  # fmt: skip
-    found: dict[str, list[Any]] = {"text": [], "thinking": [], "tool_call": []}
-    for part in content:
-        fields = turn.inside(part, "content[]")
-        type_ = fields.get("type")
-        meaning = _CONTENT_PARTS.get(type_) if isinstance(type_, str) else None
-        value = fields.get("text", "value", "thinking", "reasoning") if meaning else None
-        value = _joined_parts(value) if isinstance(value, list) else value
-        if meaning is None or not isinstance(value, (str, dict)) or (meaning != "text" and not answers):
-            raise RowRefused(
-                "not_only_text",
-                _("turn {number} has a part of type {type!r}; only text is supported").format(
-                    number=number, type=type_
-                ),
-            )
-        found[meaning].append(value)
-    calls = [_json(call, _("turn {number}").format(number=number)) if isinstance(call, str) else call for call in found["tool_call"]]  # fmt: skip
-    if not all(isinstance(text, str) for text in (*found["text"], *found["thinking"])):
-        raise _bad_content(number, "content", content, turn.values)
-    return "".join(found["text"]), "".join(found["thinking"]), calls
-
-
-def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRefused:
-    return RowRefused(
-        "bad_content",
-        _("turn {number}: {key} is {kind}, not text; the turn has {keys}").format(
-            number=number, key=key, kind=kind(content), keys=_keys(turn)
-        ),
-    )
-
-
-def _learn(turn: Fields, number: int, role: str) -> bool | None:
-    learn = turn.get(*LEARN)
-    if learn not in (None, 0, 1):
-        raise RowRefused(
-            "bad_learn",
-            _("turn {number}: {learn!r} does not say whether to learn it; write true or false").format(
-                number=number, learn=learn
-            ),
-        )
-    if learn and role != "assistant":
-        turn.leave(*LEARN)  # only answers are learned one by one
-        return None
-    return None if learn is None else bool(learn)
-
-
-def _tools(row: Fields) -> list[Any]:
-    tools = row.get("tools", "functions") or []
-    if isinstance(tools, str):
-        tools = _json(tools, "tools") if tools.strip() else []
-    if isinstance(tools, list):
-        tools = [_json(tool, "tools") if isinstance(tool, str) and tool.startswith("{") else tool for tool in tools]
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowRefused("bad_tools", _("tools must be a list of objects"))
-    return tools
-
-
-def _tool_call(call: Any, turn: Fields, number: int) -> dict[str, Any]:
-    """Return a tool call in OpenAI's format, with the arguments as an object, as chat templates expect."""
-    fields = turn.inside(call, "tool_calls[]") if isinstance(call, dict) else None
-    function = fields.get("function") if fields else None
-    inner = fields.inside(function, "function") if fields and isinstance(function, dict) else fields
-    name = inner.get("name") if inner else None
-    if fields is None or inner is None or not isinstance(name, str):
-        raise RowRefused("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
-    fields.get("type")
-    arguments = inner.get("arguments", "parameters")
-    if isinstance(arguments, str):
-        arguments = _json(arguments, _("turn {number}: arguments").format(number=number)) if arguments else {}
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise RowRefused(
-            "bad_tool_calls",
-            _("turn {number}: the arguments of a tool call are {kind}, not an object").format(
-                number=number, kind=kind(arguments)
-            ),
-        )
-    id_ = _word(fields, "id", number)
-    made = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    _check_data(made, _("turn {number}: tool_calls").format(number=number))
-    return {"id": id_, **made} if id_ else made
-
-
-def _without_padding(tools: list[Any], messages: list[Message]) -> list[Any]:
-    """Remove the nulls with which a table makes objects alike: properties without a schema, and arguments that the schema of
-    their tool does not have. A null that stands under a declared name stays. Changes the calls of the messages, too."""
-    if not tools:
-        return tools
-    declared: dict[str, set[str]] = {}
-    cleaned = []
-    for tool in tools:
-        tool = _without_null_properties(tool)
-        function = tool.get("function", tool)
-        parameters = function.get("parameters") if isinstance(function, dict) else None
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        if isinstance(properties, dict) and isinstance(function.get("name"), str):
-            declared[function["name"]] = set(properties)
-        cleaned.append(tool)
-    for index, message in enumerate(messages):
-        calls = [_without_undeclared_nulls(call, declared) for call in message.tool_calls]
-        if calls != list(message.tool_calls):
-            messages[index] = replace(message, tool_calls=tuple(calls))
-    return cleaned
-
-
-def _without_null_properties(schema: Any) -> Any:
-    """Return a schema without properties that are null: none is a schema."""
-    if isinstance(schema, list):
-        return [_without_null_properties(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: {name: _without_null_properties(part) for name, part in value.items() if part is not None}
-        if key == "properties" and isinstance(value, dict)
-        else _without_null_properties(value)
-        for key, value in schema.items()
-    }
-
-
-def _without_undeclared_nulls(call: dict[str, Any], declared: Mapping[str, set[str]]) -> dict[str, Any]:
-    function = call["function"]
-    names = declared.get(function["name"])
-    if names is None:
-        return call
-    arguments = {key: value for key, value in function["arguments"].items() if value is not None or key in names}
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text(row: Fields, key: str, source: SourceConfig, default: str | None = None) -> str:
@@ -750,14 +454,14 @@ def _text(row: Fields, key: str, source: SourceConfig, default: str | None = Non
     shown = f"{key} ({source.columns[key]})" if key in source.columns else key
     if not row.has(key):
         near = next((str(name) for name in row.values if str(name).strip().lower() == key), "")
-        rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=_keys(row.values))
+        rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=keys_of(row.values))
         raise RowRefused("missing_key", rule + (_suggestion(key, near) if near else ""))
     if not isinstance(value, str):
         raise RowRefused("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
     if (key in ANSWERS or key == "target") and is_blank(value):
         raise RowRefused("empty_answer", _("{shown} is empty: there is no answer to learn").format(shown=shown))
     if default is None and value[:1] in ("{", '"') and _is_encoded_again(value):
-        raise _double_encoded(shown)
+        raise double_encoded(shown)
     return value
 
 
@@ -772,46 +476,6 @@ def _is_encoded_again(text: str) -> bool:
         return False
 
 
-def _double_encoded(key: str) -> RowRefused:
-    return RowRefused(
-        "double_encoded",
-        _("{key} contains JSON that was encoded again as text").format(key=key),
-    )
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowRefused(
-            "bad_json_inside", _("{where} is not JSON: {error}").format(where=where, error=error)
-        ) from None
-
-
-def _role(value: Any, number: int, source: SourceConfig, turns: Any) -> str:
-    role = None
-    if isinstance(value, str):
-        role = source.roles.get(value) or ROLES.get(value.lower())
-    if role is None:
-        raise RowRefused(
-            "unknown_role",
-            _("turn {number}: unknown role {value!r}; map it in the recipe: roles: {{{roles}}}").format(
-                number=number, value=value, roles=_likely_roles(value, turns, source)
-            ),
-        )
-    return role
-
-
-def _likely_roles(value: Any, turns: Any, source: SourceConfig) -> str:
-    """Return a mapping of the unknown roles of a dialogue: who speaks last is the assistant, since a dialogue ends with an
-    answer."""
-    speakers = [turn.get(source.columns.get("role", "role"), turn.get(source.columns.get("from", "from"))) for turn in turns or () if isinstance(turn, dict)]  # fmt: skip
-    unknown = [name for name in dict.fromkeys(speakers) if isinstance(name, str) and name not in source.roles and name.lower() not in ROLES]  # fmt: skip
-    if not unknown or len(unknown) > 2 or len(speakers) < 2:
-        return f"{value}: user"
-    return ", ".join(f"{name}: {'assistant' if name == speakers[-1] else 'user'}" for name in unknown)
-
-
 # -- what a dialogue must be ---------------------------------------------------------------------------------------
 
 
@@ -821,9 +485,9 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
             raise RowRefused("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
         if message.role == "user" and is_blank(message.content):
             raise RowRefused("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
-        _check_text(message.content, turn)
+        check_text(message.content, turn)
         if message.thinking:
-            _check_text(message.thinking, turn)
+            check_text(message.thinking, turn)
         if "{{" in message.content and (
             found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]
         ):
@@ -893,34 +557,5 @@ def _filled(message: Message, fill: Mapping[str, str]) -> Message:
     return replace(message, content=content)
 
 
-def _check_text(text: str, place: str | int) -> str:
-    """Return a text without surrogates and NUL, else raise RowRefused. place: its key, or the number of its turn."""
-    broken = False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        broken = True
-    if broken or "\0" in text:
-        key = _("turn {place}").format(place=place) if isinstance(place, int) else place
-        if broken:
-            raise RowRefused("lone_surrogate", _("{key} contains an unpaired surrogate").format(key=key))
-        raise RowRefused("nul_character", _("{key} contains a NUL character").format(key=key))
-    return text
-
-
-def _check_data(value: Any, key: str) -> None:
-    """Raise RowRefused for tools or arguments that are not valid JSON: lone surrogates, NaN or infinity."""
-    if not value:
-        return
-    try:
-        _check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
-    except (ValueError, RecursionError) as error:
-        raise RowRefused("not_a_number", f"{key}: {error}") from None
-
-
 def _suggestion(ours: str, theirs: str) -> str:
     return _("; {theirs!r}: did you mean {ours!r}?").format(theirs=theirs, ours=ours)
-
-
-def _keys(row: Any) -> str:
-    return ", ".join(map(str, row)) if isinstance(row, dict) else kind(row)

@@ -84,7 +84,8 @@ def _remedy(row: dict[str, Any], found: list[str]) -> str:
     if isinstance(value, list) and (not question or _begins_with_question(value)):
         settings = f"format: messages, columns: {{messages: {chosen}}}"
     elif question and isinstance(value, list):
-        settings = f"format: completion, columns: {{prompt: {question}, completion: {chosen}}}"
+        mapped = "" if question == "prompt" else f"prompt: {question}, "
+        settings = f"format: completion, columns: {{{mapped}completion: {chosen}}}"
     elif question == "instruction" and isinstance(value, str):
         settings = f"format: alpaca, columns: {{output: {chosen}}}"
     elif question and isinstance(value, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
 
 from tongwen.core.i18n import _
 from tongwen.recipe.fields import Number, Rules, Section, read_list, read_source, setting
@@ -52,6 +52,14 @@ class SourceConfig(Section):
             self.weight is not None and self.share is not None,
             _("give only one of `weight` and `share`: passes per epoch, or a share of its tokens"),
         )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_ignore(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an empty `ignore`: results of versions before it came have the same settings."""
+        settings: dict[str, Any] = dump(self)
+        if not settings.get("ignore"):
+            settings.pop("ignore", None)
+        return settings
 
 
 SourceConfigs = Annotated[list[Annotated[SourceConfig, BeforeValidator(read_source)]], BeforeValidator(read_list)]
