@@ -220,6 +220,19 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
     return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
 
 
+def read_question(row: dict[str, Any], source: SourceConfig) -> Read:
+    """Return (messages, tools) of a row that ends with a question: turns, or one question after a system text and a
+    history. Raises RowRefused."""
+    fields = Fields(row, source)
+    check_media(fields)
+    if fields.has("messages"):
+        return _read_messages(fields, source)
+    question = next(name for name in ("prompt", "instruction", "question", "query") if fields.has(name))
+    extra = next((name for name in ("input", "context") if fields.has(name)), "input")
+    asked = _joined(_text(fields, question, source), _text(fields, extra, source, default=""), source)
+    return [*_system(fields, source), *_history(fields), Message("user", asked)], read_tools(fields)
+
+
 def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
     """Convert one row to a document. Raises RowRefused."""
     theirs = source.columns.get("text", "text")

@@ -180,9 +180,9 @@ def describe_unread(unread: Mapping[str, Mapping[str, int]]) -> str:
     shown = _(", ").join(names) + (f" … {len(total) - SHOWN}" if len(total) > SHOWN else "")
     files = [name for name, counts in unread.items() if counts]
     where = Path(files[0]).name if len(files) == 1 else _("{count} files").format(count=len(files))
-    return _("{where}: fields that are not read: {shown}; `ignore: […]` at their source agrees to it").format(
-        where=where, shown=shown
-    )
+    return _(
+        "{where}: nothing reads these fields: {shown}; if that is right, list them at the source: ignore: […]"
+    ).format(where=where, shown=shown)
 
 
 def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], max_bad: float | None) -> None:
