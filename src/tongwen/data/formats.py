@@ -26,6 +26,7 @@ from tongwen.data.turns import (
     THOUGHTS,
     check_media,
     list_turns,
+    open_turn,
     read_learn,
     read_turns,
 )
@@ -378,6 +379,8 @@ def _with_thinking(messages: list[Message], row: Fields) -> list[Message]:
     """Give the thinking that is a column of the row to its answer: the last one of a flat row, the only one of a list of
     turns. Where it is not known whose thinking it is, it stays unread."""
     thinking = row.get(*THOUGHTS)
+    if thinking is None:
+        return messages
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     is_flat = not row.has(*TURNS)
     if not isinstance(thinking, str) or thinking.strip().lower() in _FLAGS or not (is_flat or len(answers) == 1):
@@ -398,6 +401,8 @@ def _joined(first: str, second: str, source: SourceConfig) -> str:
 
 
 def _system(row: Fields, source: SourceConfig) -> list[Message]:
+    if not row.has(*SYSTEMS):
+        return []
     key = next((name for name in SYSTEMS if not is_empty(row.values.get(row.key(name) or ""))), "system")
     text = _text(row, key, source, default="")
     return [Message("system", text)] if not is_blank(text) else []
@@ -442,7 +447,8 @@ def _round_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
 def _rounds(row: Fields, key: str, source: SourceConfig) -> list[Message]:
     """Read turns that hold a question and its answer each; the first may have the system text."""
     messages: list[Message] = []
-    for number, turn in list_turns(row, key, source):
+    for number, values in list_turns(row, key):
+        turn = open_turn(row, values, key)
         names = _round_of(turn.values)
         if names is None:
             raise RowRefused(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from tongwen.core.errors import DataError
@@ -33,11 +34,12 @@ _QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
     """Raise DataError for a row with a chosen and a rejected answer, unless the recipe maps the chosen one, and for an
     answer that is marked as disliked."""
+    pairs, verdict_keys = _suspects(tuple(row))
+    if not pairs and not verdict_keys:
+        return
     mapped = set(source.columns.values())
     found = [
-        key
-        for key, value in row.items()
-        if key not in source.ignore and not isinstance(value, bool) and not is_empty(value) and _PAIR.fullmatch(key)
+        key for key in pairs if key not in source.ignore and not isinstance(row[key], bool) and not is_empty(row[key])
     ]
     if found and not mapped & set(found):
         raise DataError(
@@ -47,8 +49,8 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
             place=place,
             remedy=_remedy(row, found),
         )
-    for key in _VERDICTS:
-        if key in row and key not in mapped and key not in source.ignore and _is_false(row[key]):
+    for key in verdict_keys:
+        if key not in mapped and key not in source.ignore and _is_false(row[key]):
             raise DataError(
                 _("this is preference data ({key}): {value!r} marks an answer that must not be learned").format(
                     key=key, value=row[key]
@@ -60,6 +62,12 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
             )
 
 
+@lru_cache(maxsize=4096)
+def _suspects(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the keys of a pair of answers and those of a verdict. Most rows of a file have the same keys."""
+    return tuple(key for key in keys if _PAIR.fullmatch(key)), tuple(key for key in _VERDICTS if key in keys)
+
+
 def says_true(value: Any) -> bool:
     """Whether a verdict is one, and good: such a row is an ordinary one."""
     return value is True or (isinstance(value, str) and value.strip().lower() == "true")
@@ -67,7 +75,7 @@ def says_true(value: Any) -> bool:
 
 def verdicts(row: Mapping[str, Any]) -> list[str]:
     """Return the names of a row's good verdicts. `check_preferences` has refused the bad ones."""
-    return [key for key in _VERDICTS if says_true(row.get(key))]
+    return [key for key in _suspects(tuple(row))[1] if says_true(row[key])]
 
 
 def _is_false(value: Any) -> bool:

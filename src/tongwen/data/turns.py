@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from tongwen.core.errors import RowRefused
@@ -54,13 +55,13 @@ _CONTENT_PARTS = {
     "reasoning": "thinking",
     "tool_call": "tool_call",
 }
-_PLAIN_TURN = {"role", "content"}  # keys of nearly every turn
+_PLAIN_TURNS = {("role", "content"), ("from", "value")}  # the keys of nearly every turn
 IN_TURNS = ("from", "value", "role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS, *LEARN)
 _MEDIA = re.compile(r"((?:image|img|video|audio)s?)(?:_(?:url|path|file|byte|list|name)s?)?", re.IGNORECASE)
 _MEDIA_NAMES = {"image": "images", "img": "images", "video": "videos", "audio": "audios"}
 
 
-def list_turns(row: Fields, key: str, source: SourceConfig) -> Iterator[tuple[int, Fields]]:
+def list_turns(row: Fields, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number, turn). Raises RowRefused for a turn that is not an object."""
     turns = row.get(key)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
@@ -77,9 +78,14 @@ def list_turns(row: Fields, key: str, source: SourceConfig) -> Iterator[tuple[in
                 "bad_turn",
                 _("turn {number} is {kind}, not an object").format(number=number, kind=kind(turn)),
             )
-        fields = row.inside(turn, key)
-        check_media(fields)
-        yield number, fields
+        yield number, turn
+
+
+def open_turn(row: Fields, turn: dict[str, Any], key: str) -> Fields:
+    """Return the fields of a turn. Raises RowRefused for one with media."""
+    fields = row.inside(turn, key)
+    check_media(fields)
+    return fields
 
 
 def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Message], list[Any]]:
@@ -88,14 +94,17 @@ def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Messag
     messages: list[Message] = []
     tools: list[Any] = []
     was_call = False
-    for number, turn in list_turns(row, key, source):
-        if not source.columns and turn.values.keys() == _PLAIN_TURN and isinstance(turn.values["content"], str):
-            role = _role(turn.get("role"), number, source, row.values.get(key))
-            if role != "function_call":
-                messages.append(Message(role, turn.get("content")))
+    turns = row.values.get(row.key(key) or "")
+    for number, values in list_turns(row, key):
+        if tuple(values) in _PLAIN_TURNS and not source.columns and not source.ignore:
+            speaker, said = values.values()
+            role = _role(speaker, number, source, turns)
+            if isinstance(said, str) and role != "function_call":
+                messages.append(Message(role, said))
                 was_call = False
                 continue
-        message, is_call = _turn(turn, number, source, row.values.get(row.key(key) or ""))
+        turn = open_turn(row, values, key)
+        message, is_call = _turn(turn, number, source, turns)
         if message.role == "system" and number == 1:
             tools = read_tools(turn)
         if is_call and was_call:
@@ -230,14 +239,19 @@ def _likely_roles(value: Any, turns: Any, source: SourceConfig) -> str:
     return ", ".join(f"{as_yaml(name)}: {'assistant' if name == speakers[-1] else 'user'}" for name in unknown)
 
 
+@lru_cache(maxsize=4096)
+def _media_keys(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return (key, reason to refuse its content) of those keys that hold media. Most rows of a file have the same keys."""
+    found = [(key, _MEDIA.fullmatch(key)) for key in keys]
+    return tuple((key, _MEDIA_NAMES[match[1].lower().removesuffix("s")]) for key, match in found if match)
+
+
 def check_media(row: Fields) -> None:
     """Raise RowRefused for a row or turn that cannot be understood without a picture, a video or a sound."""
-    for key, value in row.values.items():
-        found = _MEDIA.fullmatch(key)
-        if found and not is_empty(value) and not isinstance(value, (bool, int, float)):
-            kind_of_media = found[1].lower().removesuffix("s")
+    for key, reason in _media_keys(row.shape):
+        if not is_empty(row.values[key]) and not isinstance(row.values[key], (bool, int, float)):
             raise RowRefused(
-                _MEDIA_NAMES[kind_of_media],
+                reason,
                 _("{key} is not empty, and only text is learned (ignore: [{key}] if the text stands alone)").format(
                     key=row.place + key
                 ),
