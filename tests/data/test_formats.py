@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import write_rows
 from tongwen.core.errors import DataError, RowRefused
-from tongwen.core.records import Origin
+from tongwen.core.records import Dialogue, Origin, from_dict
 from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.files import find_files
-from tongwen.data.formats import read_dialogue, recognise
+from tongwen.data.formats import check_source, read_dialogue, recognise, recognise_row
 from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger
 from tongwen.data.prepare_steps import check_losses, iter_rows, load_records
 from tongwen.data.reader import read_rows
+from tongwen.data.row import RawRow
+from tongwen.data.turns import THOUGHTS
 from tongwen.recipe.data import Prepare, SourceConfig
 
 HERE, SOURCE = Origin("f", 1), SourceConfig(path="f")
@@ -300,3 +304,291 @@ def test_the_shipped_dialogues_are_whole() -> None:
     assert len(aside) == 30 and not bad
     trained = {dialogue.messages[-2].content for dialogue in records + named}
     assert not trained & {dialogue.messages[-2].content for dialogue in aside}
+
+
+# -- every field is read, or said to be unread ---------------------------------------------------------------------
+
+ASK = {"role": "user", "content": "QUESTION"}
+REPLY = {"role": "assistant", "content": "ANSWER"}
+PLAIN = [("user", "QUESTION"), ("assistant", "ANSWER")]
+
+
+def as_dialogue(row: dict[str, Any], **words: Any) -> Dialogue:
+    source = SourceConfig(path="f", **words)
+    check_source(source)
+    return read_dialogue(row, source.format or recognise_row(RawRow("f", 1, row, 1), source), source, {}, HERE)
+
+
+def said_in(found: Dialogue) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in found.messages]
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+@pytest.mark.parametrize("shape", ["messages", "conversations", "alpaca", "completion", "query", "pair", "rounds"])
+def test_thinking_is_read_under_each_of_its_names(shape: str, name: str) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": [ASK, {**REPLY, "reasoning_content": None, name: "THOUGHT"}]},
+        "conversations": {
+            "conversations": [
+                {"from": "human", "value": "QUESTION"},
+                {"from": "gpt", "value": "ANSWER", name: "THOUGHT"},
+            ]
+        },
+        "alpaca": {"instruction": "QUESTION", "input": "", "output": "ANSWER", name: "THOUGHT"},
+        "completion": {"prompt": [ASK], "completion": [REPLY], name: "THOUGHT"},
+        "query": {"query": "QUESTION", "response": "ANSWER", name: "THOUGHT"},
+        "pair": {"question": "QUESTION", "answer": "ANSWER", name: "THOUGHT"},
+        "rounds": {"conversation": [{"human": "QUESTION", "assistant": "ANSWER", name: "THOUGHT"}]},
+    }
+    found = as_dialogue(rows[shape])
+    assert (said_in(found), found.messages[-1].thinking, found.unread) == (PLAIN, "THOUGHT", ())
+
+
+def test_two_kinds_of_thinking_are_refused() -> None:
+    for row in (
+        {"messages": [ASK, {**REPLY, "reasoning": "a", "thinking": "b"}]},
+        {"messages": [ASK, {**REPLY, "reasoning": "a"}], "thinking": "b"},
+        {"instruction": "a", "output": "<think>b</think>c", "reasoning": "d"},
+        {"messages": [ASK, {**REPLY, "reasoning": "a", "content": [{"type": "thinking", "thinking": "b"}, {"type": "text", "text": "c"}]}]},
+    ):  # fmt: skip
+        with pytest.raises(RowRefused) as caught:
+            as_dialogue(row)
+        assert caught.value.reason == "ambiguous"
+    again = as_dialogue({"instruction": "a", "output": "<think>\nb\n</think>\nc", "reasoning": "b"}).messages[-1]
+    assert (again.thinking, again.content) == ("b", "c")
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": [ASK, REPLY], "id": 7, "meta": {}, "tags": [], "note": None}, ("id",)),
+        ({"messages": [ASK, {**REPLY, "refusal": "no", "audio": None}]}, ("messages.refusal",)),
+        ({"messages": [{**ASK, "reasoning": "a", "train": True}, REPLY]}, ("messages.reasoning", "messages.train")),
+        ({"messages": [ASK, REPLY], "reasoning": "on", "label": 3}, ("reasoning", "label")),
+        ({"messages": [ASK, REPLY, ASK, REPLY], "reasoning": "whose?"}, ("reasoning",)),
+        ({"messages": [ASK, {**REPLY, "content": [{"type": "text", "text": "a", "cache": 1}]}]}, ("messages.content.cache",)),
+        (
+            {"messages": [ASK, {"role": "assistant", "tool_calls": [{"index": 1, "function": {"name": "f", "x": 1}}]}, {"role": "tool", "content": "r"}, REPLY]},
+            ("messages.tool_calls.index", "messages.tool_calls.function.x"),
+        ),
+        ({"instruction": "a", "output": "b", "question": "c"}, ("question",)),
+        ({"question": "a", "answer": "b", "std_answer": "c"}, ("std_answer",)),
+    ],
+)  # fmt: skip
+def test_what_nothing_reads_is_named(row: dict[str, Any], unread: tuple[str, ...]) -> None:
+    assert as_dialogue(row).unread == unread
+    assert as_dialogue(row, ignore=list(unread)).unread == ()
+
+
+def test_a_column_whose_name_is_mapped_to_another_is_unread() -> None:
+    found = as_dialogue(
+        {"ask": "QUESTION", "reply": "ANSWER", "output": "x"}, columns={"instruction": "ask", "output": "reply"}
+    )
+    assert (said_in(found), found.unread) == (PLAIN, ("output",))
+
+
+def test_unread_fields_are_counted_by_file(tmp_path: Path, tongwen: Any) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"instruction": f"问{row}", "output": "答", "id": row} for row in range(1, 5)])
+    write_rows(tmp_path / "b.jsonl", [{"instruction": f"问{row}", "output": "答", "tag": "x"} for row in range(6, 9)])
+    recipe = tmp_path / "r.yaml"
+    for ignored, said in (("", True), (", ignore: [id, tag]", False)):
+        recipe.write_text(
+            f"name: r\nbase: {tmp_path}/none\nout: {tmp_path}/out{len(ignored)}\n"
+            f"prepare: {{dialogues: {{path: '{tmp_path}/*.jsonl'{ignored}}}, held_out: 0}}\n",
+            encoding="utf-8",
+        )
+        for words in (("check", recipe), ("run", recipe, "--until", "prepare")):
+            code, *printed = tongwen(*words)
+            assert code == 0
+            assert ("id (4 rows), tag (3 rows)" in " ".join(" ".join(printed).split())) is said
+        manifest = json.loads((tmp_path / f"out{len(ignored)}" / "prepare" / "manifest.json").read_text())
+        files = manifest["ledger"]["dialogues"]["files"]
+        assert [file.get("unread") for file in files.values()] == ([{"id": 4}, {"tag": 3}] if said else [None, None])
+
+
+def test_ids_and_names_reach_the_template_as_the_row_has_them() -> None:
+    call = {"id": "call12345", "type": "function", "function": {"name": "w", "arguments": "{}"}}
+    turns = [
+        {**ASK, "name": "bob"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call12345", "name": "w", "content": "r"},
+        REPLY,
+    ]
+    found = as_dialogue({"messages": turns})
+    assert found.unread == ()
+    asked, called, answered, _ = (message.to_dict() for message in found.messages)
+    assert (asked["name"], called["tool_calls"][0]["id"]) == ("bob", "call12345")
+    assert (answered["tool_call_id"], answered["name"]) == ("call12345", "w")
+    assert from_dict(found.to_dict()) == found
+    with pytest.raises(RowRefused, match=r"turn 3: tool_call_id is a number"):
+        as_dialogue({"messages": [*turns[:2], {**turns[2], "tool_call_id": 5}, REPLY]})
+
+
+def test_parts_of_a_content_are_text_thinking_and_calls() -> None:
+    parts = [
+        {"type": "reasoning", "value": "THOUGHT"},
+        {"type": "text", "value": "AN"},
+        {"type": "text", "text": "SWER"},
+    ]
+    turns = [
+        {"role": "system", "content": [{"type": "text", "value": "SYSTEM"}], "loss_weight": 0.0},
+        {"role": "user", "content": [{"type": "text", "value": "QUESTION"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": parts, "loss_weight": 0.0},
+        {"role": "user", "content": [{"type": "text", "value": "AGAIN"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}], "loss_weight": 1.0},
+        {"role": "tool", "content": [{"type": "text", "value": "r"}], "loss_weight": 0.0},
+        {"role": "assistant", "content": parts[1:], "loss_weight": 1.0},
+    ]  # fmt: skip
+    found = as_dialogue({"messages": turns})
+    assert found.unread == ()
+    answers = [message for message in found.messages if message.role == "assistant"]
+    assert [(turn.content, turn.thinking, turn.learn) for turn in answers] == [
+        ("ANSWER", "THOUGHT", False), ("", None, True), ("ANSWER", None, True),
+    ]  # fmt: skip
+    assert answers[1].tool_calls[0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    with pytest.raises(RowRefused, match=r"0\.5 does not say whether"):
+        as_dialogue({"messages": [ASK, {**REPLY, "loss_weight": 0.5}]})
+
+
+def test_calls_in_turns_of_their_own_are_one_answer() -> None:
+    calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in "fg"]
+    results = [{"role": "tool_response", "content": name} for name in "fg"]
+    found = as_dialogue({"messages": [ASK, *calls, *results, REPLY], "tools": "[]"})
+    assert [message.role for message in found.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [call["function"]["name"] for call in found.messages[1].tool_calls] == ["f", "g"]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"system": "S", "query": "Q", "response": "A"}, "SQA"),
+        ({"query": "Q", "response": "A", "history": [["q", "a"]]}, "qaQA"),
+        ({"instruction": "Q", "response": "A"}, "QA"),
+        ({"input": "Q", "output": "A"}, "QA"),
+        ({"output": "A", "prompt": "Q", "system": "S"}, "SQA"),
+        ({"conversation": [{"human": "q", "assistant": "a"}, {"human": "Q", "assistant": "A"}], "system": "S"}, "SqaQA"),
+        ({"conversation": [{"system": "S", "input": "q", "output": "a"}, {"input": "Q", "output": "A"}]}, "SqaQA"),
+        ({"conversations": [{"user": "q", "bot": "a"}, {"user": "Q", "bot": "A"}]}, "qaQA"),
+        ({"conversation": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "QA"),
+        ({"messages": [{"role": "系统", "content": "S"}, {"role": "用户", "content": "Q"}, {"role": "助手", "content": "A"}]}, "SQA"),
+        ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}]}, "QA"),
+    ],
+)  # fmt: skip
+def test_formats_of_other_programs(row: dict[str, Any], turns: str) -> None:
+    found = as_dialogue(row)
+    assert "".join(message.content for message in found.messages) == turns
+    assert found.unread == ()
+
+
+def test_a_question_is_asked_with_its_context() -> None:
+    found = as_dialogue({"instruction": "Q", "context": "C", "response": "A"})
+    assert (found.messages[0].content, found.unread) == ("Q\nC", ())
+
+
+@pytest.mark.parametrize("place", ["row", "turn"])
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("images", ["a.png"], "images"),
+        ("image", {"bytes": None, "path": "a.png"}, "images"),
+        ("image_url", "http://a", "images"),
+        ("videos", ["a.mp4"], "videos"),
+        ("audio", "a.wav", "audios"),
+        ("audio_path", "a.wav", "audios"),
+    ],
+)
+def test_a_row_that_needs_a_picture_is_refused_by_that_name(place: str, key: str, value: Any, reason: str) -> None:
+    row = {"messages": [ASK, REPLY], key: value} if place == "row" else {"messages": [{**ASK, key: value}, REPLY]}
+    with pytest.raises(RowRefused, match=key) as caught:
+        as_dialogue(row)
+    assert caught.value.reason == reason
+    assert said_in(as_dialogue({"messages": [{**ASK, key: None}, REPLY], key: []})) == PLAIN
+    assert said_in(as_dialogue(row, ignore=[key if place == "row" else f"messages.{key}"])) == PLAIN
+
+
+def test_nulls_that_nobody_declared_are_padding() -> None:
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        return {
+            "type": "function",
+            "function": {"name": name, "parameters": {"type": "object", "properties": properties}},
+        }
+
+    text = {"type": "string", "default": None}
+    call = {"function": {"name": "w", "arguments": {"city": "北京", "unit": None, "zone": None}}}
+    turns = [ASK, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "r"}, REPLY]
+    found = as_dialogue(
+        {"messages": turns, "tools": [tool("w", city=text, unit=text, zone=None), tool("t", city=None, zone=text)]}
+    )
+    assert found.messages[1].tool_calls[0]["function"]["arguments"] == {"city": "北京", "unit": None}
+    assert [one["function"]["parameters"]["properties"] for one in found.tools] == [
+        {"city": text, "unit": text},
+        {"zone": text},
+    ]
+
+
+def test_a_table_that_makes_objects_alike_changes_none(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def call(**arguments: Any) -> dict[str, Any]:
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": arguments}}],
+        }
+
+    end = [{"role": "tool", "content": "r", "tool_call_id": "x"}, REPLY]
+    rows = [
+        {"messages": [ASK, call(city="北京", when={"day": 1}), *end]},
+        {"messages": [ASK, call(zone="CST", when={"hour": 2}, many=[{"a": 1}, {"b": 2}]), *end]},
+        {"messages": [ASK, call(), *end]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_rows(tmp_path / "b.jsonl", rows)
+    (table, _, _), (lines, _, _) = read(tmp_path / "a.parquet"), read(tmp_path / "b.jsonl")
+    for one, other in zip(table, lines, strict=True):
+        assert one.messages[0] == other.messages[0]
+        mine, theirs = (record.messages[1].tool_calls[0]["function"]["arguments"] for record in (one, other))
+        assert {key: value for key, value in mine.items() if value != {}} == theirs
+        assert one.messages[2:] == other.messages[2:]
+        assert not one.unread and not other.unread
+
+
+# -- advice that is followed ---------------------------------------------------------------------------------------
+
+ADVISED = [
+    {"ask": "QUESTION", "reply": "ANSWER"},
+    {"reply": "ANSWER", "ask": "QUESTION"},
+    {"my_answer": "ANSWER", "topic": "QUESTION"},
+    {"Instruction": "QUESTION", "Output": "ANSWER"},
+    {"title": "x", "query_text": "QUESTION", "response_text": "ANSWER"},
+    {"response_text": "ANSWER", "query_text": "QUESTION", "url": "x"},
+    {"system_prompt": "SYSTEM", "query_text": "QUESTION", "response_text": "ANSWER"},
+    {"Question": "QUESTION", "Complex_CoT": "THOUGHT", "Response": "ANSWER"},
+    {"the: question": "QUESTION", "the, answer": "ANSWER"},
+    {"messages": [{"role": "客户", "content": "QUESTION"}, {"role": "客服", "content": "ANSWER"}]},
+    {"conversations": [{"from": "A, B", "value": "QUESTION"}, {"from": "gpt", "value": "ANSWER"}]},
+    {"messages": [{"role": "Doctor", "content": "QUESTION"}, {"role": "Patient", "content": "ANSWER"}]},
+]
+
+
+@pytest.mark.parametrize("row", ADVISED)
+def test_advice_on_columns_and_roles_works_when_it_is_followed(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError) as caught:
+        as_dialogue(row)
+    told = re.findall(r"\b(columns|roles): (\{.*?\})(?:\}|$)", caught.value.text(), re.MULTILINE)
+    found = as_dialogue(row, **{word: yaml.safe_load(value) for word, value in told})
+    assert said_in(found) == [*([("system", "SYSTEM")] if "system_prompt" in row else []), *PLAIN]
+    assert found.messages[-1].thinking == ("THOUGHT" if "Complex_CoT" in row else None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"a1": "x", "b1": "y", "c1": "z"},
+        {"question_1": "x", "question_2": "y", "answer_1": "z"},
+        {"prompt_a": "x", "prompt_b": "y"},
+    ],
+)
+def test_where_the_question_is_not_known_no_column_is_named(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"columns: \{instruction: YOUR_QUESTION, output: YOUR_ANSWER\}"):
+        as_dialogue(row)

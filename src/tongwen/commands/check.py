@@ -99,4 +99,6 @@ def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) 
             )
         for place, rule in tally.first_bad[:3]:
             console.notice(f"{place}: {rule}")
+        if notice := prepare_steps.describe_unread(tally.unread):
+            console.notice(notice)
     return tallies["train"]

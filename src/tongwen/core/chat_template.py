@@ -225,7 +225,10 @@ class Template:
 
     def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderCache | None:
         """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
-        if dialogue.tools or any(message.thinking or message.tool_calls for message in dialogue.messages):
+        if dialogue.tools or any(
+            message.thinking or message.tool_calls or message.name or message.tool_call_id
+            for message in dialogue.messages
+        ):
             return None
         shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
         if shape not in self.skeletons:

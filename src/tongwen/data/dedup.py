@@ -22,10 +22,11 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tongwen.core.records import Dialogue, Document
+from tongwen.core.records import Dialogue, Document, Message
 
 # 1 - (1 - J^ROWS)^BANDS: 0.97 of the pairs with Jaccard 0.6 become candidates, 0.997 of those with 0.7, half of those
 # with 0.4. With 5 % of the characters of a text changed, the similarity is about 0.72.
@@ -46,10 +47,15 @@ def fold(text: str) -> str:
 
 
 def text_of(record: Document | Dialogue) -> str:
-    """Return the text of a document, or all messages of a dialogue with roles and tool calls."""
+    """Return the text of a document, or all messages of a dialogue with roles and tool calls. The ids of calls, which
+    differ whenever a dialogue is made again, are left out."""
     if isinstance(record, Document):
         return record.text
-    return "\n".join(f"{message.role}\n{message.content}\n{message.tool_calls or ''}" for message in record.messages)
+    return "\n".join(f"{message.role}\n{message.content}\n{_calls(message) or ''}" for message in record.messages)
+
+
+def _calls(message: Message) -> list[dict[str, Any]]:
+    return [{key: value for key, value in call.items() if key != "id"} for call in message.tool_calls]
 
 
 def digest(folded: str) -> bytes:

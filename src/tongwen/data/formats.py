@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tongwen.core.errors import DataError, RecipeError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Origin
+from tongwen.data.fields import Fields, is_empty
+from tongwen.data.preference import check_preferences, verdicts
 from tongwen.data.row import RawRow, kind
+from tongwen.data.texts import as_yaml, check_data, check_text, double_encoded, is_blank, keys_of
+from tongwen.data.tool_calls import read_tools, without_padding
+from tongwen.data.turns import (
+    IN_TURNS,
+    ROLES,
+    THOUGHTS,
+    check_media,
+    list_turns,
+    open_turn,
+    read_learn,
+    read_turns,
+)
 from tongwen.recipe.data import SourceConfig
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "function_call": "function_call",
-}
 PAIRS = (
     ("question", "answer"),
     ("question", "std_answer"),
@@ -42,19 +40,25 @@ PAIRS = (
     ("问题", "回答"),
     ("问", "答"),
 )
-LEARN = ("learn", "train", "loss", "weight")
-IN_TURNS = ("from", "value", "role", "content")
+# Names of a question and of an answer in flat rows; a row that has one of each is a pair, whatever their combination.
+QUESTIONS = ("instruction", "prompt", "query", "question", "input", "问题", "提问", "问", "user", "human")
+ANSWERS = ("output", "completion", "response", "answer", "答案", "回答", "回复", "答", "assistant", "bot")
+SYSTEMS = ("system", "system_prompt", "system_message", "meta_instruction")
+TURNS = ("messages", "conversations", "conversation")
+# Values of a column such as `reasoning` that say whether there is thinking, and are none.
+_FLAGS = {"on", "off", "yes", "no", "true", "false", "enabled", "disabled"}
 # All keys that the readers use; `columns` can map each of them.
-NAMES = (
-    "instruction", "input", "output", "target", "history", "system", "tools", "functions", "messages", "conversations",
-    "prompt", "completion", "response", "instruct", "query", "question", "answer", "text", *IN_TURNS,
-)  # fmt: skip
+NAMES = tuple(dict.fromkeys((
+    "instruction", "input", "output", "target", "history", "system", "tools", "functions", *TURNS, "instruct",
+    *QUESTIONS, *ANSWERS, "std_answer", "q", "a", "context", "text", *IN_TURNS,
+)))  # fmt: skip
 
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+_WORDS_OF_ANSWERS = re.compile("answer|response|reply|output|completion|solution|答|回复", re.IGNORECASE)
+_WORDS_OF_QUESTIONS = re.compile("question|query|prompt|ask|instruct|input|user|问|指令", re.IGNORECASE)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 # Placeholders of identity data sets; unfilled, the model would learn them as its name.
 MUST_FILL = {"name", "author"}
-_VISIBLE = re.compile("[^\\s\xad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff]")
 _MARK = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|System)[ \t]*[:：]")
 _MARK_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
 _INSIDE = re.compile(r"\s*(?:Human|User)[ \t]*[:：]")
@@ -69,7 +73,7 @@ def recognise(row: Any) -> str | None:
     """Return the format of a row by its keys; None when it is unknown. Raises RowRefused when two formats match."""
     if not isinstance(row, dict):
         return None
-    turns = [name for name in ("messages", "conversations") if row.get(name) is not None]
+    turns = [name for name in TURNS if row.get(name) is not None]
     is_alpaca = "instruction" in row and not row.keys().isdisjoint(("output", "input", "target"))
     if len(turns) > 1 or (turns and is_alpaca and row.get("instruction")):
         names = [*turns, *(["instruction"] if is_alpaca else [])]
@@ -80,16 +84,26 @@ def recognise(row: Any) -> str | None:
             ),
         )
     if turns:
-        return turns[0]
+        return "messages" if turns[0] == "messages" else "conversations"
     if is_alpaca or ("input" in row and "target" in row):
         return "turns_inside" if _has_turns_inside(row) else "alpaca"
     if "prompt" in row and ("completion" in row or "response" in row):
         return "completion"
-    if "query" in row and "answer" in row:
+    if "query" in row and ("answer" in row or "response" in row):
         return "query"
-    if any(question in row and answer in row for question, answer in PAIRS):
+    if _pair_of(row):
         return "pair"
     return next((name for name in ("messages", "conversations", "text") if name in row), None)
+
+
+def _pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the names of a row's question and answer: a usual pair, or the only two of their kinds."""
+    for question, answer in PAIRS:
+        if question in row and answer in row:
+            return question, answer
+    asked = [name for name in QUESTIONS if not is_empty(row.get(name))]
+    answered = [name for name in ANSWERS if name in row]
+    return (asked[0], answered[0]) if len(asked) == len(answered) == 1 else None
 
 
 def recognise_row(raw: RawRow, source: SourceConfig) -> str:
@@ -101,12 +115,12 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     row = raw.value
     place = f"{raw.file}:{raw.row}"
     if isinstance(row, dict):
-        _check_preferences(row, source, place)
+        check_preferences(row, source, place)
         row = with_columns(row, source)
     found = recognise(row)
     if found and found != "text":
         return found
-    keys = _keys(raw.value)
+    keys = keys_of(raw.value)
     rule = _("this row is not a dialogue in a known format; it has: {keys}").format(keys=keys)
     if found == "text":
         remedy = _(
@@ -136,23 +150,6 @@ def check_source(source: SourceConfig) -> None:
                 )
 
 
-def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
-    """Raise DataError for preference data: the model must not learn its rejected half."""
-    mapped = set(source.columns.values())
-    found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
-    if isinstance(row.get("label"), bool) and "prompt" in row and "completion" in row:
-        found = ["label"]
-    if found and not mapped & {"chosen", "label"}:
-        names = ", ".join(found)
-        raise DataError(
-            _("this is preference data ({names}); this kind of training does not use it").format(names=names),
-            place=place,
-            remedy=_(
-                "to learn only the chosen answers: {path: …, format: pair, columns: {question: prompt, answer: chosen}}"
-            ),
-        )
-
-
 def _similar_columns(row: Any) -> dict[str, str]:
     """Return {our name: key} for keys that differ only in case or blanks, if that makes the row a known format."""
     if not isinstance(row, dict):
@@ -166,12 +163,31 @@ def _similar_columns(row: Any) -> dict[str, str]:
         return {}
 
 
+def _likely_columns(row: dict[str, Any]) -> dict[str, str]:
+    """Return {our name: key} for the question and the answer of a row: by their names, else the only two texts in order."""
+    texts = [
+        str(key) for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")
+    ]
+    systems = dict([("system", key) for key in texts if key.lower().startswith("system")][:1])
+    texts = [key for key in texts if key not in systems.values()]
+    answers = [key for key in texts if _WORDS_OF_ANSWERS.search(key)]
+    questions = [key for key in texts if _WORDS_OF_QUESTIONS.search(key) and key not in answers]
+    rest = [key for key in texts if key not in answers and key not in questions]
+    if len(answers) == len(questions) == 1:
+        return {**systems, "instruction": questions[0], "output": answers[0]}
+    if len(texts) != 2 or len(answers) > 1 or len(questions) > 1:
+        return {}
+    if answers or questions:
+        question, answer = (rest[0], answers[0]) if answers else (questions[0], rest[0])
+        return {"instruction": question, "output": answer}
+    return dict(zip(("instruction", "output"), texts, strict=True))
+
+
 def _columns_line(columns: Mapping[str, str], row: Any) -> str:
-    """Return a recipe line that fixes the error: with the similar keys, or with the first two keys of texts."""
+    """Return a recipe line that fixes the error: with the similar keys, or with what is likely the question and the answer."""
     if not columns and isinstance(row, dict):
-        texts = [key for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")]
-        columns = dict(zip(("instruction", "output"), texts, strict=False)) if len(texts) > 1 else {}
-    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        columns = _likely_columns(row)
+    pairs = ", ".join(f"{ours}: {as_yaml(theirs)}" for ours, theirs in columns.items())
     return _("name the columns in the recipe: {{path: …, columns: {{{pairs}}}}}").format(
         pairs=pairs or _("instruction: YOUR_QUESTION, output: YOUR_ANSWER")
     )
@@ -190,14 +206,32 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
             place=str(origin),
             remedy=_("put it under prepare.documents"),
         )
-    named = with_columns(row, source)
-    if format_ == "alpaca" and _has_turns_inside(named):
+    check_preferences(row, source, str(origin))
+    fields = Fields(row, source)
+    fields.get(*verdicts(row))
+    check_media(fields)
+    if format_ == "alpaca" and _has_turns_inside(with_columns(row, source)):
         format_ = "turns_inside"
-    messages, tools = READERS[format_](named, source)
+    messages, tools = READERS[format_](fields, source)
+    messages = _with_thinking(messages, fields)
     messages = [_split_thinking(_filled(message, fill), turn) for turn, message in enumerate(messages, 1)]
+    tools = without_padding(tools, messages)
     _check_dialogue(messages)
-    _check_data(tools, "tools")
-    return Dialogue(tuple(messages), origin, tuple(tools))
+    check_data(tools, "tools")
+    return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
+
+
+def read_question(row: dict[str, Any], source: SourceConfig) -> Read:
+    """Return (messages, tools) of a row that ends with a question: turns, or one question after a system text and a
+    history. Raises RowRefused."""
+    fields = Fields(row, source)
+    check_media(fields)
+    if fields.has("messages"):
+        return _read_messages(fields, source)
+    question = next(name for name in ("prompt", "instruction", "question", "query") if fields.has(name))
+    extra = next((name for name in ("input", "context") if fields.has(name)), "input")
+    asked = _joined(_text(fields, question, source), _text(fields, extra, source, default=""), source)
+    return [*_system(fields, source), *_history(fields), Message("user", asked)], read_tools(fields)
 
 
 def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
@@ -205,24 +239,21 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        rule = _("no text under {theirs!r}: the row has {keys}").format(theirs=theirs, keys=_keys(row))
+        rule = _("no text under {theirs!r}: the row has {keys}").format(theirs=theirs, keys=keys_of(row))
         if isinstance(row, dict) and text is not None:
             raise RowRefused("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
         likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
         raise RowRefused("no_text", rule + (_suggestion("text", likely) if likely and likely != theirs else ""))
     if is_blank(text):
         raise RowRefused("empty_text", _("the text is empty"))
-    return Document(_check_text(text, theirs), origin)
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has only invisible characters: blanks, zero-width characters and direction marks."""
-    first = text[:1]  # nearly always enough
-    return not ("!" <= first <= "~" or "\u4e00" <= first <= "\u9fff") and _VISIBLE.search(text) is None
+    unread = () if len(row) == 1 else tuple(key for key in row if key != theirs and key not in source.ignore and not is_empty(row[key]))  # fmt: skip
+    return Document(check_text(text, theirs), origin, unread=unread)
 
 
 def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """Rename the columns of a row to our names. A mapped name refers only to the mapped column."""
+    """Rename the columns of a row to our names, without the ignored ones. A mapped name refers only to the mapped column."""
+    if source.ignore:
+        row = {key: value for key, value in row.items() if key not in source.ignore}
     if not source.columns:
         return row
     mapped = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
@@ -232,20 +263,15 @@ def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
 # -- one reader per format -----------------------------------------------------------------------------------------
 
 
-def _read_alpaca(row: dict[str, Any], source: SourceConfig) -> Read:
+def _read_alpaca(row: Fields, source: SourceConfig) -> Read:
     """Join instruction and input to one question; BELLE also has input and target."""
-    answer = "target" if "target" in row and "output" not in row else "output"
+    answer = "target" if row.has("target") and not row.has("output") else "output"
     extra = _text(row, "input", source, default="")
     question = _text(row, "instruction", source, default="" if answer == "target" or not is_blank(extra) else None)
-    return [
-        *_system(row, source),
-        *_history(row),
-        Message("user", _joined(question, extra, source)),
-        Message("assistant", _text(row, answer, source)),
-    ], _tools(row)
+    return _one_round(row, source, _joined(question, extra, source), answer)
 
 
-def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
+def _read_turns_inside(row: Fields, source: SourceConfig) -> Read:
     """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last turn."""
     messages = [*_system(row, source), *_history(row)]
     text = _text(row, "instruction", source, default="")
@@ -258,58 +284,61 @@ def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
             messages[-1] = Message("user", _joined(messages[-1].content, extra, source))
         else:
             messages.append(Message("user", extra))
-    answer = "target" if "target" in row and "output" not in row else "output"
-    return [*messages, Message("assistant", _text(row, answer, source))], _tools(row)
+    answer = "target" if row.has("target") and not row.has("output") else "output"
+    return [*messages, Message("assistant", _text(row, answer, source))], read_tools(row)
 
 
-def _read_messages(row: dict[str, Any], source: SourceConfig) -> Read:
-    """OpenAI: role and content, tool calls, reasoning."""
-    return _messages(row, "messages", source), _tools(row)
+def _read_messages(row: Fields, source: SourceConfig) -> Read:
+    """OpenAI: role and content, tool calls, reasoning. LLaMA-Factory v1: content is a list of parts."""
+    return _with_system(row, source, read_turns(row, "messages", source))
 
 
-def _read_conversations(row: dict[str, Any], source: SourceConfig) -> Read:
-    """ShareGPT and BELLE: from and value, with function_call and observation."""
-    messages = _system(row, source)
-    for number, turn in _turns(row, "conversations", source):
-        role = _role(turn.get("from", turn.get("role")), number, source)
-        content = turn.get("value", turn.get("content"))
-        if not isinstance(content, str):
-            raise _bad_content(number, "value", content, turn)
-        learn = _learn(turn, number)
-        if role == "function_call":
-            call = _json(content, _("turn {number}").format(number=number))
-            calls = call if isinstance(call, list) else [call]
-            messages.append(Message("assistant", "", None, tuple(_tool_call(one, number) for one in calls), learn))
+def _read_conversations(row: Fields, source: SourceConfig) -> Read:
+    """ShareGPT and BELLE: from and value, with function_call and observation. MOSS: a list of {human, assistant}."""
+    key = next((name for name in ("conversations", "conversation") if row.has(name)), "conversations")
+    rounds = row.values.get(row.key(key) or "")
+    if isinstance(rounds, list) and rounds and isinstance(rounds[0], dict) and _round_of(rounds[0]):
+        return _with_system(row, source, (_rounds(row, key, source), []))
+    return _with_system(row, source, read_turns(row, key, source))
+
+
+def _read_completion(row: Fields, source: SourceConfig) -> Read:
+    """prompt and completion (or response): each a text or a list of messages."""
+    answer = "response" if row.has("response") and not row.has("completion") else "completion"
+    prompt, completion = (row.values.get(row.key(name) or "") for name in ("prompt", answer))
+    if not _has_turns(prompt) and not _has_turns(completion):
+        return _one_round(row, source, _text(row, "prompt", source), answer)
+    messages: list[Message] = []
+    tools: list[Any] = []
+    for name, value, role in (("prompt", prompt, "user"), (answer, completion, "assistant")):
+        if _has_turns(value):
+            found, more = read_turns(row, name, source)
+            messages, tools = [*messages, *found], [*tools, *more]
         else:
-            messages.append(Message(role, content, learn=learn))
-    return messages, _tools(row)
+            messages.append(Message(role, _text(row, name, source)))
+    return _with_system(row, source, (messages, tools))
 
 
-def _read_completion(row: dict[str, Any], source: SourceConfig) -> Read:
-    """prompt and completion (or response): two texts, or two lists of messages."""
-    answer = "response" if "response" in row and "completion" not in row else "completion"
-    if isinstance(row.get("prompt"), list) and isinstance(row.get(answer), list):
-        messages = [*_messages(row, "prompt", source), *_messages(row, answer, source)]
-        return [*_system(row, source), *messages], _tools(row)
-    return _read_question(row, source, "prompt", answer)
+def _has_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
-    """Join instruct and query to one question, as the older project did."""
+def _read_query(row: Fields, source: SourceConfig) -> Read:
+    """ms-swift: system, query, response and history. Join instruct and query to one question, as the older project did."""
     question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source), source)
-    return [
-        *_system(row, source),
-        Message("user", question),
-        Message("assistant", _text(row, "answer", source)),
-    ], _tools(row)
+    answer = "response" if row.has("response") and not row.has("answer") else "answer"
+    return _one_round(row, source, question, answer)
 
 
-def _read_pair(row: dict[str, Any], source: SourceConfig) -> Read:
-    names = next(((one, two) for one, two in PAIRS if one in row and two in row), PAIRS[0])
-    return _read_question(row, source, *names)
+def _read_pair(row: Fields, source: SourceConfig) -> Read:
+    """A question and an answer, by the names that are there, and the context that the question is about (Dolly, SQuAD)."""
+    named = {name: True for name in (*QUESTIONS, *ANSWERS, *sum(PAIRS, ())) if row.has(name)}
+    question, answer = _pair_of(named) or PAIRS[0]
+    asked = _joined(_text(row, question, source), _text(row, "context", source, default=""), source)
+    return _one_round(row, source, asked, answer)
 
 
-READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
+READERS: dict[str, Callable[[Fields, SourceConfig], Read]] = {
     "alpaca": _read_alpaca,
     "turns_inside": _read_turns_inside,
     "messages": _read_messages,
@@ -320,18 +349,50 @@ READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
 }
 
 
-def _read_question(row: dict[str, Any], source: SourceConfig, question: str, answer: str) -> Read:
-    """One question, one answer."""
-    asked, answered = _text(row, question, source), _text(row, answer, source)
+def _one_round(row: Fields, source: SourceConfig, question: str, answer: str) -> Read:
+    """One question and one answer, after the history."""
     return [
         *_system(row, source),
         *_history(row),
-        Message("user", asked),
-        Message("assistant", answered),
-    ], _tools(row)
+        Message("user", question),
+        Message("assistant", _text(row, answer, source)),
+    ], read_tools(row)
+
+
+def _with_system(row: Fields, source: SourceConfig, read: Read) -> Read:
+    """Add the row's own system text and tools to what its turns hold."""
+    messages, inside = read
+    system, tools = _system(row, source), read_tools(row)
+    if system and messages and messages[0].role == "system":
+        if messages[0].content != system[0].content:
+            raise RowRefused("ambiguous", _("the row has a system text, and its first turn has another"))
+        system = []
+    if tools and inside and tools != inside:
+        raise RowRefused("ambiguous", _("the row has tools, and one of its turns has others"))
+    return [*system, *messages], tools or inside
 
 
 # -- parts of a row ------------------------------------------------------------------------------------------------
+
+
+def _with_thinking(messages: list[Message], row: Fields) -> list[Message]:
+    """Give the thinking that is a column of the row to its answer: the last one of a flat row, the only one of a list of
+    turns. Where it is not known whose thinking it is, it stays unread."""
+    thinking = row.get(*THOUGHTS)
+    if thinking is None:
+        return messages
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    is_flat = not row.has(*TURNS)
+    if not isinstance(thinking, str) or thinking.strip().lower() in _FLAGS or not (is_flat or len(answers) == 1):
+        row.leave(*THOUGHTS)
+        return messages
+    if is_blank(thinking) or not answers:
+        return messages
+    last = messages[answers[-1]]
+    if last.thinking not in (None, thinking):
+        raise RowRefused("ambiguous", _("the row has thinking, and its answer has another"))
+    messages[answers[-1]] = replace(last, thinking=thinking)
+    return messages
 
 
 def _joined(first: str, second: str, source: SourceConfig) -> str:
@@ -339,12 +400,15 @@ def _joined(first: str, second: str, source: SourceConfig) -> str:
     return source.separator.join(text for text in (first, second) if not is_blank(text))
 
 
-def _system(row: dict[str, Any], source: SourceConfig) -> list[Message]:
-    text = _text(row, "system", source, default="")
+def _system(row: Fields, source: SourceConfig) -> list[Message]:
+    if not row.has(*SYSTEMS):
+        return []
+    key = next((name for name in SYSTEMS if not is_empty(row.values.get(row.key(name) or ""))), "system")
+    text = _text(row, key, source, default="")
     return [Message("system", text)] if not is_blank(text) else []
 
 
-def _history(row: dict[str, Any]) -> list[Message]:
+def _history(row: Fields) -> list[Message]:
     turns = row.get("history") or ()
     if not isinstance(turns, (list, tuple)) or not all(
         isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
@@ -375,134 +439,48 @@ def _split_turns(text: str) -> list[Message]:
     return messages
 
 
-def _turns(row: dict[str, Any], key: str, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, turn) with our key names. Raises RowRefused for a turn that is not an object."""
-    turns = row.get(key)
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        raise _double_encoded(key)
-    if not isinstance(turns, list) or not turns:
-        found = _("empty") if turns == [] else kind(turns)
-        raise RowRefused(
-            "no_messages",
-            _("{key} must be a non-empty list, this is {found}").format(key=key, found=found),
-        )
-    mapped = any(name in source.columns for name in IN_TURNS)
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
+def _round_of(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the names of question and answer in a turn that holds both (MOSS: human, assistant); None for other turns."""
+    return None if "role" in turn or "from" in turn else _pair_of(turn)
+
+
+def _rounds(row: Fields, key: str, source: SourceConfig) -> list[Message]:
+    """Read turns that hold a question and its answer each; the first may have the system text."""
+    messages: list[Message] = []
+    for number, values in list_turns(row, key):
+        turn = open_turn(row, values, key)
+        names = _round_of(turn.values)
+        if names is None:
             raise RowRefused(
                 "bad_turn",
-                _("turn {number} is {kind}, not an object").format(number=number, kind=kind(turn)),
+                _("turn {number} has no question and answer; it has {keys}").format(
+                    number=number, keys=keys_of(turn.values)
+                ),
             )
-        yield number, with_columns(turn, source) if mapped else turn
-
-
-def _messages(row: dict[str, Any], key: str, source: SourceConfig) -> list[Message]:
-    messages = []
-    for number, turn in _turns(row, key, source):
-        role = _role(turn.get("role", turn.get("from")), number, source)
-        calls = turn.get("tool_calls") or ()
-        if isinstance(calls, str):
-            calls = _json(calls, "tool_calls")
-        if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
-            raise RowRefused(
-                "bad_tool_calls",
-                _("turn {number}: tool_calls must be a list of objects").format(number=number),
-            )
-        if turn.get("function_call"):
-            calls = [*calls, turn["function_call"]]
-        thinking = turn.get("reasoning_content", turn.get("thinking"))
-        if thinking is not None and not isinstance(thinking, str):
-            raise RowRefused(
-                "bad_thinking",
-                _("turn {number}: reasoning_content is {kind}").format(number=number, kind=kind(thinking)),
-            )
-        made = tuple(_tool_call(call, number) for call in calls)
-        content = _content(turn, number, optional=bool(made))
-        if role == "function_call":
-            role = "assistant"
-        messages.append(Message(role, content, thinking or None, made, _learn(turn, number)))
+        if number == 1:
+            messages += _system(turn, source)
+        asked, answered = (_text(turn, name, source) for name in names)
+        answer = Message("assistant", answered, learn=read_learn(turn, number, "assistant"))
+        messages += [Message("user", asked), *_with_thinking([answer], turn)]
     return messages
 
 
-def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
-    """Return the text of a turn; a list of text parts is joined."""
-    content = turn.get("content", turn.get("value"))
-    if content is None and optional:
-        return ""
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        for part in content:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RowRefused(
-                    "not_only_text",
-                    _("turn {number} has a part of type {type!r}; only text is supported").format(
-                        number=number, type=part.get("type")
-                    ),
-                )
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise _bad_content(number, "content", content, turn)
-    return content
-
-
-def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRefused:
-    return RowRefused(
-        "bad_content",
-        _("turn {number}: {key} is {kind}, not text; the turn has {keys}").format(
-            number=number, key=key, kind=kind(content), keys=_keys(turn)
-        ),
-    )
-
-
-def _learn(turn: dict[str, Any], number: int) -> bool | None:
-    learn = next((turn[key] for key in LEARN if turn.get(key) is not None), None)
-    if learn not in (None, 0, 1):
-        raise RowRefused(
-            "bad_learn",
-            _("turn {number}: {learn!r} does not say whether to learn it; write true or false").format(
-                number=number, learn=learn
-            ),
-        )
-    return None if learn is None else bool(learn)
-
-
-def _tools(row: dict[str, Any]) -> list[Any]:
-    tools = row.get("tools") or row.get("functions") or []
-    if isinstance(tools, str):
-        tools = _json(tools, "tools") if tools.strip() else []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowRefused("bad_tools", _("tools must be a list of objects"))
-    return tools
-
-
-def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    """Return a tool call in OpenAI's format, with the arguments as an object, as chat templates expect."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowRefused("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = _json(arguments, _("turn {number}: arguments").format(number=number)) if arguments else {}
-    made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    _check_data(made, _("turn {number}: tool_calls").format(number=number))
-    return made
-
-
-def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | None = None) -> str:
+def _text(row: Fields, key: str, source: SourceConfig, default: str | None = None) -> str:
     """Return the text of a key, or the default when the key is missing. Raises RowRefused."""
     value = row.get(key)
     if value is None and default is not None:
         return default
     shown = f"{key} ({source.columns[key]})" if key in source.columns else key
-    if key not in row:
-        near = next((str(name) for name in row if str(name).strip().lower() == key), "")
-        rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=_keys(row))
+    if not row.has(key):
+        near = next((str(name) for name in row.values if str(name).strip().lower() == key), "")
+        rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=keys_of(row.values))
         raise RowRefused("missing_key", rule + (_suggestion(key, near) if near else ""))
     if not isinstance(value, str):
         raise RowRefused("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
-    if key in ("output", "target", "completion", "response", "answer") and is_blank(value):
+    if (key in ANSWERS or key == "target") and is_blank(value):
         raise RowRefused("empty_answer", _("{shown} is empty: there is no answer to learn").format(shown=shown))
     if default is None and value[:1] in ("{", '"') and _is_encoded_again(value):
-        raise _double_encoded(shown)
+        raise double_encoded(shown)
     return value
 
 
@@ -517,36 +495,6 @@ def _is_encoded_again(text: str) -> bool:
         return False
 
 
-def _double_encoded(key: str) -> RowRefused:
-    return RowRefused(
-        "double_encoded",
-        _("{key} contains JSON that was encoded again as text").format(key=key),
-    )
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowRefused(
-            "bad_json_inside", _("{where} is not JSON: {error}").format(where=where, error=error)
-        ) from None
-
-
-def _role(value: Any, number: int, source: SourceConfig) -> str:
-    role = None
-    if isinstance(value, str):
-        role = source.roles.get(value) or ROLES.get(value.lower())
-    if role is None:
-        raise RowRefused(
-            "unknown_role",
-            _("turn {number}: unknown role {value!r}; map it in the recipe: roles: {{{value}: user}}").format(
-                number=number, value=value
-            ),
-        )
-    return role
-
-
 # -- what a dialogue must be ---------------------------------------------------------------------------------------
 
 
@@ -556,9 +504,9 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
             raise RowRefused("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
         if message.role == "user" and is_blank(message.content):
             raise RowRefused("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
-        _check_text(message.content, turn)
+        check_text(message.content, turn)
         if message.thinking:
-            _check_text(message.thinking, turn)
+            check_text(message.thinking, turn)
         if "{{" in message.content and (
             found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]
         ):
@@ -607,52 +555,26 @@ def _check_order(roles: Sequence[str]) -> None:
 
 def _split_thinking(message: Message, turn: int) -> Message:
     """Move `<think>…</think>` at the start of an answer to its `thinking`."""
-    if message.role != "assistant" or message.thinking is not None or not (found := THINKING.match(message.content)):
+    if message.role != "assistant" or not (found := THINKING.match(message.content)):
         return message
+    thinking = found[1].strip()
+    if message.thinking is not None and thinking and thinking != message.thinking.strip():
+        raise RowRefused("ambiguous", _("turn {number} has two kinds of thinking").format(number=turn))
     content = message.content[found.end() :]
     if is_blank(content) and not message.tool_calls:
         raise RowRefused(
             "only_thinking",
             _("turn {turn}: the answer contains only thinking").format(turn=turn),
         )
-    return Message(message.role, content, found[1].strip() or None, message.tool_calls, message.learn)
+    return replace(message, content=content, thinking=message.thinking or thinking or None)
 
 
 def _filled(message: Message, fill: Mapping[str, str]) -> Message:
     if not fill or "{{" not in message.content:
         return message
     content = PLACEHOLDER.sub(lambda found: fill.get(found[1], found[0]), message.content)
-    return Message(message.role, content, message.thinking, message.tool_calls, message.learn)
-
-
-def _check_text(text: str, place: str | int) -> str:
-    """Return a text without surrogates and NUL, else raise RowRefused. place: its key, or the number of its turn."""
-    broken = False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        broken = True
-    if broken or "\0" in text:
-        key = _("turn {place}").format(place=place) if isinstance(place, int) else place
-        if broken:
-            raise RowRefused("lone_surrogate", _("{key} contains an unpaired surrogate").format(key=key))
-        raise RowRefused("nul_character", _("{key} contains a NUL character").format(key=key))
-    return text
-
-
-def _check_data(value: Any, key: str) -> None:
-    """Raise RowRefused for tools or arguments that are not valid JSON: lone surrogates, NaN or infinity."""
-    if not value:
-        return
-    try:
-        _check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
-    except (ValueError, RecursionError) as error:
-        raise RowRefused("not_a_number", f"{key}: {error}") from None
+    return replace(message, content=content)
 
 
 def _suggestion(ours: str, theirs: str) -> str:
     return _("; {theirs!r}: did you mean {ours!r}?").format(theirs=theirs, ours=ours)
-
-
-def _keys(row: Any) -> str:
-    return ", ".join(map(str, row)) if isinstance(row, dict) else kind(row)

@@ -11,7 +11,7 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from tongwen.recipe.data import Prepare
 
 KEPT, SAME, NEAR, HELD_OUT = range(4)  # verdicts of `compare`
 FIRST = 5  # unreadable rows shown in a message
+SHOWN = 20  # unread fields shown in a message
 
 
 # -- one file ------------------------------------------------------------------------------------------------------
@@ -64,28 +65,33 @@ def iter_rows(
 
 
 def iter_records(
-    parts: Sequence[InputPart], section: Prepare, kind: str, notify: Notify
+    parts: Sequence[InputPart], section: Prepare, kind: str, notify: Notify, counts: ScanCounts
 ) -> Iterator[Document | Dialogue]:
-    """Yield the readable, cleaned training records of a kind before deduplication, for previews."""
+    """Yield the readable, cleaned training records of a kind before deduplication, for previews; count all rows."""
     for part in parts:
         if part.kind == kind and part.role == "train":
-            for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), notify):
+            for raw, record in iter_rows(part, section, Cleaner(section.clean, kind), notify):
+                counts.count(raw, record)
                 if not isinstance(record, (Dropped, RowRefused)):
                     yield record
 
 
 @dataclass
 class ScanCounts:
-    """Counts of scanned rows: the ledger, the number of unreadable rows, and the first of them as (place, rule)."""
+    """Counts of scanned rows: the ledger, the number of unreadable rows, the first of them as (place, rule), and the kept
+    rows with a field that nothing reads: {file: {field: rows}}."""
 
     ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
     bad: int = 0
     first_bad: list[tuple[str, str]] = field(default_factory=list)
+    unread: dict[str, Counter[str]] = field(default_factory=dict)
 
     def count(self, raw: RawRow, record: Document | Dialogue | Dropped | RowRefused) -> None:
         self.ledger.enter(raw.size)
         if not isinstance(record, (Dropped, RowRefused)):
             self.ledger.keep(raw.size)
+            if record.unread:
+                self.unread.setdefault(raw.file, Counter()).update(record.unread)
             return
         self.ledger.lose(record.reason, raw.size)
         if isinstance(record, RowRefused):
@@ -139,6 +145,7 @@ def scan(part: InputPart, section: Prepare, out: Path, notify: Notify) -> None:
         "bad": tally.bad,
         "first_bad": tally.first_bad,
         "changed": dict(cleaner.changed),
+        "unread": tally.unread.get(part.name, {}),
     }
     artifact.sync_tree(folder)
     artifact.write_json(folder / "scan.json", facts)
@@ -160,6 +167,22 @@ def load_records(file: Path) -> Iterator[Document | Dialogue]:
 
 def read_scans(parts: Sequence[InputPart], out: Path) -> list[dict[str, Any]]:
     return [json.loads((part.folder(out) / "scan.json").read_text(encoding="utf-8")) for part in parts]
+
+
+def describe_unread(unread: Mapping[str, Mapping[str, int]]) -> str:
+    """Return a notice on the fields that nothing reads, or "" without one. unread: {file: {field: rows}}."""
+    total: Counter[str] = Counter()
+    for counts in unread.values():
+        total.update(counts)
+    if not total:
+        return ""
+    names = [_("{name} ({count:,} rows)").format(name=name, count=count) for name, count in total.most_common(SHOWN)]
+    shown = _(", ").join(names) + (f" … {len(total) - SHOWN}" if len(total) > SHOWN else "")
+    files = [name for name, counts in unread.items() if counts]
+    where = Path(files[0]).name if len(files) == 1 else _("{count} files").format(count=len(files))
+    return _(
+        "{where}: nothing reads these fields: {shown}; if that is right, list them at the source: ignore: […]"
+    ).format(where=where, shown=shown)
 
 
 def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], max_bad: float | None) -> None:
@@ -367,6 +390,7 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
 
     Raises DataError when training rows are contaminated and the recipe refuses that."""
     tables: dict[str, Any] = {}
+    unread = {part.index: scan.get("unread") for part, scan in zip(parts, read_scans(parts, out), strict=True)}
     settled = {
         part.index: json.loads((part.folder(out) / "settled.json").read_text(encoding="utf-8")) for part in parts
     }
@@ -395,6 +419,8 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
                         mine = Ledger.from_dict(settled[part.index]["ledger"])
                         ledger.add(mine)
                         files[part.name] = {**mine.to_dict(), "source": part.number}
+                        if unread[part.index]:
+                            files[part.name]["unread"] = unread[part.index]
             if not held:
                 (out / f"{kind}.held_out.jsonl").unlink()
             from_training = not isinstance(section.held_out, str)

@@ -182,7 +182,7 @@ def _row(name: str, number: int, value: Any) -> RawRow:
     if isinstance(value, UnicodeDecodeError):
         rule = _("the byte at {start} is not UTF-8").format(start=value.start)
         return RawRow(name, number, repr(value.object[:200]), len(value.object), rule, "not_utf8")
-    value = _as_json(value)
+    value = {str(key): _as_json(part) for key, part in value.items()}
     size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > CAP:
         rule = _("this row has {size:,} bytes; the limit is {cap:,}").format(size=size, cap=CAP)
@@ -195,13 +195,15 @@ def _row(name: str, number: int, value: Any) -> RawRow:
 
 def _as_json(value: Any) -> Any:
     """Convert a value to JSON types. NaN becomes null, as in pandas' files; a date becomes an object, so that it is never
-    read as text."""
+    read as text. Objects inside a row lose their nulls: these tables give all objects of a column the same keys, and fill
+    what an object did not have with null."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _as_json(part) for key, part in value.items()}
+        parts = ((str(key), _as_json(part)) for key, part in value.items() if part is not None)
+        return {key: part for key, part in parts if part is not None}
     if isinstance(value, (list, tuple)):
         return [_as_json(part) for part in value]
     return {type(value).__name__: str(value)[:1000]}

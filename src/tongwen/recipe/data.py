@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
 
 from tongwen.core.i18n import _
 from tongwen.recipe.fields import Number, Rules, Section, read_list, read_source, setting
@@ -21,6 +21,9 @@ class SourceConfig(Section):
         Literal["alpaca", "messages", "conversations", "completion", "query", "pair", "turns_inside", "text"] | None
     ) = setting(None, "data format; detected from the content when absent")
     columns: dict[str, str] = setting({}, "column names, ours to the file's, e.g. {output: answer}")
+    ignore: list[str] = setting(
+        [], "fields of the rows that are not to be read, as the notice on unread fields names them, e.g. [id, label]"
+    )
     roles: dict[str, str] = setting({}, "role names, the file's to ours, e.g. {Customer: user}")
     separator: str = setting(
         "\n",
@@ -49,6 +52,14 @@ class SourceConfig(Section):
             self.weight is not None and self.share is not None,
             _("give only one of `weight` and `share`: passes per epoch, or a share of its tokens"),
         )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_ignore(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an empty `ignore`: results of versions before it came have the same settings."""
+        settings: dict[str, Any] = dump(self)
+        if not settings.get("ignore"):
+            settings.pop("ignore", None)
+        return settings
 
 
 SourceConfigs = Annotated[list[Annotated[SourceConfig, BeforeValidator(read_source)]], BeforeValidator(read_list)]

@@ -106,15 +106,7 @@ class ChatModel:
 
     def prompt_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the conversation as text, up to where the model's answer begins."""
-        turns = [
-            Message(
-                str(turn["role"]),
-                str(turn["content"]),
-                turn.get("reasoning_content"),
-                tuple(turn.get("tool_calls", ())),
-            )
-            for turn in messages
-        ]
+        turns = [Message.from_dict(turn) for turn in messages]
         if self.template is None:
             return "".join(turn.content for turn in turns)
         return self.template.prompt(turns, thinking=self.thinking)

@@ -56,6 +56,9 @@ def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) ->
         draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
         draft.facts["made"] = made
     assert draft.artifact
+    unread = {part.name: scan.get("unread", {}) for part, scan in zip(parts, scans, strict=True)}
+    if notice := prepare_steps.describe_unread(unread):
+        console.notice(notice)
     _report_ledger(tables, dict(changed))
     return draft.artifact
 

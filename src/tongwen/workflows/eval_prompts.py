@@ -15,13 +15,21 @@ from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin
 from tongwen.data.files import find_files
-from tongwen.data.formats import read_dialogue, read_document, recognise, recognise_row, with_columns
+from tongwen.data.formats import (
+    ANSWERS,
+    read_dialogue,
+    read_document,
+    read_question,
+    recognise,
+    recognise_row,
+    with_columns,
+)
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.recipe.data import SourceConfig
 
 SHAPES = '{"prompt": "…"}   {"instruction": "…", "output": "…"}   {"messages": […]}'
-ANSWERS = ("output", "target", "completion", "response", "answer", "std_answer")
+REFERENCES = (*ANSWERS, "target", "std_answer")
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,8 @@ def _place(row: RawRow) -> str:
 
 
 def _question(row: RawRow, source: SourceConfig) -> EvalPrompt:
-    messages = _unanswered(with_columns(row.value, source) if isinstance(row.value, dict) else None)
-    if messages:
-        return EvalPrompt(messages, None, _place(row))
+    if _asks_only(with_columns(row.value, source) if isinstance(row.value, dict) else None):
+        return EvalPrompt(_without_answer(row, source), None, _place(row))
     record = _record(row, source)
     if isinstance(record, Document):
         return EvalPrompt([{"role": "user", "content": record.text}], None, _place(row))
@@ -96,27 +103,29 @@ def _record(row: RawRow, source: SourceConfig) -> Document | Dialogue:
         ) from None
 
 
-def _unanswered(value: Any) -> list[dict[str, Any]]:
-    """Return the conversation of a row without an answer; an empty list if the row may hold one."""
+def _without_answer(row: RawRow, source: SourceConfig) -> list[dict[str, Any]]:
+    """Return the conversation of a row that ends with a question."""
+    try:
+        messages, _tools = read_question(row.value, source)
+    except DataError as error:
+        raise DataError(error.rule, place=_place(row), remedy=SHAPES) from None
+    return [message.to_dict() for message in messages]
+
+
+def _asks_only(value: Any) -> bool:
+    """Return whether a row is a question without an answer."""
     if not isinstance(value, dict):
-        return []
+        return False
     turns = value.get("messages")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-        ends_with_question = turns[-1].get("role") != "assistant" and all(
-            isinstance(turn.get("content"), str) for turn in turns
-        )
-        return list(turns) if ends_with_question else []
-    if not value.keys().isdisjoint(ANSWERS) and not _is_unanswered(value):
-        return []
+        return turns[-1].get("role") != "assistant" and all(isinstance(turn.get("content"), str) for turn in turns)
+    if not value.keys().isdisjoint(REFERENCES) and not _is_unanswered(value):
+        return False
     prompt = next((value[key] for key in ("prompt", "instruction", "question", "query") if key in value), None)
-    if not isinstance(prompt, str) or not prompt.strip():
-        return []
-    more = value.get("input")
-    content = f"{prompt}\n{more}" if isinstance(more, str) and more.strip() else prompt
-    return [{"role": "user", "content": content}]
+    return isinstance(prompt, str) and bool(prompt.strip())
 
 
 def _is_unanswered(value: Any) -> bool:
     """Return whether a row has a key for the answer, and its value is empty."""
-    answers = [value[key] for key in ANSWERS if key in value] if isinstance(value, dict) else []
+    answers = [value[key] for key in REFERENCES if key in value] if isinstance(value, dict) else []
     return bool(answers) and all(isinstance(answer, str) and not answer.strip() for answer in answers)

@@ -31,7 +31,7 @@ from tongwen.data.encode import Encoder, check_round_trip, check_store, describe
 from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.legacy_encoder import LegacyEncoder
-from tongwen.data.prepare_steps import iter_records, load_records
+from tongwen.data.prepare_steps import ScanCounts, describe_unread, iter_records, load_records
 from tongwen.data.sampling import choose_held_out, draw, passes_of
 from tongwen.data.token_store import Batch, TokenStore
 from tongwen.hub.download import local_copy
@@ -273,13 +273,28 @@ def _read_sources(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[s
         )
     )
     parts = list_parts(prepare, local_copy, console.notice)
-    rows = list(iter_records(parts, prepare, kind, console.notice))
+    counts = ScanCounts()
+    rows = list(iter_records(parts, prepare, kind, console.notice, counts))
+    _report_rows(counts)
     if not isinstance(prepare.held_out, str):
         keep = np.ones(len(rows), bool)
         keep[choose_held_out(keep, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
         rows = [rows[index] for index in np.flatnonzero(keep)]
     sources = [source.model_dump() for source in getattr(prepare, kind)]
     return iter(rows), sources, {part.name: part.number for part in parts if (part.kind, part.role) == (kind, "train")}
+
+
+def _report_rows(counts: ScanCounts) -> None:
+    """Print which rows cannot be read, and which fields of the others nothing reads."""
+    if counts.bad:
+        place, rule = counts.first_bad[0]
+        console.notice(
+            _("{refused:,} rows cannot be read, the first: {first}").format(
+                refused=counts.bad, first=f"{place}: {rule}"
+            )
+        )
+    if notice := describe_unread(counts.unread):
+        console.notice(notice)
 
 
 def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -1,0 +1,258 @@
+"""Read a list of turns: role, text, thinking and calls of each, and whether it is learned.
+
+The same words have many names: OpenAI's role and content, ShareGPT's from and value, LLaMA-Factory's lists of parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from tongwen.core.errors import RowRefused
+from tongwen.core.i18n import _
+from tongwen.core.records import Message
+from tongwen.data.fields import Fields, is_empty
+from tongwen.data.row import kind
+from tongwen.data.texts import as_yaml, double_encoded, is_blank, keys_of, parse_inside
+from tongwen.data.tool_calls import calls_of, read_call, read_tools, word_of
+from tongwen.recipe.data import SourceConfig
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "用户": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "助手": "assistant",
+    "system": "system",
+    "developer": "system",
+    "系统": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "function_call",
+    "tool_call": "function_call",
+}
+
+LEARN = ("learn", "train", "loss", "weight", "loss_weight")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "cot", "complex_cot")
+_CONTENT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "thinking": "thinking",
+    "reasoning": "thinking",
+    "tool_call": "tool_call",
+}
+_PLAIN_TURNS = {("role", "content"), ("from", "value")}  # the keys of nearly every turn
+IN_TURNS = ("from", "value", "role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS, *LEARN)
+_MEDIA = re.compile(r"((?:image|img|video|audio)s?)(?:_(?:url|path|file|byte|list|name)s?)?", re.IGNORECASE)
+_MEDIA_NAMES = {"image": "images", "img": "images", "video": "videos", "audio": "audios"}
+
+
+def list_turns(row: Fields, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, turn). Raises RowRefused for a turn that is not an object."""
+    turns = row.get(key)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        raise double_encoded(key)
+    if not isinstance(turns, list) or not turns:
+        found = _("empty") if turns == [] else kind(turns)
+        raise RowRefused(
+            "no_messages",
+            _("{key} must be a non-empty list, this is {found}").format(key=key, found=found),
+        )
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise RowRefused(
+                "bad_turn",
+                _("turn {number} is {kind}, not an object").format(number=number, kind=kind(turn)),
+            )
+        yield number, turn
+
+
+def open_turn(row: Fields, turn: dict[str, Any], key: str) -> Fields:
+    """Return the fields of a turn. Raises RowRefused for one with media."""
+    fields = row.inside(turn, key)
+    check_media(fields)
+    return fields
+
+
+def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Message], list[Any]]:
+    """Return the messages of a list of turns of one role each, and the tools of its system turn. Calls in turns of their own that follow each
+    other are one answer with several calls."""
+    messages: list[Message] = []
+    tools: list[Any] = []
+    was_call = False
+    turns = row.values.get(row.key(key) or "")
+    for number, values in list_turns(row, key):
+        if tuple(values) in _PLAIN_TURNS and not source.columns and not source.ignore:
+            speaker, said = values.values()
+            role = _role(speaker, number, source, turns)
+            if isinstance(said, str) and role != "function_call":
+                messages.append(Message(role, said))
+                was_call = False
+                continue
+        turn = open_turn(row, values, key)
+        message, is_call = _turn(turn, number, source, turns)
+        if message.role == "system" and number == 1:
+            tools = read_tools(turn)
+        if is_call and was_call:
+            before = messages.pop()
+            message = replace(before, tool_calls=(*before.tool_calls, *message.tool_calls))
+        messages.append(message)
+        was_call = is_call
+    return messages, tools
+
+
+def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[Message, bool]:
+    """Return (message, whether the turn consists of calls only)."""
+    role = _role(turn.get("role", "from"), number, source, turns)
+    is_call = role == "function_call"
+    role = "assistant" if is_call else role
+    answers = role == "assistant"
+    thinking = _thinking(turn, number) if answers else None
+    calls = calls_of(turn, number) if answers else []
+    text, more_thinking, more_calls = _content(turn, number, optional=bool(calls), answers=answers)
+    if is_call and not calls:
+        found = parse_inside(text, _("turn {number}").format(number=number))
+        calls, text = found if isinstance(found, list) else [found], ""
+    if thinking and more_thinking and thinking != more_thinking:
+        raise RowRefused("ambiguous", _("turn {number} has two kinds of thinking").format(number=number))
+    made = tuple(read_call(call, turn, number) for call in (*calls, *more_calls))
+    message = Message(
+        role,
+        text,
+        thinking or more_thinking or None,
+        made,
+        read_learn(turn, number, role),
+        word_of(turn, "name", number),
+        word_of(turn, "tool_call_id", number) if role == "tool" else None,
+    )
+    return message, is_call
+
+
+def _thinking(turn: Fields, number: int) -> str | None:
+    value = turn.get(*THOUGHTS)
+    if isinstance(value, list) and value:
+        value = _joined_parts(value)
+    if value is not None and not isinstance(value, str):
+        raise RowRefused(
+            "bad_thinking",
+            _("turn {number}: reasoning_content is {kind}").format(number=number, kind=kind(value)),
+        )
+    return None if value is None or is_blank(value) else value
+
+
+def _joined_parts(parts: list[Any]) -> Any:
+    """Return the text of a list of parts {type, text}; the list itself when it holds anything else."""
+    found = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in parts]
+    texts = [text for text in found if isinstance(text, str)]
+    return "".join(texts) if len(texts) == len(parts) else parts
+
+
+def _content(turn: Fields, number: int, optional: bool, answers: bool) -> tuple[str, str, list[Any]]:
+    """Return (text, thinking, calls) of a turn. A list of parts is joined: LLaMA-Factory v1, Anthropic, OpenAI."""
+    content = turn.get("content", "value")
+    if content is None and optional:
+        return "", "", []
+    if isinstance(content, str):
+        return content, "", []
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        raise _bad_content(number, "value" if turn.has("value") and not turn.has("content") else "content", content, turn.values)  # fmt: skip
+    found: dict[str, list[Any]] = {"text": [], "thinking": [], "tool_call": []}
+    for part in content:
+        fields = turn.inside(part, "content")
+        type_ = fields.get("type")
+        meaning = _CONTENT_PARTS.get(type_) if isinstance(type_, str) else None
+        value = fields.get("text", "value", "thinking", "reasoning") if meaning else None
+        value = _joined_parts(value) if isinstance(value, list) else value
+        if meaning is None or not isinstance(value, (str, dict)) or (meaning != "text" and not answers):
+            raise RowRefused(
+                "not_only_text",
+                _("turn {number} has a part of type {type!r}; only text is supported").format(
+                    number=number, type=type_
+                ),
+            )
+        found[meaning].append(value)
+    calls = [parse_inside(call, _("turn {number}").format(number=number)) if isinstance(call, str) else call for call in found["tool_call"]]  # fmt: skip
+    if not all(isinstance(text, str) for text in (*found["text"], *found["thinking"])):
+        raise _bad_content(number, "content", content, turn.values)
+    return "".join(found["text"]), "".join(found["thinking"]), calls
+
+
+def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRefused:
+    return RowRefused(
+        "bad_content",
+        _("turn {number}: {key} is {kind}, not text; the turn has {keys}").format(
+            number=number, key=key, kind=kind(content), keys=keys_of(turn)
+        ),
+    )
+
+
+def read_learn(turn: Fields, number: int, role: str) -> bool | None:
+    learn = turn.get(*LEARN)
+    if learn not in (None, 0, 1):
+        raise RowRefused(
+            "bad_learn",
+            _("turn {number}: {learn!r} does not say whether to learn it; write true or false").format(
+                number=number, learn=learn
+            ),
+        )
+    if learn and role != "assistant":
+        turn.leave(*LEARN)  # only answers are learned one by one
+        return None
+    return None if learn is None else bool(learn)
+
+
+def _role(value: Any, number: int, source: SourceConfig, turns: Any) -> str:
+    role = None
+    if isinstance(value, str):
+        role = source.roles.get(value) or ROLES.get(value.lower())
+    if role is None:
+        raise RowRefused(
+            "unknown_role",
+            _("turn {number}: unknown role {value!r}; map it in the recipe: roles: {{{roles}}}").format(
+                number=number, value=value, roles=_likely_roles(value, turns, source)
+            ),
+        )
+    return role
+
+
+def _likely_roles(value: Any, turns: Any, source: SourceConfig) -> str:
+    """Return a mapping of the unknown roles of a dialogue: who speaks last is the assistant, since a dialogue ends with an
+    answer."""
+    speakers = [turn.get(source.columns.get("role", "role"), turn.get(source.columns.get("from", "from"))) for turn in turns or () if isinstance(turn, dict)]  # fmt: skip
+    unknown = [name for name in dict.fromkeys(speakers) if isinstance(name, str) and name not in source.roles and name.lower() not in ROLES]  # fmt: skip
+    if not unknown or len(unknown) > 2 or len(speakers) < 2:
+        return f"{as_yaml(value) if isinstance(value, str) else value}: user"
+    return ", ".join(f"{as_yaml(name)}: {'assistant' if name == speakers[-1] else 'user'}" for name in unknown)
+
+
+@lru_cache(maxsize=4096)
+def _media_keys(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return (key, reason to refuse its content) of those keys that hold media. Most rows of a file have the same keys."""
+    found = [(key, _MEDIA.fullmatch(key)) for key in keys]
+    return tuple((key, _MEDIA_NAMES[match[1].lower().removesuffix("s")]) for key, match in found if match)
+
+
+def check_media(row: Fields) -> None:
+    """Raise RowRefused for a row or turn that cannot be understood without a picture, a video or a sound."""
+    for key, reason in _media_keys(row.shape):
+        if not is_empty(row.values[key]) and not isinstance(row.values[key], (bool, int, float)):
+            raise RowRefused(
+                reason,
+                _("{key} is not empty, and only text is learned (ignore: [{key}] if the text stands alone)").format(
+                    key=row.place + key
+                ),
+            )

@@ -1,0 +1,64 @@
+"""Preference data are refused by name, and each remedy, done as told, gives the question and the chosen answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.data.test_formats import ASK, PLAIN, REPLY, as_dialogue, said_in
+from tongwen.core.errors import DataError
+
+BAD = {"role": "assistant", "content": "REJECTED"}
+PAIRS = [
+    {"prompt": "QUESTION", "chosen": "ANSWER", "rejected": "REJECTED"},
+    {"question": "QUESTION", "chosen": "ANSWER", "rejected": ["REJECTED", "REJECTED"]},
+    {"instruction": "QUESTION", "input": "", "chosen": "ANSWER", "rejected": "REJECTED"},
+    {"prompt": [ASK], "chosen": [REPLY], "rejected": [BAD]},
+    {"prompt": "QUESTION", "chosen": [REPLY], "rejected": [BAD]},
+    {"prompt": "QUESTION", "chosen": [ASK, REPLY], "rejected": [ASK, BAD]},
+    {"chosen": [ASK, REPLY], "rejected": [ASK, BAD]},
+    {"chosen_messages": [ASK, REPLY], "rejected_messages": [ASK, BAD]},
+    {"query": "QUESTION", "response_chosen": "ANSWER", "response_rejected": "REJECTED"},
+    {"query": "QUESTION", "response": "ANSWER", "rejected_response": "REJECTED"},
+    {"messages": [ASK, REPLY], "rejected_messages": [ASK, BAD]},
+    {"prompt": [ASK], "preferred_output": [REPLY], "non_preferred_output": [BAD]},
+]
+
+
+def settings_of(remedy: str) -> dict[str, Any]:
+    """The line of a recipe that a remedy ends with."""
+    settings: dict[str, Any] = yaml.safe_load(remedy[remedy.index("{path:") :])
+    return {key: value for key, value in settings.items() if key != "path"}
+
+
+@pytest.mark.parametrize("row", PAIRS)
+@pytest.mark.parametrize("format_", [None, "messages"])
+def test_a_remedy_teaches_the_chosen_answer(row: dict[str, Any], format_: str | None) -> None:
+    with pytest.raises(DataError, match="this is preference data") as caught:
+        as_dialogue(row, format=format_)
+    found = as_dialogue(row, **settings_of(caught.value.remedy))
+    assert said_in(found) == PLAIN
+    assert not any("rejected" in message.content.lower() for message in found.messages)
+
+
+@pytest.mark.parametrize("value", [False, "false", "False", 0])
+@pytest.mark.parametrize("key", ["label", "kto_tag", "liked", "chosen"])
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": [ASK, REPLY]}, {"prompt": "QUESTION", "completion": "ANSWER"}, {"instruction": "QUESTION", "output": "ANSWER"}],
+)  # fmt: skip
+def test_a_bad_verdict_is_refused_and_a_good_one_learned(row: dict[str, Any], key: str, value: Any) -> None:
+    if key == "chosen" and not isinstance(value, bool):
+        pytest.skip("a text or a number there is no verdict")
+    with pytest.raises(DataError, match=rf"preference data \({key}\)") as caught:
+        as_dialogue({**row, key: value})
+    assert said_in(as_dialogue({**row, key: value}, **settings_of(caught.value.remedy))) == PLAIN
+    good = as_dialogue({**row, key: True})
+    assert (said_in(good), good.unread) == (PLAIN, ())
+
+
+def test_names_that_only_look_like_it_are_unread() -> None:
+    row = {"messages": [ASK, REPLY], "preferred_language": "zh", "label": "news", "chosen": None, "rejected": ""}
+    assert as_dialogue(row).unread == ("preferred_language", "label")
