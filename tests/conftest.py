@@ -121,6 +121,7 @@ def tiny_mixture(**config: Any) -> Any:
         "num_key_value_heads": 1,
         "head_dim": 8,
         "num_experts": 4,
+        "num_experts_per_tok": 2,
     } | config
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
 

@@ -9,11 +9,12 @@ would need more memory than the merge.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError
@@ -28,7 +29,18 @@ from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import parity
 from tongwen.model.merging.combine import Combination
-from tongwen.model.merging.merge import MergeResult, check_rows, combine_changes, merge_adapters, plan_targets, size_of
+from tongwen.model.merging.merge import (
+    MergeResult,
+    MergeTarget,
+    check_rows,
+    combine_changes,
+    merge_adapters,
+    plan_targets,
+    size_of,
+)
+
+if TYPE_CHECKING:
+    from tongwen.model.merging.in_memory import PeftMerge  # imports torch
 
 DTYPES = {"base": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -148,12 +160,14 @@ def _write(
     original, config = open_model(place)
     base = original if options.onto == "original" else quantized.QuantizedTensors(original, place, options.onto)
     adapters, dtype = [link.adapter for link in links], DTYPES[options.dtype]
+    made: PeftMerge | None = None
     try:
         targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
         if options.mix:
             combine_changes(base, targets, options.mix)
     except NotOneToOne as reason:
-        return _in_memory(place, links, draft, options, str(reason))
+        made = _merge_in_memory(place, original, links, options, str(reason))
+        targets, config, notices = _plan_from_peft(original, config, made, links, dtype)
     for notice in notices:
         console.notice(notice)
     artifact.check_disk(draft.path, sum(size_of(target) for target in targets))
@@ -165,9 +179,9 @@ def _write(
     for notice in _find_warnings(merged):
         console.notice(notice)
     found = {"rows": check_rows(base, merged)}
-    found |= _compare(place, base, merged, config, links, draft.path, options)
+    found |= _compare(place, base, merged, config, links, draft.path, options, made)
     draft.facts["parity"] = found
-    if base is original and (kind := _trained_on(links)):
+    if base is original and made is None and (kind := _trained_on(links)):
         draft.facts["quantised"] = _distance(
             original, quantized.QuantizedTensors(original, place, kind), merged, config
         )
@@ -206,13 +220,25 @@ def _compare(
     links: list[lineage.AdapterLink],
     out: Path,
     options: MergeOptions,
+    made: PeftMerge | None,
 ) -> dict[str, Any]:
-    """Compare the logits of base + adapters with those of the merged model."""
-    if options.parity == "full":
-        found: dict[str, Any] | None = _compare_whole(place, links, config, out, merged)
+    """Compare the logits of base + adapters with those of the merged model.
+
+    made: what peft merged, if it did already. peft is asked for `--parity full`, too, unless it has no live layers of
+    such a merge: it neither combines adapters as `mix` does, nor has the base as quantised for `onto`.
+    """
+    of_peft = options.mix is None and options.onto == "original"
+    if options.parity == "full" and not of_peft:
+        console.notice(_("peft has no live model of such a merge; its logits are compared layer by layer"))
+    if made is None and options.parity == "full" and of_peft:
+        made = _with_peft(place, base, links)
+    if made is not None:
+        found: dict[str, Any] | None = _compare_with_peft(made, merged, out)
     else:
         with console.waiting(_("comparing logits, layer by layer")):
             found = parity.compare_logits(base, merged, config)
+    if found is None and of_peft and _fits_in_memory(base):
+        found = _compare_with_peft(_with_peft(place, base, links), merged, out)
     if found is None:
         console.notice(
             _(
@@ -228,35 +254,35 @@ def _compare(
     return found
 
 
-def _compare_whole(
-    place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, merged: MergeResult
-) -> dict[str, Any]:
-    """Compare with both models loaded: the base with its adapters, and the merged model."""
-    import torch
-
+def _compare_with_peft(made: PeftMerge, merged: MergeResult, out: Path) -> dict[str, Any]:
+    """Compare peft's live layers with the merged folder, read back by transformers, and each tensor with peft's own."""
     from tongwen.model.merging import in_memory
 
-    folders = [link.adapter.folder for link in links]
-    ids = parity.fixed_ids(int(config["vocab_size"]))
+    in_memory.check_tensors(made, merged)
     with console.waiting(_("comparing the logits of both models in memory")):
-        live_logits = in_memory.logits_of(
-            in_memory.open_in_memory(place, folders, live=True),
-            ids,
-        )
-        merged_logits = in_memory.logits_of(
-            load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids
-        )
-    return parity.check_difference(live_logits, merged_logits, parity.limit_of(merged))
+        logits = in_memory.logits_of_folder(out, made.ids)
+    return {**parity.check_difference(made.logits, logits, parity.limit_of(merged)), "judge": "peft"}
 
 
-def _in_memory(
-    place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, options: MergeOptions, reason: str
-) -> dict[str, Any]:
-    """Merge with peft and the whole model in memory, for adapters whose tensors do not map one to one."""
-    import torch
-
+def _with_peft(place: load.ModelRef, base: Tensors, links: list[lineage.AdapterLink]) -> PeftMerge:
     from tongwen.model.merging import in_memory
 
+    with console.waiting(_("opening base and adapters with peft")):
+        return in_memory.merge_with_peft(place, base, [link.adapter.folder for link in links])
+
+
+def _fits_in_memory(base: Tensors) -> bool:
+    """Whether both models in fp32 take less than a quarter of the memory that is free."""
+    import psutil
+
+    parameters = sum(math.prod(shape) for _kind, shape in base.facts.values())
+    return 4 * 2 * 4 * parameters < psutil.virtual_memory().available
+
+
+def _merge_in_memory(
+    place: load.ModelRef, base: Tensors, links: list[lineage.AdapterLink], options: MergeOptions, reason: str
+) -> PeftMerge:
+    """Merge with peft and the whole model in memory, for adapters whose tensors do not map one to one."""
     if options.mix or options.onto != "original":
         raise ArtifactError(
             _("only peft can merge this adapter, in memory, alone and into the original base: {reason}").format(
@@ -269,16 +295,18 @@ def _in_memory(
             reason=reason
         )
     )
-    model = in_memory.open_in_memory(place, [link.adapter.folder for link in links], live=False)
-    dtype = DTYPES[options.dtype]
-    model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
-    model.save_pretrained(str(draft.path), max_shard_size=f"{options.shard_gb}GB")
-    lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
-    draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
-    if draft.fingerprint == draft.parents["base"]["fingerprint"]:
+    return _with_peft(place, base, links)
+
+
+def _plan_from_peft(
+    base: Tensors, config: dict[str, Any], made: PeftMerge, links: list[lineage.AdapterLink], dtype: str | None
+) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
+    from tongwen.model.merging import in_memory
+
+    targets, config, notices = in_memory.plan_from_peft(base, config, made, links[-1].adapter.folder, dtype)
+    if not any(target.changes for target in targets):
         raise ArtifactError(_("the merged model equals the base"), place=str(links[0].adapter.folder))
-    before = model_lines(place)
-    return {"tensors": len(lines), "changed": sum(before.get(name) != line for name, line in lines.items())}
+    return targets, config, notices
 
 
 def _known(place: load.ModelRef) -> set[str]:

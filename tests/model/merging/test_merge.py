@@ -32,7 +32,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora stacked on patterns": {"use_dora": True, "rank_pattern": {"o_proj": 3}},
     "embedding lora": {"target_modules": ["embed_tokens", "q_proj"]},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"mlp.*up_proj": 3}},
+    "head rows": {"trainable_token_indices": {"lm_head": [1, 5]}},
+    "rows apart": {"trainable_token_indices": {"lm_head": [1, 5], "embed_tokens": [1, 7]}},
+    "whole layers": {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "norm"]},
+    "one layer": {"target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [1]},
 }
+UNTIED = ("untied", "head alone", "head lora", "embedding lora", "head rows", "rows apart")
 
 
 def disturb(adapted: Any, seed: int) -> None:
@@ -79,7 +84,7 @@ def test_folded_is_live(kind: str, chat_model: Path, tmp_path: Path, tongwen: An
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.allclose(logits(model), logits(live), atol=2e-6)
-    tied = kind not in ("untied", "head alone", "head lora", "embedding lora")
+    tied = kind not in UNTIED
     assert model.config.tie_word_embeddings is tied and ("lm_head.weight" not in tensors(out)) is tied
 
 
@@ -93,6 +98,45 @@ def test_biases_and_token_rows_of_an_untied_model(options: dict[str, Any], tmp_p
     live = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"], **options, **rows)
     out = merged(tongwen, base, [tmp_path / "adapter"], tmp_path / "out")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=2e-6)
+
+
+def test_a_config_that_leaves_tying_to_its_family(tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    base = tmp_path / "base"
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=90, num_key_value_heads=2, **shape)).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    for kind in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}):
+        live = make_adapter(base, tmp_path / "adapter", **kind)
+        out = merged(tongwen, base, [tmp_path / "adapter"], tmp_path / "out", "--again")
+        assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=2e-6)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_layers_say_how_they_store_their_matrices(said: bool, tmp_path: Path, tongwen: Any) -> None:
+    """fan_in_fan_out is the opposite of what each base does; both adapt square matrices, which fit either way."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    base = tmp_path / "base"
+    if said:
+        tiny_llama(base, 64)
+    else:
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)).save_pretrained(base)
+    live = make_adapter(base, tmp_path / "adapter", target_modules=["o_proj" if said else "attn.c_proj"])
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": said}))
+    out = merged(tongwen, base, [tmp_path / "adapter"], tmp_path / "out")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=1e-5)
 
 
 def test_bf16_is_rounded_once(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -321,6 +365,43 @@ def test_an_adapter_that_does_not_fit_is_refused(
     _edit(tmp_path / "adapter", change)
     code, _, err = tongwen("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     assert code in (4, 6) and words in err, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "lost", "said", "words"),
+    [
+        ({"use_dora": True}, "1.self_attn.v_proj.lora_magnitude", {}, "use_dora is set, but"),
+        ({"use_dora": True}, "", {"use_dora": False}, "tensor of use_dora"),
+        ({}, "", {"use_dora": True}, "use_dora is set, but"),
+        ({"lora_bias": True}, "lora_B.bias", {}, "lora_bias is set, but"),
+        ({"lora_bias": True}, "", {"lora_bias": False}, "tensor of lora_bias"),
+        ({"bias": "all"}, "1.self_attn.q_proj.base_layer.bias", {}, "1.self_attn.q_proj.bias"),
+        ({"bias": "lora_only"}, "1.self_attn.q_proj.base_layer.bias", {}, "1.self_attn.q_proj.bias"),
+        ({}, "", {"target_modules": ["v_proj"]}, "does not list (target_modules)"),
+        ({}, "", {"exclude_modules": ["1.self_attn.q_proj"]}, "does not list (target_modules)"),
+        ({}, "", {"layers_to_transform": [0]}, "does not list (target_modules)"),
+        ({"layers_to_transform": [0, 1]}, "layers.1", {}, "listed as trained are not in its file"),
+        ({"modules_to_save": ["mlp"]}, "mlp", {}, "listed as trained are not in its file"),
+        ({"trainable_token_indices": [3, 4]}, "embed_tokens", {}, "listed as trained are not in its file"),
+        ({}, "", {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+    ],
+)
+def test_config_and_tensors_must_agree(
+    options: dict[str, Any], lost: str, said: dict[str, Any], words: str, tmp_path: Path, tongwen: Any
+) -> None:
+    """What peft passes over in silence, or replaces by the base's own."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama(base, 90, tie_word_embeddings=False, attention_bias=True)
+    make_adapter(base, adapter, **{"target_modules": ["q_proj", "v_proj"], **options})
+    assert tongwen("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "right")[0] == 0
+    held = len(load_file(adapter / "adapter_model.safetensors"))
+    _edit(adapter, lambda state: [state.pop(name) for name in list(state) if lost and lost in name])
+    assert (len(load_file(adapter / "adapter_model.safetensors")) < held) is bool(lost)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    code, _, err = tongwen("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+    assert code == 4 and words in " ".join(err.split()), err
     assert not (tmp_path / "out").exists()
 
 

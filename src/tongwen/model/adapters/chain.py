@@ -5,14 +5,16 @@ Stages whose base is an adapter stage, and the commands that generate text, use 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tongwen.core import artifact
-from tongwen.core.errors import ArtifactError, ModelError
+from tongwen.core.errors import ArtifactError, ModelError, first_line
 from tongwen.core.i18n import _
+from tongwen.model.adapters.config import check_lora
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
 from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, load_model, quiet
@@ -42,9 +44,10 @@ def open_adapter_chain(
     model = load_model(ref, torch.float32 if ref.adapters else dtype, quantize, device_map)
     fingerprint = fingerprint_model(ref)  # after loading, which downloads a hub model's files
     for folder in ref.adapters:
+        check_lora(find_adapter(Path(folder)))
         model = open_adapter(model, folder, fingerprint)
         if not model.active_peft_config.is_prompt_learning:
-            model = model.merge_and_unload()
+            model = merge_adapter(model, folder)
         if fingerprint:
             fingerprint = fingerprint_chain(fingerprint, _fingerprint_of(folder))
     return (model.to(dtype) if ref.adapters else model), fingerprint
@@ -69,6 +72,47 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
     resize_for_adapter(model, path)
     with quiet(), explain_errors(ModelRef(folder, folder)):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def merge_adapter(adapted: Any, folder: str) -> Any:
+    """Return the model with its adapter merged. Raises ModelError when peft cannot merge it.
+
+    peft adds to a weight in its place. A matrix that head and embedding share would be changed for both by an adapter of
+    one, so each adapted layer gets a matrix of its own first; where the two come out equal, they are one again.
+    """
+    _separate(adapted)
+    try:
+        with quiet():
+            model = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ModelError(
+            _("peft cannot merge this adapter: {said}").format(said=first_line(error)), place=folder
+        ) from error
+    if not settle_tie(model):
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def settle_tie(model: Any) -> bool:
+    """Make head and embedding one matrix where they are equal. Return whether no head of its own is left."""
+    inside, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is inside.weight:
+        return True
+    if not torch.equal(head.weight, inside.weight):
+        return False
+    head.weight = inside.weight
+    return True
+
+
+def _separate(adapted: Any) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    places = Counter(id(part) for _name, part in adapted.named_parameters(remove_duplicate=False))
+    bases = [module.get_base_layer() for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    for base in {id(base): base for base in bases}.values():
+        for name, part in list(base.named_parameters(recurse=False)):
+            if places[id(part)] > 1:
+                setattr(base, name, torch.nn.Parameter(part.detach().clone(), requires_grad=False))
 
 
 def resize_for_adapter(model: Any, adapter: Path) -> None:

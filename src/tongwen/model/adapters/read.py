@@ -6,7 +6,6 @@ missing layer, an extra tensor, a rank that differs from the config) are errors 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.core.errors import ArtifactError, ModelError
+from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, blocks, read_header
-from tongwen.model.loading.load import adapter_folder, no_adapter_config
+from tongwen.model.adapters.config import CHANGES_BASE, is_inside, is_target, read_config
+from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
 
 PREFIX = "base_model.model."
@@ -46,15 +46,16 @@ class NotOneToOne(Exception):
 
 @dataclass
 class AdapterChange:
-    """One adapter's change of one tensor. parts: role -> key in the adapter's file."""
+    """One adapter's change of one tensor. parts: role -> key in the adapter's file; transposed: the base stores this
+    matrix as (in, out)."""
 
     source: Tensors
     place: str
-    scale: float
-    rank: int
-    transposed: bool
-    rows: list[int]
+    scale: float = 1.0
+    rank: int = 1
+    rows: list[int] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
+    transposed: bool = False
 
     def shape_of(self, role: str) -> tuple[int, ...]:
         return self.source.facts[self.parts[role]][1]
@@ -106,16 +107,16 @@ def whole_rows(folder: Path) -> dict[str, int]:
     """Return base tensor -> row count for the embedding and head that an adapter of any type brings in full."""
     out: dict[str, int] = {}
     for key, (_unused, shape) in _open(folder).facts.items():
-        target, role = _role(key)
-        if role == "whole" and f"{target}.weight".endswith((*EMBEDDINGS, *HEADS)) and ".original_module." not in key:
-            out[f"{target}.weight"] = shape[0]
+        name, role = _place_of({}, key)
+        if role == "whole" and name.endswith((*EMBEDDINGS, *HEADS)) and ".original_module." not in key:
+            out[name] = shape[0]
     return out
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter. Raises ArtifactError or ModelError when the folder has none that can be merged into weights."""
     folder = adapter_folder(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors = _open(folder)
     if not tensors.facts:
         raise ArtifactError(
@@ -123,49 +124,84 @@ def read_adapter(folder: Path) -> Adapter:
             place=str(folder),
             remedy=_("saving went wrong (a 443-byte file is this case): train and save it again"),
         )
+    if reason := _needs_the_model(config):
+        return Adapter(folder, config, tensors, {}, reason)
     changes: dict[str, AdapterChange] = {}
-    whole_model = ""
     for key, (dtype, _unused) in tensors.facts.items():
         if ".original_module." in key:  # the module before training, which peft saves beside a resized one
             continue
-        target, role = _role(key)
+        name, role = _place_of(config, key)
         if role is None or dtype not in FLOATS:
-            if config.get("target_parameters"):
-                whole_model = _("it adapts fused weights")
-                continue
             raise ArtifactError(
                 _("the adapter tensor {key!r} cannot be merged").format(key=key),
                 place=str(folder),
             )
-        name = f"{target}.bias" if role == "bias" or key.endswith(".bias") else f"{target}.weight"
         if name not in changes:
+            target = name.rpartition(".")[0]
             scale, rank = _scale(config, target)
-            transposed = bool(config.get("fan_in_fan_out"))
             rows = _rows_of(config.get("trainable_token_indices") or {}, target)
-            changes[name] = AdapterChange(tensors, str(folder), scale, rank, transposed, rows)
+            changes[name] = AdapterChange(tensors, str(folder), scale, rank, rows)
         if role in changes[name].parts:
-            if config.get("target_parameters"):
-                whole_model = _("it adapts fused weights")
-                continue
             if same_numbers(tensors, key, tensors, changes[name].parts[role]):  # peft saves a resized embedding twice
                 continue
             raise ArtifactError(_("{key!r} occurs twice").format(key=key), place=str(folder))
         changes[name].parts[role] = key
-    for change in changes.values():
-        if "magnitude" in change.parts and (change.transposed or "embedding_a" in change.parts):
-            whole_model = _("its DoRA norms are computed by column")
-    return Adapter(folder, config, tensors, changes, whole_model)
+    _check_kind(config, changes)
+    return Adapter(folder, config, tensors, changes)
 
 
-def check_complete(adapter: Adapter, modules: set[str]) -> None:
-    """Raise ArtifactError when a module that the config lists as trained has no tensors in the file."""
+def _needs_the_model(config: Mapping[str, Any]) -> str:
+    """Return why only peft, with the model in memory, can merge such an adapter; "" when its tensors suffice."""
+    if config.get("target_parameters"):
+        return _("it adapts fused weights")
+    if (start := config.get("init_lora_weights")) in CHANGES_BASE:
+        return _("init_lora_weights: {start} changes the base").format(start=start)
+    return ""
+
+
+def _check_kind(config: Mapping[str, Any], changes: Mapping[str, AdapterChange]) -> None:
+    """Raise ArtifactError when a pair lacks what the config says that it has (DoRA's magnitude, a bias), or has more.
+
+    peft would take the base's magnitude for the missing one, and pass over the other.
+    """
+    for name, change in changes.items():
+        if not change.parts.keys() & {"a", "b", "embedding_a", "embedding_b", "magnitude"}:
+            continue
+        bias = changes.get(f"{name.removesuffix('.weight')}.bias")
+        held = {
+            "use_dora": "magnitude" in change.parts,
+            "lora_bias": bias is not None and "bias" in bias.parts,
+        }
+        for key, has in held.items():
+            if has == bool(config.get(key)) or (key == "lora_bias" and "embedding_a" in change.parts):
+                continue
+            if has:
+                raise change.refuse(
+                    _("this pair has the tensor of {key}, which its config does not set").format(key=key),
+                    _("correct adapter_config.json: {key}: true").format(key=key),
+                )
+            raise change.refuse(
+                _("{key} is set, but this pair lacks its tensor").format(key=key),
+                _("part of it was lost when it was saved: save it again"),
+            )
+
+
+def check_complete(adapter: Adapter, modules: set[str], biases: set[str]) -> None:
+    """Raise ArtifactError when a module that the config lists as trained has no tensors, or when another one has.
+
+    modules, biases: the base's modules with a matrix, and those with a bias.
+    """
     config = adapter.config
-    chosen, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     adapted = {name.rpartition(".")[0] for name in adapter.changes}
-    missing = []
-    if chosen and not config.get("layers_to_transform"):
-        missing = [m for m in modules if _matches(chosen, m) and not _matches(excluded, m) and m not in adapted]
-    missing += [name for name in config.get("modules_to_save") or [] if not any(_matches([name], m) for m in adapted)]
+    paired = {name.removesuffix(".weight") for name, change in adapter.changes.items() if change.low_rank_shape()}
+    missing = [module for module in modules - adapted if is_target(config, module)]
+    missing += [
+        name for name in config.get("modules_to_save") or [] if not any(is_inside(name, module) for module in adapted)
+    ]
+    trained = {"all": biases, "lora_only": biases & paired}.get(config.get("bias") or "none", set())
+    missing += [f"{module}.bias" for module in trained if f"{module}.bias" not in adapter.changes]
+    if config.get("trainable_token_indices") and not any("rows" in one.parts for one in adapter.changes.values()):
+        missing.append("trainable_token_indices")
     if missing:
         raise ArtifactError(
             _("{count} modules listed as trained are not in its file, the first: {missing}").format(
@@ -174,13 +210,24 @@ def check_complete(adapter: Adapter, modules: set[str]) -> None:
             place=str(adapter.folder),
             remedy=_("part of it was lost when it was saved: save it again"),
         )
+    chosen = config.get("target_modules")
+    extra = sorted(module for module in paired & modules if chosen and not is_target(config, module))
+    if extra and chosen != "all-linear":
+        raise ArtifactError(
+            _("{count} modules have tensors that the config does not list (target_modules), the first: {extra}").format(
+                count=len(extra), extra=extra[0]
+            ),
+            place=str(adapter.folder),
+            remedy=_("peft leaves such tensors out: correct adapter_config.json, or remove them from the file"),
+        )
 
 
-def same_tensor(one: AdapterChange, other: AdapterChange) -> bool:
-    """Whether both consist of the same whole tensor only."""
-    if not one.parts.keys() == other.parts.keys() == {"whole"}:
+def same_change(one: AdapterChange, other: AdapterChange) -> bool:
+    """Whether both bring the same whole tensor, or the same values for the same rows, and nothing else."""
+    if one.rows != other.rows or one.parts.keys() != other.parts.keys() or len(one.parts) != 1:
         return False
-    return same_numbers(one.source, one.parts["whole"], other.source, other.parts["whole"])
+    (role, name), other_name = next(iter(one.parts.items())), next(iter(other.parts.values()))
+    return role in ("whole", "rows") and same_numbers(one.source, name, other.source, other_name)
 
 
 def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bool:
@@ -189,6 +236,14 @@ def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bo
     if other.facts[other_name] != facts:
         return False
     return all(np.array_equal(one.raw(name, *rows), other.raw(other_name, *rows)) for rows in blocks(facts[1]))
+
+
+def same_fp32(one: Tensors, other: Tensors, name: str) -> bool:
+    """Whether two tensors of this name have the same numbers, whatever their types."""
+    shape = one.facts[name][1]
+    return shape == other.facts[name][1] and all(
+        np.array_equal(read_fp32(one, name, *rows), read_fp32(other, name, *rows)) for rows in blocks(shape)
+    )
 
 
 def _open(folder: Path) -> Tensors:
@@ -206,34 +261,18 @@ def _open(folder: Path) -> Tensors:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        raise no_adapter_config(folder) from None
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(_("not JSON: {error}").format(error=error), place=str(file)) from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            _("adapters of type {peft_type!r} cannot be merged into weights").format(peft_type=config.get("peft_type")),
-            place=str(file),
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise ArtifactError(_("{key} is {config!r}").format(key=key, config=config.get(key)), place=str(file))
-    return config
-
-
-def _role(key: str) -> tuple[str, str | None]:
+def _place_of(config: Mapping[str, Any], key: str) -> tuple[str, str | None]:
+    """Return (the base's tensor that a tensor of the adapter changes, its role); the role is None when it has none."""
     name = key.removeprefix(PREFIX)
     for ending, role in PARTS.items():
         if name.endswith(ending):
             target = name.removesuffix(ending)
             for wrapper in WRAPPERS:
                 target = target.removesuffix(wrapper)
-            return target, role
-    return name, None
+            return (f"{target}.bias" if role == "bias" or ending == ".bias" else f"{target}.weight"), role
+    saved = any(is_inside(module, name.rpartition(".")[0]) for module in config.get("modules_to_save") or [])
+    saved = saved or (config.get("bias") == "all" and "bias" in name.rpartition(".")[2])
+    return name, "whole" if saved and ".lora_" not in name else None
 
 
 def _scale(config: Mapping[str, Any], target: str) -> tuple[float, int]:
@@ -254,10 +293,3 @@ def _rows_of(rows: Any, target: str) -> list[int]:
     if isinstance(rows, dict):
         return next((list(value) for name, value in rows.items() if target.endswith(name)), [])
     return list(rows)
-
-
-def _matches(patterns: str | list[str], module: str) -> bool:
-    """Match as peft does: a list holds name endings, a string is a regular expression for the whole name."""
-    if isinstance(patterns, str):
-        return bool(re.fullmatch(patterns, module))
-    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)

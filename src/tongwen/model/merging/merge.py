@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from tongwen.core.errors import ArtifactError, ModelError, NumbersError
 from tongwen.core.i18n import _
+from tongwen.core.model_families import family_of
 from tongwen.core.safetensors_io import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 from tongwen.model.adapters.lineage import highest_token
 from tongwen.model.adapters.read import (
@@ -27,7 +28,8 @@ from tongwen.model.adapters.read import (
     AdapterChange,
     NotOneToOne,
     check_complete,
-    same_tensor,
+    same_change,
+    same_numbers,
 )
 from tongwen.model.loading.fingerprint import start_digest
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
@@ -110,50 +112,70 @@ def plan_targets(
     Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft can map it to the model.
     """
     config, notices = json.loads(json.dumps(config)), []
-    targets = {
-        name: MergeTarget(name, dtype if dtype and kind in FLOATS else kind, shape, name)
-        for name, (kind, shape) in base.facts.items()
-    }
-    head = next((name for name in targets if name.endswith(HEADS)), None)
-    embedding = next((name for name in targets if name.endswith(EMBEDDINGS)), None)
-    tied = bool(config.get("tie_word_embeddings")) and embedding is not None
+    targets = targets_of(base, dtype)
+    head, embedding = _ending(targets, HEADS), _ending(targets, EMBEDDINGS)
+    tied = is_tied(base, config, head, embedding)
     modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    biases = {name.removesuffix(".bias") for name in base.facts if name.endswith(".bias")}
     for adapter in adapters:
         if adapter.whole_model:
             raise NotOneToOne(adapter.whole_model)
-        check_complete(adapter, modules)
+        check_complete(adapter, modules, biases)
         changes = dict(adapter.changes)
+        if missing := [name for name in changes if name not in targets and not (tied and name.endswith(HEADS))]:
+            if known() >= set(missing):
+                raise NotOneToOne(_("the file uses another name for {name}").format(name=missing[0]))
+            raise _missing(adapter, missing)
+        _find_layout(adapter, config)
         if tied and embedding and _unties(adapter, changes, embedding):
-            head = next((name for name in changes if name.endswith(HEADS)), head or "lm_head.weight")
+            head = _ending(changes, HEADS) or head or "lm_head.weight"
             targets[head] = _twin(targets[embedding], head)
-            tied = config["tie_word_embeddings"] = False
+            tied = False
+            untie(config)
             notices.append(
                 _(
                     "{folder} trained the embedding and the head separately, so the merged model no longer ties them"
                 ).format(folder=adapter.folder)
             )
         for name, change in changes.items():
-            if name not in targets:
-                missing = [name for name in changes if name not in targets]
-                if known() >= set(missing):
-                    raise NotOneToOne(_("the file uses another name for {name}").format(name=name))
-                raise _missing(adapter, missing)
             _check_fit(targets[name], change)
             targets[name].changes.append(change)
         if tied and head and embedding:  # the file holds both matrices of a tied pair
             targets[head] = _twin(targets[embedding], head)
-    rows = targets[embedding].shape[0] if embedding else None
-    if head and rows is not None and targets[head].shape[0] != rows:
-        raise ArtifactError(
-            _("{embedding} would have {rows} rows, but {head} has {shape}").format(
-                embedding=embedding, rows=rows, head=head, shape=targets[head].shape[0]
-            ),
-            place=str(adapters[-1].folder),
-            remedy=_("the adapter must bring both: modules_to_save"),
-        )
-    if embedding and rows != base.facts[embedding][1][0]:
-        config["vocab_size"] = rows
+    _check_rows_of_head(targets, adapters[-1].folder)
+    if embedding and targets[embedding].shape != base.facts[embedding][1]:
+        grow(config, targets[embedding].shape[0])
     return list(targets.values()), config, notices
+
+
+def targets_of(base: Tensors, dtype: str | None) -> dict[str, MergeTarget]:
+    """Return a target for each tensor of the base, without changes. dtype: for floats, in place of the base's own."""
+    return {
+        name: MergeTarget(name, dtype if dtype and kind in FLOATS else kind, shape, name)
+        for name, (kind, shape) in base.facts.items()
+    }
+
+
+def is_tied(base: Tensors, config: Mapping[str, Any], head: str | None, embedding: str | None) -> bool:
+    """Whether head and embedding are one matrix, as transformers sees it: the config may say so, or leave it to the
+    family's default, and two matrices in the file that differ are two."""
+    sections = (config, config.get("text_config") or {})
+    said = next((section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section), True)
+    if embedding is None or not said:
+        return False
+    return head is None or same_numbers(base, embedding, base, head)
+
+
+def untie(config: dict[str, Any]) -> None:
+    """Say in a model's config that head and embedding are two matrices."""
+    config["tie_word_embeddings"] = False
+    if "tie_word_embeddings" in (config.get("text_config") or {}):
+        config["text_config"]["tie_word_embeddings"] = False
+
+
+def grow(config: dict[str, Any], rows: int) -> None:
+    """Say in a model's config how many rows its vocabulary has."""
+    (config["text_config"] if config.get("text_config") else config)["vocab_size"] = rows
 
 
 def merge_adapters(
@@ -349,25 +371,47 @@ def _finite(block: Array, name: str, origin: str) -> Array:
     return block
 
 
+def _ending(names: Iterable[str], endings: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name.endswith(endings)), None)
+
+
+def _check_rows_of_head(targets: Mapping[str, MergeTarget], folder: Path) -> None:
+    """Raise ArtifactError when an adapter brought more rows for only one of embedding and head."""
+    embedding, head = _ending(targets, EMBEDDINGS), _ending(targets, HEADS)
+    if embedding and head and targets[embedding].shape[0] != targets[head].shape[0]:
+        raise ArtifactError(
+            _("{embedding} would have {rows} rows, but {head} has {shape}").format(
+                embedding=embedding, rows=targets[embedding].shape[0], head=head, shape=targets[head].shape[0]
+            ),
+            place=str(folder),
+            remedy=_("the adapter must bring both: modules_to_save"),
+        )
+
+
+def _find_layout(adapter: Adapter, config: Mapping[str, Any]) -> None:
+    """Set which matrices the base stores as (in, out). The layers decide it, as in peft, whatever the adapter says."""
+    family = family_of(str(config.get("model_type")))
+    if family is None and adapter.config.get("fan_in_fan_out"):
+        raise NotOneToOne(_("only the layers know how they store their matrices (fan_in_fan_out)"))
+    for name, change in adapter.changes.items():
+        change.transposed = bool(family and family.transposed) and not name.endswith((*EMBEDDINGS, *HEADS))
+        if "magnitude" in change.parts and (change.transposed or "embedding_a" in change.parts):
+            raise NotOneToOne(_("its DoRA norms are computed by column"))
+
+
 def _unties(adapter: Adapter, changes: dict[str, AdapterChange], embedding: str) -> bool:
     """Whether this adapter unties the head from the embedding of a tied base.
 
     peft silently unties the pair when it trains one of the two. When it keeps them tied, it saves both, with equal
-    values. Rows that are trained one by one apply to both.
+    values. Rows that are trained one by one for the embedding alone apply to both.
     """
-    head = next((name for name in changes if name.endswith(HEADS)), None)
+    head = _ending(changes, HEADS)
     inside = changes.get(embedding)
-    if inside is None and head is None:
-        return False
-    if (
-        inside is not None
-        and head is not None
-        and (same_tensor(inside, changes[head]) or inside.parts.keys() == changes[head].parts.keys() == {"rows"})
-    ):
+    if head is None:
+        return not (inside is None or adapter.config.get("ensure_weight_tying") or inside.parts.keys() == {"rows"})
+    if inside is not None and same_change(inside, changes[head]):
         del changes[head]
         return False
-    if inside is not None and head is None:
-        return not (adapter.config.get("ensure_weight_tying") or inside.parts.keys() == {"rows"})
     return True
 
 

@@ -1,0 +1,45 @@
+"""A chain of adapters that is opened to talk answers as peft's live layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import tiny_llama
+from tests.model.merging.test_in_memory import live_logits
+from tests.model.merging.test_merge import logits, make_adapter
+from tongwen.core.errors import ModelError
+from tongwen.model.adapters.chain import open_adapter_chain
+from tongwen.model.loading.load import ModelRef
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 5]}},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+    ],
+)
+def test_a_tied_base_answers_as_the_live_layers(options: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama(base, 90)
+    make_adapter(base, adapter, **options)
+    model, _fingerprint = open_adapter_chain(ModelRef("", str(base), adapters=(str(adapter),)), torch.float32)
+    assert torch.allclose(logits(model), live_logits(base, adapter), atol=1e-5)
+
+
+def test_what_no_merge_does_is_refused_here_too(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama(base, 90)
+    make_adapter(base, adapter, target_modules=["q_proj"])
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alora_invocation_tokens": [3]}))
+    with pytest.raises(ModelError, match="alora_invocation_tokens"):
+        open_adapter_chain(ModelRef("", str(base), adapters=(str(adapter),)), torch.float32)
