@@ -70,7 +70,7 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
     output = out + err
-    assert ("do not see each other" in output) == (facts.padded is None)
+    assert ("cannot see each other" in output) == (facts.padded is None)
     assert ("padded batches" in output) == (facts.padded is not None)
     assert ("with the whole model in memory" in output) == facts.experts
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())

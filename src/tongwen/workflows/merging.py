@@ -25,6 +25,7 @@ from tongwen.model.adapters import lineage
 from tongwen.model.adapters.read import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.loading import chat_setup, load, quantized
 from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.names import all_names
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import parity
 from tongwen.model.merging.combine import Combination
@@ -149,7 +150,7 @@ def _write(
     base = original if options.onto == "original" else quantized.QuantizedTensors(original, place, options.onto)
     adapters, dtype = [link.adapter for link in links], DTYPES[options.dtype]
     try:
-        targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
+        targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: all_names(place, base.facts))
         if options.mix:
             combine_changes(base, targets, options.mix)
     except NotOneToOne as reason:
@@ -256,6 +257,7 @@ def _in_memory(
     import torch
 
     from tongwen.model.merging import in_memory
+    from tongwen.model.merging.carry import carry_from_base
 
     if options.mix or options.onto != "original":
         raise ArtifactError(
@@ -273,18 +275,13 @@ def _in_memory(
     dtype = DTYPES[options.dtype]
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
     model.save_pretrained(str(draft.path), max_shard_size=f"{options.shard_gb}GB")
+    carry_from_base(model, place, draft.path)
     lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
         raise ArtifactError(_("the merged model equals the base"), place=str(links[0].adapter.folder))
     before = model_lines(place)
     return {"tensors": len(lines), "changed": sum(before.get(name) != line for name, line in lines.items())}
-
-
-def _known(place: load.ModelRef) -> set[str]:
-    from tongwen.model.merging.in_memory import known_names
-
-    return known_names(place)
 
 
 def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:

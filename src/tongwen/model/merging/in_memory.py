@@ -9,7 +9,7 @@ from typing import Any
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.model.adapters.chain import open_adapter
-from tongwen.model.loading.load import ModelRef, load_config, load_model, make_skeleton
+from tongwen.model.loading.load import ModelRef, load_model
 
 
 def open_in_memory(ref: ModelRef, adapters: Sequence[Path], *, live: bool) -> Any:
@@ -26,11 +26,6 @@ def open_in_memory(ref: ModelRef, adapters: Sequence[Path], *, live: bool) -> An
         _check_whole(folder, set(get_peft_model_state_dict(adapted)))
         model = adapted if live and index == len(adapters) - 1 else adapted.merge_and_unload(safe_merge=True)
     return model.eval()
-
-
-def known_names(ref: ModelRef) -> set[str]:
-    """Return transformers' names of a model's tensors, without loading the tensors."""
-    return set(make_skeleton(load_config(ref)).state_dict())
 
 
 def logits_of(model: Any, ids: Sequence[int]) -> Any:

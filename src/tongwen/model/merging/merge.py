@@ -30,6 +30,7 @@ from tongwen.model.adapters.read import (
     same_tensor,
 )
 from tongwen.model.loading.fingerprint import start_digest
+from tongwen.model.loading.names import TensorNames
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
 from tongwen.model.merging import combine
 
@@ -102,11 +103,11 @@ def plan_targets(
     config: dict[str, Any],
     adapters: Sequence[Adapter],
     dtype: str | None,
-    known: Callable[[], set[str]],
+    known: Callable[[], Sequence[TensorNames]],
 ) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
     """Return (the merged model's tensors in the base's order, its config, notices for the user).
 
-    known: returns transformers' names of this model's tensors, which may differ from those in the files.
+    known: returns the names that this model's tensors have in memory, which may differ from those in the files.
     Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft can map it to the model.
     """
     config, notices = json.loads(json.dumps(config)), []
@@ -116,13 +117,12 @@ def plan_targets(
     }
     head = next((name for name in targets if name.endswith(HEADS)), None)
     embedding = next((name for name in targets if name.endswith(EMBEDDINGS)), None)
-    tied = bool(config.get("tie_word_embeddings")) and embedding is not None
-    modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    text = config.get("text_config") or {}
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings"))) and embedding is not None
     for adapter in adapters:
         if adapter.whole_model:
             raise NotOneToOne(adapter.whole_model)
-        check_complete(adapter, modules)
-        changes = dict(adapter.changes)
+        changes = _changes_in_file(base, adapter, known)
         if tied and embedding and _unties(adapter, changes, embedding):
             head = next((name for name in changes if name.endswith(HEADS)), head or "lm_head.weight")
             targets[head] = _twin(targets[embedding], head)
@@ -134,10 +134,7 @@ def plan_targets(
             )
         for name, change in changes.items():
             if name not in targets:
-                missing = [name for name in changes if name not in targets]
-                if known() >= set(missing):
-                    raise NotOneToOne(_("the file uses another name for {name}").format(name=name))
-                raise _missing(adapter, missing)
+                raise _missing(adapter, [name for name in changes if name not in targets])
             _check_fit(targets[name], change)
             targets[name].changes.append(change)
         if tied and head and embedding:  # the file holds both matrices of a tied pair
@@ -152,8 +149,33 @@ def plan_targets(
             remedy=_("the adapter must bring both: modules_to_save"),
         )
     if embedding and rows != base.facts[embedding][1][0]:
-        config["vocab_size"] = rows
+        (config["text_config"] if "vocab_size" in text else config)["vocab_size"] = rows
     return list(targets.values()), config, notices
+
+
+def _changes_in_file(
+    base: Tensors, adapter: Adapter, known: Callable[[], Sequence[TensorNames]]
+) -> dict[str, AdapterChange]:
+    """Return an adapter's changes by the names of the base's files; check that the adapter is complete.
+
+    Raises NotOneToOne when the files hold a changed tensor in another form than memory does.
+    """
+    modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    if set(adapter.changes) <= set(base.facts):
+        try:
+            check_complete(adapter, modules)
+            return dict(adapter.changes)
+        except ArtifactError:  # a name in the files may look like a target that is none in memory
+            pass
+    names = max(known(), key=lambda names: len(names.files.keys() & adapter.changes.keys()))
+    check_complete(adapter, names.matrices if names.files.keys() & adapter.changes.keys() else modules)
+    changes = {}
+    for name, change in adapter.changes.items():
+        stored = names.in_file(name)
+        if stored is None and name in names.files:
+            raise NotOneToOne(_("the file holds {name} in another form").format(name=name))
+        changes[stored or name] = change
+    return changes
 
 
 def merge_adapters(
