@@ -31,7 +31,7 @@ def run(recipe: Recipe) -> int:
         check_processes(recipe, recipe.stages)
     except RecipeError as error:  # a launcher may still start the processes
         console.notice(error.text())
-    for check in (_check_export, _check_trackers):
+    for check in (_check_base, _check_export, _check_trackers):
         try:
             check(recipe)
         except TongwenError as error:
@@ -59,6 +59,14 @@ def run(recipe: Recipe) -> int:
     console.success(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
+
+
+def _check_base(recipe: Recipe) -> None:
+    """Raise for a base that no training stage could train. Only a local base is checked."""
+    model_ref = load.ModelRef(recipe.base, recipe.base)
+    with load.explain_errors(model_ref):
+        if recipe.training:
+            load.check_trainable(model_ref)
 
 
 def _check_export(recipe: Recipe) -> None:

@@ -22,6 +22,9 @@ class AdapterConfig(Section):
         "all-linear",
         "all-linear, family (the usual few of this model family), or a list of module names",
     )
+    exclude: list[str] = setting(
+        [], "names of layers that get no adapter, such as mlp, experts or layers.0; each removes all below it"
+    )
     target_parameters: list[str] = setting(
         [],
         "names of weights that are not separate modules, such as mlp.experts.gate_up_proj (fused experts)",
@@ -33,7 +36,7 @@ class AdapterConfig(Section):
     continue_from: str | None = setting(None, "folder of an adapter (on the same base) to continue training")
 
     def rules(self) -> Rules:
-        unused = {"also_train", "continue_from", "target_parameters"} if self.part != "lora" else set()
+        unused = {"also_train", "continue_from", "exclude", "target_parameters"} if self.part != "lora" else set()
         given = min((name for name in unused & self.model_fields_set if getattr(self, name)), default="")
         not_on_a_weight = "dora" if self.dora else "dropout" if self.dropout else ""
         yield (
@@ -96,6 +99,11 @@ class Training(Section):
     """The settings of every training stage."""
 
     adapter: AdapterConfig = setting(AdapterConfig(), "which weights to train")
+    packing: Literal["auto", False] = setting(
+        "auto",
+        "auto: documents share a row without padding if the model keeps them apart, which is tested; false: padded batches",
+        free=True,
+    )
     max_length: int = setting(1024, "maximum tokens of a sample", ge=8)
     batch_size: int = setting(8, "samples per optimizer step, all devices together", ge=1)
     batch_tokens: int | None = setting(

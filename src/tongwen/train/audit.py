@@ -8,6 +8,7 @@ every gradient is finite and that no frozen tensor has one.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
-from tongwen.train.packing import Loss, pack, to_device
+from tongwen.train.packing import Loss, pack, pad, to_device
 from tongwen.train.parallel import local, true_on_any_rank
 
 
@@ -24,26 +25,74 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
 
     samples: two (ids, learn) pairs; only their first 64 tokens are used. Returns the largest difference in nats.
     """
-    short = [(ids[:64], learn[:64].copy()) for ids, learn in samples]
-    for _unused, learn in short:
-        learn[1:] = True
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        _unused2, together = loss(model, to_device(pack(short), model))
-        alone = torch.cat([loss(model, to_device(pack([one]), model))[1] for one in short])
-    model.train(was_training)
+    short = _shortened(samples)
+    together = score(model, pack(short), loss)
+    alone = torch.cat([score(model, pack([one]), loss) for one in short])
     worst = float((together - alone).abs().max())
-    limit = 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
+    limit = limit_of(model)
     if not worst <= limit:
         raise NumbersError(
             _("documents in one pack can see each other: a score changes by {worst:.3g} nats (limit {limit:g})").format(
                 worst=worst, limit=limit
             ),
             place=f"attention {getattr(model.config, '_attn_implementation', '?')}",
-            remedy=_("report this architecture; architectures known not to support packing use padded batches"),
+            remedy="packing: false",
         )
     return worst
+
+
+def check_own_attention(model: Any, sample: Any, loss: Loss, own: AbstractContextManager[None]) -> None:
+    """Raise NumbersError unless a sample scores the same in packed attention and, inside `own`, in the model's own."""
+    one = _shortened([sample])
+    packed = score(model, pack(one), loss)
+    with own:
+        padded = score(model, pad(one), loss)
+    worst = float((packed - padded).abs().max())
+    if not worst <= limit_of(model):
+        raise NumbersError(
+            _("packed attention changes a score by {worst:.3g} nats").format(worst=worst),
+            place="packing",
+            remedy="packing: false",
+        )
+
+
+def check_causal(model: Any, batch: dict[str, Any], loss: Loss) -> None:
+    """Raise NumbersError when the score of a token depends on a later one, which the model would learn to copy.
+
+    batch: one sample. Models that fill gaps in a text (BERT) can be opened as language models, but see the whole text.
+    """
+    changed = batch | {"input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, -1] = (int(batch["input_ids"][0, -1]) + 1) % model.config.get_text_config().vocab_size
+    apart = (score(model, batch, loss) - score(model, changed, loss)).abs()
+    if len(apart) and float(apart.max()) > limit_of(model):
+        raise NumbersError(
+            _("the score of a token depends on a later token: this model is no causal language model"),
+            place="audit",
+            remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+        )
+
+
+def score(model: Any, batch: dict[str, Any], loss: Loss) -> torch.Tensor:
+    """Return the nats of each learned token of a batch, without training."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        _unused, nats = loss(model, to_device(batch, model))
+    model.train(was_training)
+    return nats
+
+
+def limit_of(model: Any) -> float:
+    """Return how far two ways of computing the same scores may be apart, in nats."""
+    return 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
+
+
+def _shortened(samples: list[Any]) -> list[Any]:
+    """Return the first 64 tokens of (ids, learn) pairs, all of them learned."""
+    short = [(ids[:64], learn[:64].copy()) for ids, learn in samples]
+    for _unused, learn in short:
+        learn[1:] = True
+    return short
 
 
 def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:

@@ -26,6 +26,7 @@ from tongwen.model.adapters import lineage
 from tongwen.model.adapters.read import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.loading import chat_setup, load, quantized
 from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.names import all_names
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import parity
 from tongwen.model.merging.combine import Combination
@@ -162,7 +163,7 @@ def _write(
     adapters, dtype = [link.adapter for link in links], DTYPES[options.dtype]
     made: PeftMerge | None = None
     try:
-        targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
+        targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: all_names(place, base.facts))
         if options.mix:
             combine_changes(base, targets, options.mix)
     except NotOneToOne as reason:
@@ -276,7 +277,7 @@ def _fits_in_memory(base: Tensors) -> bool:
     import psutil
 
     parameters = sum(math.prod(shape) for _kind, shape in base.facts.values())
-    return 4 * 2 * 4 * parameters < psutil.virtual_memory().available
+    return bool(4 * 2 * 4 * parameters < psutil.virtual_memory().available)
 
 
 def _merge_in_memory(
@@ -307,12 +308,6 @@ def _plan_from_peft(
     if not any(target.changes for target in targets):
         raise ArtifactError(_("the merged model equals the base"), place=str(links[0].adapter.folder))
     return targets, config, notices
-
-
-def _known(place: load.ModelRef) -> set[str]:
-    from tongwen.model.merging.in_memory import known_names
-
-    return known_names(place)
 
 
 def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:

@@ -19,6 +19,15 @@ from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
+from tongwen.model.adapters.targets import (
+    AdapterTargets,
+    find_targets,
+    fused_experts,
+    is_called,
+    is_tied,
+    no_module,
+    text_part,
+)
 from tongwen.model.kernels.fused_lora import fuse
 from tongwen.model.loading.load import adapter_type, quiet
 from tongwen.recipe.training import AdapterConfig, TrainedPart
@@ -158,7 +167,10 @@ def adapt(
             remedy=_("run the vocabulary stage again"),
         )
     if "full" in parts:
-        model.requires_grad_(True)
+        model.requires_grad_(False)
+        text_part(model)[1].requires_grad_(True)
+        for part in _weights_of_embeddings(model):
+            part.requires_grad_(True)
         return Adapted(model, rows, whole=True)
     if "lora" in parts:
         adapted = _with_adapter(model, adapter_config, parts, control_rows, rows, steps, fingerprint)
@@ -220,7 +232,9 @@ def _with_adapter(
     if whole:
         also += owners
     rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
-    config = _peft_config(model, adapter_config, also, rows or None, steps)
+    targets = find_targets(model, adapter_config)
+    experts = _experts(model, targets)
+    config = _peft_config(model, adapter_config, targets, also, rows or None, steps)
     try:
         with quiet():
             adapted = Adapted(get_peft_model(model, config), new_rows, whole)
@@ -230,7 +244,7 @@ def _with_adapter(
             _("peft cannot place this adapter: {said}").format(said=reason),
             place="adapter",
         ) from error
-    adapted.notices += _experts(adapted.model)
+    adapted.notices += [*targets.notices(), *experts]
     fuse(adapted.model)
     if control_rows and rows:
         adapted.notices.append(
@@ -240,7 +254,12 @@ def _with_adapter(
 
 
 def _peft_config(
-    model: Any, adapter_config: AdapterConfig, also: list[str], rows: dict[str, list[int]] | None, steps: int
+    model: Any,
+    adapter_config: AdapterConfig,
+    targets: AdapterTargets,
+    also: list[str],
+    rows: dict[str, list[int]] | None,
+    steps: int,
 ) -> Any:
     from peft import LoraConfig
 
@@ -249,11 +268,11 @@ def _peft_config(
         "task_type": "CAUSAL_LM",
         "lora_alpha": adapter_config.scale,
         "lora_dropout": adapter_config.dropout,
-        "target_modules": find_targets(model, adapter_config),
+        "target_modules": targets.modules,
         "fan_in_fan_out": bool(family and family.transposed),
         "modules_to_save": also or None,
         # by default peft unties the pair silently
-        "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
+        "ensure_weight_tying": is_tied(model),
     }
     if adapter_config.method == "adalora":
         if rows:
@@ -270,7 +289,7 @@ def _peft_config(
         r=adapter_config.rank,
         use_rslora=adapter_config.rslora,
         use_dora=adapter_config.dora,
-        target_parameters=_find_parameters(model, adapter_config),
+        target_parameters=targets.parameters or None,
         trainable_token_indices=rows,
     )
 
@@ -319,48 +338,11 @@ def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
-def find_targets(model: Any, adapter_config: AdapterConfig) -> list[str] | str:
-    """Return module names for peft: the family's usual targets, all linear layers but the head, or the user's list.
-
-    Raises ModelError when a name in the user's list matches no module, or one that cannot have an adapter.
-    """
-    if adapter_config.targets == "all-linear":
-        return "all-linear"
-    if adapter_config.targets == "family":
-        family = family_of(model.config.model_type)
-        if family is None:
-            raise ModelError(
-                _("the usual targets of the family {model_type!r} are not known").format(
-                    model_type=model.config.model_type
-                ),
-                place="adapter.targets",
-                remedy="targets: all-linear",
-            )
-        return list(family.targets)
-    from transformers.pytorch_utils import Conv1D
-
-    nn = torch.nn
-    fit: tuple[type, ...] = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of Linear
-    if adapter_config.method != "adalora":
-        fit += (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-    for name in adapter_config.targets:
-        found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
-        unfit = next((type(module).__name__ for module in found if not isinstance(module, fit)), "")
-        if unfit or not found:
-            raise _no_module("targets", name, model, unfit)
-    return list(adapter_config.targets)
-
-
-def _is_called(module: str, name: str) -> bool:
-    """Match a target as peft does: by a module's whole name, or by its last components."""
-    return module == name or module.endswith(f".{name}")
-
-
 def _check_also(name: str, model: Any) -> None:
     """Raise ModelError when there is no such module, or when it is quantised and cannot be trained in full."""
-    found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
+    found = [module for module_name, module in model.named_modules() if is_called(module_name, name)]
     if not found:
-        raise _no_module("also_train", name, model)
+        raise no_module("also_train", name, model)
     held = [part for module in found for part in module.parameters()]
     if any(getattr(part, "quant_state", None) is not None or not part.is_floating_point() for part in held):
         raise ModelError(
@@ -406,26 +388,11 @@ def _norm_of_padding(norms: torch.Tensor, owned: Collection[int], typical: float
     return limit if limit <= typical / 2 else 0.0
 
 
-def _find_parameters(model: Any, adapter_config: AdapterConfig) -> list[str] | None:
-    names = [name for name, _ in model.named_parameters()]
-    for wanted in adapter_config.target_parameters:
-        if not any(name.endswith(wanted) for name in names):
-            fused = sorted(
-                {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
-            )
-            raise ModelError(
-                _("there is no weight named {wanted!r}").format(wanted=wanted),
-                place="adapter.target_parameters",
-                remedy=_("fused weights here: {fused}").format(fused=_(", ").join(fused) or _("none")),
-            )
-    return list(adapter_config.target_parameters) or None
-
-
 def _row_owners(model: Any) -> list[str]:
     """Return the names of the modules with token rows: the input embedding, and the head unless it is tied."""
     names = {id(module): name for name, module in model.named_modules()}
     inside = names[id(model.get_input_embeddings())].split(".")[-1]
-    if getattr(model.config, "tie_word_embeddings", False):
+    if is_tied(model):
         return [inside]
     return [inside, names[id(model.get_output_embeddings())].split(".")[-1]]
 
@@ -435,20 +402,17 @@ def _owners_apart(model: Any, also: list[str]) -> list[str]:
     learned = {
         id(part)
         for name, part in model.named_parameters(remove_duplicate=False)
-        if any(_is_called(name.rpartition(".")[0], one) for one in also)
+        if any(is_called(name.rpartition(".")[0], one) for one in also)
     }
     owners = zip(_row_owners(model), _weights_of_embeddings(model), strict=False)
     return [name for name, part in owners if id(part) not in learned]
 
 
-def _experts(model: Any) -> list[str]:
+def _experts(model: Any, targets: AdapterTargets) -> list[str]:
     """Return a notice on whether the adapter covers fused expert weights, which are not `Linear` modules."""
-    fused = {
-        name: part
-        for name, part in model.named_parameters()
-        if part.dim() == 3 and "lora_" not in name and not name.endswith(("conv1d.weight", "conv.weight"))
-    }
-    passed = [name for name in fused if ".base_layer." not in name]
+    parts = dict(model.named_parameters())
+    fused = {name: parts[name] for name in fused_experts(model)}
+    passed = [name for name in fused if not any(is_called(name, one) for one in targets.parameters)]
     if passed:
         size = sum(fused[name].numel() for name in passed)
         return [
@@ -463,15 +427,3 @@ def _experts(model: Any) -> list[str]:
             )
         ]
     return []
-
-
-def _no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
-    """Return the error for a bad target. unfit: class of a module with this name that cannot have an adapter."""
-    linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
-    return ModelError(
-        _("{name!r} is a {unfit}; an adapter cannot be attached to it").format(name=name, unfit=unfit)
-        if unfit
-        else _("there is no module named {name!r}").format(name=name),
-        place=f"adapter.{key}",
-        remedy=_("this model has: {linear}").format(linear=_(", ").join(linear)),
-    )

@@ -83,7 +83,8 @@ class FusedGatedMlp(torch.autograd.Function):
         torch.mul(active, up, out=hidden[:, : last.in_features])
         out = last.fill(hidden) @ last.forward_weight.t()
         ctx.save_for_backward(wide, both, active, hidden)
-        return out.view(*x.shape[:-1], last.out_features)
+        # Not a view: Llama 4 adds to the output of a layer in place, which autograd forbids for a view.
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], last.out_features])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:

@@ -31,7 +31,8 @@ class FusedLoraFunction(torch.autograd.Function):
         out = (flat @ weight.t()).addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scale, ctx.shape, ctx.adapter_dtype = scale, x.shape, adapter_dtype
-        return out.view(*x.shape[:-1], weight.shape[0])
+        # Not a view: a model may change the output of a layer in place, which autograd forbids for a view.
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:

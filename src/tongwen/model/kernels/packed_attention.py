@@ -8,7 +8,8 @@ four times faster than the dense block mask, and one document cannot see another
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,14 @@ SHORT = 512  # tokens; in longer documents the cost per pair of tokens outweighs
 HALVES = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # the first GPUs that flash attention supports
 WIDEST_HEAD = 256
+# What transformers hands through to every attention function, and what the borders of the documents say already.
+PASSED_THROUGH = {"position_ids", "cu_seq_lens_k", "max_length_k", "cache_position", "seq_idx", "logits_to_keep"}
 # From torch 2.12 on, grouped heads need a flag; before, the kernel detects them.
 GROUPED = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
+
+
+class UnknownArgument(RuntimeError):
+    """An architecture gives its attention an argument that `documents_attention` does not know, such as sinks."""
 
 
 def documents_attention(
@@ -46,19 +53,26 @@ def documents_attention(
     max_length_q:   tokens of the longest document
     prefix_lengths: (D,) tokens at each document's start that all its tokens see
     loop:           replaces `_one_by_one`
-    Raises RuntimeError without boundaries, or for an architecture that changes the scores in an unsupported way.
+    Raises RuntimeError without boundaries, and UnknownArgument for one that may change the scores.
     """
     if cu_seq_lens_q is None:
         raise RuntimeError("documents_attention needs cu_seq_lens_q; for generation use attn_implementation='sdpa'")
-    for unknown in ("softcap", "s_aux"):
-        if extra.get(unknown) is not None:
-            raise RuntimeError(f"documents_attention does not know {unknown!r}, which this architecture uses")
+    if extra.pop("is_causal", True) is False and prefix_lengths is None:
+        raise UnknownArgument("is_causal")
+    _check_known(extra | {"attention_mask": attention_mask})
     computed_in = _computed_in(query)
     if max_length_q and prefix_lengths is None and not dropout and _suits_flash(query, value, computed_in):
         query, key, value = (part.to(computed_in) for part in (query, key, value))
         return _all_at_once(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     out = (loop or _one_by_one)(query, key, value, cu_seq_lens_q, prefix_lengths, scaling, dropout, sliding_window)
     return out.transpose(1, 2), None
+
+
+def _check_known(extra: dict[str, Any]) -> None:
+    """Raise UnknownArgument for a tensor or number that is not known: it may change the scores."""
+    for name, value in extra.items():
+        if isinstance(value, (torch.Tensor, float, int)) and not isinstance(value, bool) and name not in PASSED_THROUGH:
+            raise UnknownArgument(name)
 
 
 def _one_by_one(
@@ -111,6 +125,39 @@ def register() -> str:
 
     AttentionInterface.register(NAME, documents_attention)
     return NAME
+
+
+def name_in_use(model: Any) -> str:
+    """Return transformers' name of the attention that the text part of a model uses."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def use(model: Any) -> None:
+    """Let the text part of a model attend within documents. A tower keeps its own attention."""
+    _set(model, register())
+
+
+def restore(model: Any, name: str) -> None:
+    """Let the text part of a model use the attention of this name again."""
+    if name_in_use(model) != name:
+        _set(model, name)
+
+
+@contextmanager
+def own_attention(model: Any, name: str) -> Iterator[None]:
+    """Let a model that packs use the attention of this name in the block."""
+    restore(model, name)
+    try:
+        yield
+    finally:
+        use(model)
+
+
+def _set(model: Any, name: str) -> None:
+    config = model.config
+    text = config.get_text_config()
+    part = next((key for key in config.sub_configs if getattr(config, key, None) is text), "")
+    model.set_attn_implementation({part: name} if part else name)
 
 
 def leave_out_of_graphs() -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # bitsandbytes warns about missing kernels on every import, and about fp16 casts at every int8 product.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+# Endings of architectures with another head than that of a language model.
+OTHER_TASKS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -166,6 +168,26 @@ def read_model_type(ref: ModelRef) -> str:
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
 
 
+def check_trainable(ref: ModelRef) -> None:
+    """Raise ModelError when a folder's config.json says that the model does not predict the next token of a text.
+
+    Read without transformers; a model that this does not know is tried when it is opened.
+    """
+    file = Path(ref.folder) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    architecture = str((config.get("architectures") or [""])[0])
+    other = next((ending for ending in OTHER_TASKS if architecture.endswith(ending)), "")
+    if not config.get("is_encoder_decoder") and not other:
+        return
+    raise ModelError(
+        _("{architecture} does not predict the next token of a text, so it cannot be trained here").format(
+            architecture=architecture or config.get("model_type")
+        ),
+        place=str(file),
+        remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+    )
+
+
 def load_config(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
@@ -175,12 +197,11 @@ def load_config(ref: ModelRef) -> Any:
 
 
 def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
-    """Load the causal language model in the given dtype, with its matrices quantised to nf4 or int8 on request.
+    """Load the model in the given dtype, as the class that its files were saved from (see `auto_class`), with its
+    matrices quantised to nf4 or int8 on request.
 
     Adapters are not loaded (see `open_adapter_chain`). Raises ModelError when a weight is missing and would be random.
     """
-    from transformers import AutoModelForCausalLM
-
     from tongwen.model.loading import special_tokens
 
     kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
@@ -188,7 +209,7 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
     if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{ref.name}/config.json"):
         kwargs["config"] = config
     with quiet(), explain_errors(ref):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             ref.folder,
             dtype=dtype,
             trust_remote_code=False,
@@ -257,10 +278,37 @@ def ensure_local(ref: ModelRef) -> ModelRef:
 def make_skeleton(config: Any) -> Any:
     """Build the model of a config on the meta device: shapes only, no memory for weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' auto class for a config: the causal language model, or the whole model in which a language
+    model is wrapped with towers for pictures or sound.
+
+    Some wrapped checkpoints could also be opened as their text part alone. But then a full fine-tuning would lose the
+    towers, and an adapter would name layers differently from the files.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    saved_from = (config.architectures or [causal])[0]
+    for wrapped, names in (
+        (AutoModelForImageTextToText, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        (AutoModelForMultimodalLM, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    ):
+        name = names.get(config.model_type)
+        if name and name != causal and (causal is None or saved_from == name):
+            return wrapped
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            _("transformers has no language model of the type {model_type!r}").format(model_type=config.model_type),
+            place=str(config.name_or_path),
+            remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+        )
+    return AutoModelForCausalLM
 
 
 def count_body(config: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, blocks
 from tongwen.model.adapters.chain import merge_adapter, open_adapter, settle_tie
 from tongwen.model.adapters.read import AdapterChange, same_fp32
-from tongwen.model.loading.load import ModelRef, explain_errors, load_config, load_model, make_skeleton, quiet
+from tongwen.model.loading.load import ModelRef, explain_errors, load_config, load_model, quiet
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, read_fp32, torch_name
 from tongwen.model.merging import parity
 from tongwen.model.merging.merge import ROUNDING, MergeResult, MergeTarget, grow, targets_of, untie
@@ -112,11 +112,6 @@ def check_tensors(made: PeftMerge, merged: MergeResult) -> None:
                     ),
                     place=name,
                 )
-
-
-def known_names(ref: ModelRef) -> set[str]:
-    """Return transformers' names of a model's tensors, without loading the tensors."""
-    return set(make_skeleton(load_config(ref)).state_dict())
 
 
 def logits_of(model: Any, ids: Sequence[int]) -> Any:

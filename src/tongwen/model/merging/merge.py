@@ -32,6 +32,7 @@ from tongwen.model.adapters.read import (
     same_numbers,
 )
 from tongwen.model.loading.fingerprint import start_digest
+from tongwen.model.loading.names import TensorNames
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
 from tongwen.model.merging import combine
 
@@ -104,27 +105,22 @@ def plan_targets(
     config: dict[str, Any],
     adapters: Sequence[Adapter],
     dtype: str | None,
-    known: Callable[[], set[str]],
+    known: Callable[[], Sequence[TensorNames]],
 ) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
     """Return (the merged model's tensors in the base's order, its config, notices for the user).
 
-    known: returns transformers' names of this model's tensors, which may differ from those in the files.
+    known: returns the names that this model's tensors have in memory, which may differ from those in the files.
     Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft can map it to the model.
     """
     config, notices = json.loads(json.dumps(config)), []
     targets = targets_of(base, dtype)
     head, embedding = _ending(targets, HEADS), _ending(targets, EMBEDDINGS)
     tied = is_tied(base, config, head, embedding)
-    modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
-    biases = {name.removesuffix(".bias") for name in base.facts if name.endswith(".bias")}
     for adapter in adapters:
         if adapter.whole_model:
             raise NotOneToOne(adapter.whole_model)
-        check_complete(adapter, modules, biases)
-        changes = dict(adapter.changes)
+        changes = _changes_in_file(base, adapter, known)
         if missing := [name for name in changes if name not in targets and not (tied and name.endswith(HEADS))]:
-            if known() >= set(missing):
-                raise NotOneToOne(_("the file uses another name for {name}").format(name=missing[0]))
             raise _missing(adapter, missing)
         _find_layout(adapter, config)
         if tied and embedding and _unties(adapter, changes, embedding):
@@ -176,6 +172,38 @@ def untie(config: dict[str, Any]) -> None:
 def grow(config: dict[str, Any], rows: int) -> None:
     """Say in a model's config how many rows its vocabulary has."""
     (config["text_config"] if config.get("text_config") else config)["vocab_size"] = rows
+
+
+def _changes_in_file(
+    base: Tensors, adapter: Adapter, known: Callable[[], Sequence[TensorNames]]
+) -> dict[str, AdapterChange]:
+    """Return an adapter's changes by the names of the base's files; check that the adapter is complete.
+
+    Raises NotOneToOne when the files hold a changed tensor in another form than memory does.
+    """
+    modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    biases = _modules_with_bias(base.facts)
+    if set(adapter.changes) <= set(base.facts):
+        try:
+            check_complete(adapter, modules, biases)
+            return dict(adapter.changes)
+        except ArtifactError:  # a name in the files may look like a target that is none in memory
+            pass
+    names = max(known(), key=lambda names: len(names.files.keys() & adapter.changes.keys()))
+    if names.files.keys() & adapter.changes.keys():
+        modules, biases = names.matrices, _modules_with_bias(names.files)
+    check_complete(adapter, modules, biases)
+    changes = {}
+    for name, change in adapter.changes.items():
+        stored = names.in_file(name)
+        if stored is None and name in names.files:
+            raise NotOneToOne(_("the file holds {name} in another form").format(name=name))
+        changes[stored or name] = change
+    return changes
+
+
+def _modules_with_bias(names: Iterable[str]) -> set[str]:
+    return {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
 
 
 def merge_adapters(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from tongwen.core import console, distributed
-from tongwen.core.errors import NumbersError, RecipeError
+from tongwen.core.errors import NumbersError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.data.token_store import TokenStore
@@ -22,7 +24,9 @@ from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss, use_blockwise_head
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model
+from tongwen.model.loading.names import unused_tensors
 from tongwen.model.loading.special_tokens import fix_stop_tokens
+from tongwen.model.merging.carry import carry_from_base
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.memory import STATE_BYTES, device_memory, is_estimated_to_fit
@@ -44,12 +48,21 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     trained = {part for phase in phases for part in phase.parts}
 
     # Open the base, and check what its files say.
+    load.check_trainable(place)
     with console.waiting(_("opening the base")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         kept = attach.base_dtype(trained, dtype)
         if engine.name == "fsdp2" and attach.base_learns(trained):  # it becomes fp32 when it is sharded
             kept = load.load_config(place).dtype or kept
-        model, packed, fingerprint = _open(place, kept, quantize)
+        model, fingerprint = open_adapter_chain(place, kept, quantize)
+        model.config.use_cache = False
+        own_attention = packed_attention.name_in_use(model)
+    if unused := unused_tensors(model, place):
+        console.notice(
+            _(
+                "{count} tensors of the base's files are not loaded and not trained, and stay as they are, the first: {first}"
+            ).format(count=len(unused), first=unused[0])
+        )
     if section.adapter.continue_from:
         resize_for_adapter(model, load.find_adapter(Path(section.adapter.continue_from)))
     load.check_tokenizer(tokenizer, model, place)
@@ -84,27 +97,79 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
             adapted.model.to(device)
     if engine.is_whole and not (section.compile and device == "cuda"):  # the compiler fuses more
         fuse_blocks(adapted.model)
+    prepared = PreparedModel(adapted, stops, False, fingerprint, device, dtype, engine, own_attention)
+    prepared = _choose_batches(prepared, job)
     if section.compile:
         checkpointing.compile_layers(adapted.model)
-    return PreparedModel(adapted, stops, packed, fingerprint, device, dtype, engine)
+    return prepared
 
 
-def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
-    """Return (model, whether documents are packed, fingerprint). Families that cannot pack get padded batches."""
-    config = load.load_config(place)
-    family = family_of(config.model_type)
-    model, fingerprint = open_adapter_chain(place, dtype, quantize)
-    padding_reason = _(family.padded) if family and family.padded else ""
-    if not padding_reason and not getattr(model, "_supports_attention_backend", False):
-        padding_reason = _("it has its own attention implementation")
-    if not padding_reason:
-        model.set_attn_implementation(packed_attention.register())
+def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
+    """Return the model with packed documents if it keeps them apart, else with padded batches and its own attention."""
+    config = prepared.model.config
+    reason = _reason_to_pad(prepared.model, job)
+    if not reason:
+        try:
+            packed_attention.use(prepared.model)
+            with prepared.computing():
+                _check_packing(prepared, job.data.store)
+        except packed_attention.UnknownArgument as error:
+            reason = _("its attention has an argument that packed attention does not know, {argument}").format(
+                argument=error
+            )
+        except NumbersError as error:
+            reason = error.rule
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = _("packed documents break its own code: {said}").format(said=first_line(error)[:160])
+    if not reason:
+        console.success(_("audit passed: documents in a pack cannot see each other"))
+        prepared = replace(prepared, packed=True)
     else:
+        packed_attention.restore(prepared.model, prepared.own_attention)
         console.notice(
-            _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=padding_reason)
+            _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=reason)
         )
-    model.config.use_cache = False
-    return model, not padding_reason, fingerprint
+    with prepared.computing():
+        batch = MicroBatches(job.data.store, [(0,)], packed=prepared.packed)[0]
+        audit.check_causal(prepared.model, batch, learned_loss)
+    return prepared
+
+
+def _check_packing(prepared: PreparedModel, store: TokenStore) -> None:
+    """Raise NumbersError unless documents of a pack keep apart and score as in the model's own attention."""
+    samples = [store.sample(0), store.sample(min(1, len(store) - 1))]
+    audit.check_isolation(prepared.model, samples, learned_loss)
+    own = packed_attention.own_attention(prepared.model, prepared.own_attention)
+    audit.check_own_attention(prepared.model, samples[0], learned_loss, own)
+
+
+def _reason_to_pad(model: Any, job: TrainingJob) -> str:
+    """Return why documents cannot be packed, as far as it is known without trying; "" if nothing speaks against it."""
+    text = model.config.get_text_config()
+    family = family_of(model.config.model_type)
+    if job.section.packing is False:
+        return f"{job.stage}.packing: false"
+    if family and family.padded:
+        return _(family.padded)
+    if not getattr(model, "_supports_attention_backend", False):
+        return _("it has its own attention implementation")
+    kinds = getattr(text, "layer_types", None) or ()
+    if getattr(model, "_is_stateful", False) or any("linear" in kind or "attention" not in kind for kind in kinds):
+        return _("its layers carry a state from token to token")
+    chunk = getattr(text, "attention_chunk_size", None)
+    if chunk and int(job.data.store.lengths.max()) > chunk:
+        return _("it attends in chunks of {chunk} tokens, and a sample is longer").format(chunk=chunk)
+    return ""
 
 
 def _check_lengths(config: Any, job: TrainingJob) -> None:
@@ -171,7 +236,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
 
 
 def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[str]:
-    """Check on the first micro-batch that each trainable tensor gets a gradient and packed documents are isolated.
+    """Check on the first micro-batch that each trainable tensor gets a gradient.
 
     Returns the trainable tensors that its tokens did not reach. Raises NumbersError if a check fails.
     """
@@ -179,10 +244,6 @@ def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[s
     with model.computing():
         unreached = audit.probe_gradients(model.model, first, learned_loss)
     console.success(_("audit passed: gradients reach every trained tensor"))
-    if model.packed and len(store) > 1:
-        with model.computing():
-            audit.check_isolation(model.model, [store.sample(0), store.sample(1)], learned_loss)
-        console.success(_("audit passed: documents in a pack cannot see each other"))
     for name in unreached:
         console.notice(_("no token reached {name} in the first micro-batch").format(name=name))
     return unreached
@@ -222,17 +283,15 @@ def score_held_out(
 def answer_prompts(prepared: PreparedModel, record_encoder: RecordEncoder, prompts: list[str]) -> list[str]:
     """Return the model's greedy answers to prompts, generated with another attention than in training."""
     model = prepared.model
-    trained_with, was_training = model.config._attn_implementation, model.training
+    was_training = model.training
     generator = TextGenerator(model, record_encoder.tokenizer, prepared.stops, chat_setup.context_length(model.config))
     model.eval()
-    if trained_with == packed_attention.NAME:
-        model.set_attn_implementation("sdpa")
+    own = packed_attention.own_attention(model, prepared.own_attention) if prepared.packed else nullcontext()
     try:
         ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
-        with prepared.computing(), checkpointing.uncompiled(model):
+        with own, prepared.computing(), checkpointing.uncompiled(model):
             return [generator.decode(generator.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
-        model.set_attn_implementation(trained_with)
         model.train(was_training)
 
 
@@ -242,17 +301,19 @@ def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: d
     whole: the trained tensors by name, if this process has only shards of the model.
     """
     model, tokenizer = prepared.model, job.record_encoder.tokenizer
-    if model.config._attn_implementation == packed_attention.NAME:
-        model.set_attn_implementation("sdpa")
+    packed_attention.restore(model, prepared.own_attention)
     model.config.use_cache = True
+    place = load.locate(job.base)
     if prepared.adapted.trains_only_rows:
-        place = load.locate(job.base)
         base, _unused = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
         fix_stop_tokens(tokenizer, base, job.base)
         prepared.adapted.copy_rows_into(base, whole)
         base.save_pretrained(str(folder))
+        carry_from_base(base, place, folder)
     else:
         prepared.adapted.save(folder, whole)
+        if not load.adapter_type(model):
+            carry_from_base(model, place, folder)
     chat_setup.save_tokenizer(tokenizer, job.template, folder)
     chat_setup.save_generation_config(model, prepared.stops, folder)
     check_adapter_saved(folder)

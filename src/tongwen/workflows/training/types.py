@@ -78,7 +78,7 @@ class PreparedModel:
     """The adapted model on its device, with what training and generation need.
 
     stops: ids that end an answer; packed: whether documents are packed, or padded to batches
-    dtype: the number type that the Trainer computes in
+    own_attention: the attention that the model was opened with; dtype: the number type that the Trainer computes in
     """
 
     adapted: Adapted
@@ -88,6 +88,7 @@ class PreparedModel:
     device: str
     dtype: torch.dtype
     engine: Engine
+    own_attention: Any = "sdpa"
 
     @property
     def model(self) -> Any:
