@@ -424,6 +424,20 @@ def test_ids_and_names_reach_the_template_as_the_row_has_them() -> None:
         as_dialogue({"messages": [*turns[:2], {**turns[2], "tool_call_id": 5}, REPLY]})
 
 
+def test_columns_name_the_keys_of_turns_and_not_of_calls() -> None:
+    call = {"id": "x", "function": {"name": "f", "arguments": {"text": 1}}}
+    turns = [
+        {"who": "user", "text": "QUESTION"},
+        {"who": "assistant", "text": None, "tool_calls": [call]},
+        {"who": "tool", "text": [{"type": "text", "text": "r"}], "speaker": "f", "tool_call_id": "x"},
+        {"who": "assistant", "text": "ANSWER"},
+    ]
+    found = as_dialogue({"messages": turns}, columns={"role": "who", "content": "text", "name": "speaker"})
+    assert [message.content for message in found.messages] == ["QUESTION", "", "r", "ANSWER"]
+    assert found.messages[1].tool_calls == ({"id": "x", "type": "function", "function": call["function"]},)
+    assert (found.messages[2].name, found.unread) == ("f", ())
+
+
 def test_parts_of_a_content_are_text_thinking_and_calls() -> None:
     parts = [
         {"type": "reasoning", "value": "THOUGHT"},

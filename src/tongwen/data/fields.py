@@ -19,13 +19,15 @@ class Fields:
 
     __slots__ = ("_asked", "_columns", "_parts", "_taken", "place", "shape", "source", "values")
 
-    def __init__(self, values: dict[str, Any], source: SourceConfig, place: str = "") -> None:
+    def __init__(
+        self, values: dict[str, Any], source: SourceConfig, place: str = "", with_columns: bool = True
+    ) -> None:
         self.values, self.source, self.place = values, source, place
         if source.ignore:
             self.values = {key: value for key, value in values.items() if f"{place}{key}" not in source.ignore}
         self.shape = tuple(self.values)
-        self._columns = source.columns
-        self._taken = set(source.columns.values())
+        self._columns = source.columns if with_columns else {}
+        self._taken = set(self._columns.values())
         self._asked: set[str] = set()
         self._parts: list[Fields] = []
 
@@ -73,9 +75,10 @@ class Fields:
         """Count what was read under these names as unread: the reader could not use it."""
         self._asked.difference_update(key for name in names if (key := self.key(name)) is not None)
 
-    def inside(self, values: dict[str, Any], place: str) -> Fields:
-        """Return an object inside this one. Its unread keys count as the row's."""
-        part = Fields(values, self.source, f"{self.place}{place}.")
+    def inside(self, values: dict[str, Any], place: str, with_columns: bool = False) -> Fields:
+        """Return an object inside this one. Its unread keys count as the row's. with_columns: the recipe's names of columns
+        are its names, too: those of a row and of its turns, but not of a call."""
+        part = Fields(values, self.source, f"{self.place}{place}.", with_columns)
         self._parts.append(part)
         return part
 

@@ -83,14 +83,14 @@ def list_turns(row: Fields, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def open_turn(row: Fields, turn: dict[str, Any], key: str) -> Fields:
     """Return the fields of a turn. Raises RowRefused for one with media."""
-    fields = row.inside(turn, key)
+    fields = row.inside(turn, key, with_columns=True)
     check_media(fields)
     return fields
 
 
 def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Message], list[Any]]:
-    """Return the messages of a list of turns of one role each, and the tools of its system turn. Calls in turns of their own that follow each
-    other are one answer with several calls."""
+    """Return the messages of a list of turns of one role each, and the tools of its system turn. Calls in turns of their own
+    that follow each other are one answer with several calls."""
     messages: list[Message] = []
     tools: list[Any] = []
     was_call = False
@@ -107,7 +107,7 @@ def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Messag
         message, is_call = _turn(turn, number, source, turns)
         if message.role == "system" and number == 1:
             tools = read_tools(turn)
-        if is_call and was_call:
+        if is_call and was_call and not message.thinking and message.learn == messages[-1].learn:
             before = messages.pop()
             message = replace(before, tool_calls=(*before.tool_calls, *message.tool_calls))
         messages.append(message)
