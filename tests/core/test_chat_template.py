@@ -216,7 +216,7 @@ def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
 
 
 ASKS_MORE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content | length > 3 %}{{ m.content | upper }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content | length > 3 %}{{ m.content | trim }}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

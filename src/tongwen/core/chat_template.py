@@ -43,9 +43,12 @@ LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
 APART = "\ufdd3"
 # The end of a prompt that opens a block of thinking, or writes an empty one.
 THINKING_BLOCK = re.compile(
-    r"(?P<open>[<\[◁][^<>\[\]◁▷/\s]*think[^<>\[\]◁▷\s]*[>\]▷])(?P<gap>\s*)(?P<close>[<\[◁]/[^<>\[\]◁▷\s]*think[^<>\[\]◁▷\s]*[>\]▷]\s*)?\Z",
+    r"(?P<open>[<\[◁][^<>\[\]◁▷|/\s]*think[^<>\[\]◁▷|\s]*[>\]▷])(?P<gap>\s*)(?P<close>[<\[◁]/[^<>\[\]◁▷\s]*think[^<>\[\]◁▷\s]*[>\]▷]\s*)?\Z",
     re.IGNORECASE,
 )
+TAGS = frozenset("<[◁")  # begin a tag: such a content is never rendered from a skeleton
+OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
+EMPTY_BLOCK = re.compile(r"[<\[][^\s>\]]+[>\]]\s*(?:\w+\s*)?[<\[][^\s>\]]+[>\]]\s*")
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
 ANSWER: Turn = {"role": "assistant", "content": "A"}
 PLAIN = "aB中"
@@ -249,7 +252,12 @@ class Template:
         Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
         """
         self._refuse_control_tokens(dialogue)
-        if (skeleton := self._skeleton(dialogue, learn, thinking)) and skeleton.fits(dialogue.messages):
+        opens_tag = any(message.content.lstrip()[:1] in TAGS for message in dialogue.messages if message.content)
+        if (
+            not opens_tag
+            and (skeleton := self._skeleton(dialogue, learn, thinking))
+            and skeleton.fits(dialogue.messages)
+        ):
             return [Rendered(spans) for spans in skeleton.fill(dialogue.messages)]
         return self._samples(dialogue, learn, thinking)
 
@@ -309,12 +317,20 @@ class Template:
     def _untried(self, turns: list[Turn], tools: Tools, known: Sequence[Spelling]) -> Iterator[Spelling]:
         """Yield the spellings to try after the known ones; only the usual one where all others failed before."""
         outline = _outline(turns, tools)
+        inline = self._takes_thinking_inline
         for number, spelling in enumerate(spellings(turns, tools, self.usual)):
+            if spelling.thinking == "inline" and not inline:
+                continue
             if number and self.failures.get(outline, 0) >= TRIES:
                 return
             if spelling not in known:
                 yield spelling
         self.failures[outline] = self.failures.get(outline, 0) + 1
+
+    @property
+    def _takes_thinking_inline(self) -> bool:
+        """Whether thinking may stand in an answer's text as `<think>`: not where the template has another form for it."""
+        return "think>" in self.source or not any(map(OWN_THINKING.search, _words_read(self.source)))
 
     def _spelling_of_prompt(self, turns: list[Turn], tools: Tools) -> Spelling:
         """Return the first spelling in which the prompt shows every part of these turns, else the usual one."""
@@ -358,10 +374,10 @@ class Template:
         thinking = bool(last.get("reasoning_content")) and spelling.thinking != "inline"
         prompt = self._render(turns[:-1], tools, spelling, thinking, add_generation_prompt=True)
         whole = self._render(turns, tools, spelling, thinking)
-        if whole.startswith(prompt):
-            return prompt, whole[len(prompt) :]
-        if (continued := _continue_thinking(prompt, whole, last.get("reasoning_content") or "")) is not None:
-            return prompt, continued
+        question = turns[-2]["content"] if len(turns) > 1 else ""
+        answer = _continuation(prompt, whole, question, last.get("reasoning_content") or "")
+        if answer is not None:
+            return prompt, answer
         raise RowRefused(
             "prompt_differs",
             _("the template renders the full dialogue differently from its prompt; choose another `template`"),
@@ -427,9 +443,7 @@ class Template:
         if part := lost_part(planted, prompt, answer):
             raise RowRefused(
                 "part_lost",
-                _(
-                    "the template does not render this part of the row: {part}; choose a `template` that does (chatml renders tools and calls), or remove the part"
-                ).format(part=part.place),
+                _("the template does not render {part}; {remedy}").format(part=part.place, remedy=_remedy(part.kind)),
             )
         begin = min(answer.find(part.sentinel) for part in shown)
         end = max(answer.rfind(part.sentinel) + len(part.sentinel) for part in shown)
@@ -614,8 +628,30 @@ class Template:
             )
 
 
+@lru_cache(maxsize=16)
+def _words_read(source: str) -> frozenset[str]:
+    """Return the variables, attributes and keys that a template reads."""
+    tree = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(
+        source
+    )
+    names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
+    names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    return frozenset(
+        names | {str(node.value) for node in tree.find_all(jinja2.nodes.Const) if str(node.value).isidentifier()}
+    )
+
+
 def _say(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
+
+
+def _remedy(kind: str) -> str:
+    """Return what a user can do about a part that a template does not render."""
+    if kind in ("call", "tool"):
+        return _("`template: chatml` renders tools and calls")
+    if kind == "thinking":
+        return _("choose another `template`, or `thinking: off`")
+    return _("choose another `template`")
 
 
 def _trims(text: str) -> tuple[str, ...]:
@@ -657,24 +693,51 @@ def _split_thinking(turns: list[Turn], prove: bool) -> list[Turn] | None:
     return out
 
 
-def _continue_thinking(prompt: str, whole: str, thinking: str) -> str | None:
-    """Return what follows a prompt that ends with a block of thinking, open or closed, when the render of the past has the
-    answer without that block. None if the two differ otherwise."""
+def _continuation(prompt: str, whole: str, question: str, thinking: str) -> str | None:
+    """Return what follows the prompt in the render of the whole dialogue, None if the two differ.
+
+    A prompt may open a block of thinking that the render of an answer lacks: the thinking and the end of the block are
+    written as the model is to write them. It may write an empty block: then the answer alone is what follows.
+    """
+    rest = _after(prompt, whole, question)
     block = THINKING_BLOCK.search(prompt)
-    if not block or not whole.startswith(prompt[: block.start()]):
-        return None
-    rest, gap = whole[block.start() :], block["gap"]
-    opening, closing = block["open"], block["open"][0] + "/" + block["open"][1:]
-    if rest.startswith(opening):
-        inside, found, rest = rest[len(opening) :].partition(closing)
-        if not found:
-            return None
-        return rest.lstrip() if block["close"] else inside.lstrip() + closing + rest
-    if block["close"]:
+    if not block:
+        return rest if rest is not None else _after_empty_block(prompt, whole, thinking)
+    opening, closing, gap = block["open"], block["open"][0] + "/" + block["open"][1:], block["gap"]
+    thinking = thinking.strip()
+    if rest is None:
+        rest = _after(prompt[: block.start()], whole, question)
+        if rest is not None and rest.lstrip().startswith(opening):  # the render has the block, with other blanks
+            inside, found, after = rest.lstrip()[len(opening) :].partition(closing)
+            return (after.lstrip() if block["close"] else inside.lstrip() + closing + after) if found else None
+    if rest is None or block["close"] or (thinking and rest.lstrip().startswith(thinking)):
         return rest
-    if rest.startswith(closing):
-        return thinking.strip() + rest
-    return f"{thinking.strip()}{gap}{closing}{gap}{gap}{rest}"
+    if rest.lstrip().startswith(closing):
+        return thinking + (gap if thinking else "") + rest.lstrip()
+    return f"{thinking}{gap}{closing}{gap}{gap}{rest}"
+
+
+def _after(begin: str, whole: str, question: str) -> str | None:
+    """Return the text after `begin`, or after its end from the last question on: some templates write the system text before
+    the last question, or other things that depend on what follows."""
+    if whole.startswith(begin):
+        return whole[len(begin) :]
+    at = begin.rfind(question) if question else -1
+    place = whole.rfind(begin[at:]) if at >= 0 else -1
+    return whole[place + len(begin) - at :] if place >= 0 else None
+
+
+def _after_empty_block(prompt: str, whole: str, thinking: str) -> str | None:
+    """Return the answer of a row without thinking where the prompt ends with a block of the template's own that the render of
+    an answer lacks, such as Gemma's `<|channel>thought`."""
+    if thinking:
+        return None
+    length = next((at for at, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
+    shared = prompt[:length]
+    opened = max(shared.rfind("<"), shared.rfind("["))
+    if opened > max(shared.rfind(">"), shared.rfind("]")):
+        shared = shared[:opened]
+    return whole[len(shared) :] if EMPTY_BLOCK.fullmatch(prompt[len(shared) :]) else None
 
 
 def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[Rendered]:

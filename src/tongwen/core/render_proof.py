@@ -171,12 +171,13 @@ def lost_part(planted: Planted, prompt: str, answer: str) -> Part | None:
 
 
 def _is_misspelt(part: Part, text: str) -> bool:
-    """Whether a part stands in Python's notation, or a call in JSON inside JSON: never what a model should write."""
+    """Whether a call stands in Python's notation or in JSON inside JSON, or a text as the value of a key: never what a model
+    should write."""
     if part.kind == "tool":
         return False
     if part.kind == "call":
         return f"'{part.sentinel}'" in text or f'\\"{part.sentinel}' in text
-    return f": '{part.sentinel}'" in text
+    return f": '{part.sentinel}'" in text or f'": "{part.sentinel}"' in text
 
 
 def values_of(turn: Turn) -> Iterator[tuple[str, str]]:
