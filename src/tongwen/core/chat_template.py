@@ -43,7 +43,7 @@ LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
 APART = "\ufdd3"
 # The end of a prompt that opens a block of thinking, or writes an empty one.
 THINKING_BLOCK = re.compile(
-    r"(?P<open>[<\[◁][^<>\[\]◁▷|/\s]*think[^<>\[\]◁▷|\s]*[>\]▷])(?P<gap>\s*)(?P<close>[<\[◁]/[^<>\[\]◁▷\s]*think[^<>\[\]◁▷\s]*[>\]▷]\s*)?\Z",
+    r"(?P<open><\|START_THINKING\|>|[<\[◁][^<>\[\]◁▷|/\s]*think[^<>\[\]◁▷|\s]*[>\]▷])(?P<gap>\s*)(?P<close>(?:<\|END_THINKING\|>|[<\[◁]/[^<>\[\]◁▷\s]*think[^<>\[\]◁▷\s]*[>\]▷])\s*)?\Z",
     re.IGNORECASE,
 )
 TAGS = frozenset("<[◁")  # begin a tag: such a content is never rendered from a skeleton
@@ -703,7 +703,8 @@ def _continuation(prompt: str, whole: str, question: str, thinking: str) -> str 
     block = THINKING_BLOCK.search(prompt)
     if not block:
         return rest if rest is not None else _after_empty_block(prompt, whole, thinking)
-    opening, closing, gap = block["open"], block["open"][0] + "/" + block["open"][1:], block["gap"]
+    opening, gap = block["open"], block["gap"]
+    closing = opening.replace("START", "END") if "START" in opening else f"{opening[0]}/{opening[1:]}"
     thinking = thinking.strip()
     if rest is None:
         rest = _after(prompt[: block.start()], whole, question)

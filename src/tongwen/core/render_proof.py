@@ -113,9 +113,11 @@ class _Planter:
         if not isinstance(inner, dict):
             return tool
         label = _("the tool {name!r}").format(name=inner.get("name", ""))
+        named = isinstance(inner.get("name"), str)
+        name = self.name(-1, "tool", label, inner["name"]) if named else None
         out = self.schema(inner, label)
-        if isinstance(inner.get("name"), str):
-            out["name"] = self.name(-1, "tool", label, inner["name"])
+        if named:
+            out["name"] = name
         return {**tool, "function": out} if "function" in tool else out
 
     def call(self, turn: int, call: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def lost_part(planted: Planted, prompt: str, answer: str) -> Part | None:
         if part.turn != last and part.kind == "thinking":
             continue
         found = text.find(part.sentinel, at if part.turn != last and part.kind == "content" else 0)
-        if found < 0 or _is_misspelt(part, text):
+        if found < 0 or (part.turn == last and _is_misspelt(part, text)):
             return part
         if part.turn == last and part.kind != "call" and text.count(part.sentinel) > 1:
             return part
@@ -173,8 +175,6 @@ def lost_part(planted: Planted, prompt: str, answer: str) -> Part | None:
 def _is_misspelt(part: Part, text: str) -> bool:
     """Whether a call stands in Python's notation or in JSON inside JSON, or a text as the value of a key: never what a model
     should write."""
-    if part.kind == "tool":
-        return False
     if part.kind == "call":
         return f"'{part.sentinel}'" in text or f'\\"{part.sentinel}' in text
     return f": '{part.sentinel}'" in text or f'": "{part.sentinel}"' in text
