@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tongwen.core.i18n import _
-from tongwen.core.row_spelling import Tools, Turn, read_arguments
+from tongwen.core.row_spelling import Tools, Turn, body_of, read_arguments
 
 # Keys of a JSON schema whose values are words of the schema, not of the user.
 SCHEMA_WORDS = ("type", "format", "$schema", "$ref", "strict", "additionalProperties", "required")
@@ -91,7 +91,7 @@ class _Planter:
             return [self.schema(inner, label) for inner in value]
         if not isinstance(value, dict):
             return value
-        out = {}
+        out: dict[str, Any] = {}
         for key, inner in value.items():
             if key == "properties" and isinstance(inner, dict):
                 out[key] = {
@@ -109,20 +109,17 @@ class _Planter:
         return out
 
     def tool(self, tool: dict[str, Any]) -> dict[str, Any]:
-        inner = tool.get("function", tool)
-        if not isinstance(inner, dict):
-            return tool
+        inner = body_of(tool)
         label = _("the tool {name!r}").format(name=inner.get("name", ""))
         named = isinstance(inner.get("name"), str)
         name = self.name(-1, "tool", label, inner["name"]) if named else None
         out = self.schema(inner, label)
         if named:
             out["name"] = name
-        return {**tool, "function": out} if "function" in tool else out
+        return {**tool, "function": out} if inner is not tool else out
 
     def call(self, turn: int, call: dict[str, Any]) -> dict[str, Any]:
-        inner = call.get("function") if isinstance(call.get("function"), dict) else call
-        assert isinstance(inner, dict)
+        inner = body_of(call)
         name = str(inner.get("name", ""))
         label = _("the call of {name!r}").format(name=name)
         out = {**inner, "name": self.name(turn, "call", label, name)}
@@ -186,7 +183,7 @@ def values_of(turn: Turn) -> Iterator[tuple[str, str]]:
         yield "thinking", turn["reasoning_content"]
     yield "content", turn["content"]
     for call in turn.get("tool_calls") or ():
-        inner = call.get("function") if isinstance(call.get("function"), dict) else call
+        inner = body_of(call)
         yield "call", str(inner.get("name", ""))
         for value in _leaves(read_arguments(inner.get("arguments"))):
             yield "call", value
@@ -236,7 +233,7 @@ def _turn_shape(turn: Turn) -> tuple[Any, ...]:
 
 
 def _call_shape(call: dict[str, Any]) -> tuple[Any, ...]:
-    inner = call.get("function") if isinstance(call.get("function"), dict) else call
+    inner = body_of(call)
     return call.get("id") is not None, inner is call, _structure(read_arguments(inner.get("arguments")))
 
 

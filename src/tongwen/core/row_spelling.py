@@ -93,10 +93,16 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def body_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what stands inside {"type": "function", "function": {…}}, of a tool or of a call; a bare entry itself."""
+    inner = entry.get("function")
+    return inner if isinstance(inner, dict) else entry
+
+
 def _definition(tool: dict[str, Any], form: str) -> dict[str, Any]:
-    bare = tool.get("function", tool)
-    if form == "row" or not isinstance(bare, dict):
+    if form == "row":
         return tool
+    bare = body_of(tool)
     return bare if form == "bare" else {"type": "function", "function": bare}
 
 

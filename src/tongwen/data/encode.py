@@ -469,7 +469,8 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
                 + (_("; the first: {rule}").format(rule=first["rule"]) if first else "")
             ),
             place=f"{first['file']}:{first['row']}" if first else "sft",
-            remedy=_remedy(first["reason"] if first else ""),
+            remedy=_("; ").join(dict.fromkeys(_remedy(bad["reason"]) for bad in rejected))
+            or _("shorten the samples, or raise sft.max_length"),
         )
     stops = float(np.mean(store.stops))
     if stops < section.min_stop_learned:
@@ -485,13 +486,15 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
 
 def _remedy(reason: str) -> str:
     """Return what can be done about rows that are refused for this reason."""
-    if reason in ("too_long", ""):
+    if reason == "too_long":
         return _("raise sft.max_length, or shorten the samples (sft.too_long: drop_turns or cut_prompt)")
     if reason in OF_TEMPLATE:
-        return _("choose an `sft.template` that renders such rows: chatml, or plain where the tokenizer lacks its tokens")
+        return _(
+            "choose an `sft.template` that renders such rows: chatml, or plain where the tokenizer lacks its tokens"
+        )
     if reason == "no_thinking":
         return "sft: {thinking: mixed}"
-    return _("mend the rows; rejected.jsonl beside the tokens has each with its reason")
+    return _("mend these rows, or leave them out")
 
 
 def describe(store: TokenStore) -> dict[str, Any]:
