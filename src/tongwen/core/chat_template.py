@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,7 +303,7 @@ class Template:
         refusals: list[RowRefused] = []
         known = self.spellings.setdefault(_outline(turns, tools), [])
         for form in [turns, apart] if (apart := _split_thinking(turns, prove)) else [turns]:
-            for spelling in [*known, *self._untried(form, tools, known)]:
+            for spelling in chain(tuple(known), self._untried(form, tools, known)):
                 try:
                     out = [self._turn(form[: index + 1], tools, spelling, prove) for index in answers]
                 except RowRefused as error:
