@@ -261,7 +261,9 @@ def test_encoding_goes_on_among_its_rows(place: Path, tongwen: Any) -> None:
     done = json.loads((left / "journal.jsonl").read_text().splitlines()[-1])["rows"]
     code, out, err = tongwen("run", "encode.yaml")
     assert code == 0, err
-    assert (f"encoding continues at row {done:,}" in out) == is_of_this_version(place / "encode")
+    assert done > 0 and "encoding continues" not in out, (
+        "the text of its template has changed since: all is encoded anew"
+    )
     (made,) = place.glob("encode/tokens/sft/*/store.json")
     assert read(made) == read(place / "expected" / "encode" / "store.json")
 

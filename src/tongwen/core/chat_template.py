@@ -52,7 +52,7 @@ OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
 EMPTY_BLOCK = re.compile(r"[<\[][^\s>\]]+[>\]]\s*(?:\w+\s*)?[<\[][^\s>\]]+[>\]]\s*")
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
 ANSWER: Turn = {"role": "assistant", "content": "A"}
-PLAIN = "aB中"
+PLAIN = "aBc"
 TRIES = 2  # rows of one outline for which all spellings are tried in vain
 SHAPES = 10_000  # proofs that are kept
 
@@ -330,7 +330,7 @@ class Template:
 
     @property
     def _takes_thinking_inline(self) -> bool:
-        """Whether thinking may stand in an answer's text as `<think>`: not where the template has another form for it."""
+        """Whether an answer's text may hold thinking as `<think>`: not where the template has another form for it."""
         return "think>" in self.source or not any(map(OWN_THINKING.search, _words_read(self.source)))
 
     def _spelling_of_prompt(self, turns: list[Turn], tools: Tools) -> Spelling:
@@ -508,7 +508,7 @@ class Template:
                     raise RowRefused(
                         "part_lost",
                         _(
-                            "turn {turn}: the template does not render {text!r} as it stands in the row; choose another `template`, or change the text"
+                            "turn {turn}: the template does not render {text!r} as the row has it; choose another `template`, or change the text"
                         ).format(turn=number, text=value.strip()[:40]),
                     )
 

@@ -170,7 +170,7 @@ def lost_part(planted: Planted, prompt: str, answer: str) -> Part | None:
 
 
 def _is_misspelt(part: Part, text: str) -> bool:
-    """Whether a call stands in Python's notation or in JSON inside JSON, or a text as the value of a key: never what a model
+    """Whether a call is written in Python's notation or in JSON inside JSON, or a text as the value of a key: never what a model
     should write."""
     if part.kind == "call":
         return f"'{part.sentinel}'" in text or f'\\"{part.sentinel}' in text
