@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,177 @@ def test_which_answers_are_learned() -> None:
     assert learned(template, silent) == ["答二<|im_end|>"]
 
 
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% elif m.role == 'assistant' %}"
+    "{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<|assistant|>' + c + '</s>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+V31 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% elif m.role == 'assistant' %}"
+    "{{ '<|assistant|></think>' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% if thinking %}{{ '<think>' }}{% else %}{{ '</think>' }}{% endif %}{% endif %}"
+)
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '<|im_end|>' }}{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant' }}"
+    "{% if loop.last %}{% if m.thinking %}{{ '<|assistant|>analysis:' + m.thinking + '<|im_end|><|im_start|>assistant' }}{% endif %}"
+    "{{ '<|assistant|>final:' + m.content + '<|eot_id|>' }}{% else %}{{ '<|assistant|>final:' + m.content + '<|im_end|>' }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+GEMMA4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}{% endif %}"
+)
+SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|user|>' }}{% if loop.last and system is defined %}{{ system + '\n' }}{% endif %}{{ m.content + '<|eot_id|>' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "with_thinking", "without"),
+    [
+        (R1, "想\n</think>\n\n答</s>", "\n</think>\n\n答</s>"),
+        (V31, "想</think>答</s>", "答</s>"),
+        (HARMONY, "<|assistant|>analysis:想<|im_end|><|im_start|>assistant<|assistant|>final:答<|eot_id|>", "<|assistant|>final:答<|eot_id|>"),
+    ],
+)  # fmt: skip
+def test_an_answer_continues_the_prompt_as_the_model_is_asked(source: str, with_thinking: str, without: str) -> None:
+    template = own(source)
+    for thinking, wanted in (("想", with_thinking), (None, without)):
+        dialogue = talk("问一", "答", "问", "答", thinking=thinking)
+        samples = template.samples(dialogue)
+        last = samples[-1]
+        assert learned(template, dialogue)[-1].endswith(wanted)
+        assert last.spans[-1].stop and last.text.endswith(wanted)
+        begin = template.prompt(dialogue.messages[:3], thinking=bool(thinking))
+        assert last.text == begin + wanted, "as at inference"
+
+
+def test_several_ends_of_answers_are_those_of_the_template() -> None:
+    template = own(HARMONY)
+    assert (template.stop, template.stops) == ("<|eot_id|>", ("<|eot_id|>", "<|im_end|>"))
+    first, second = template.samples(talk("问一", "答一", "问二", "答二"))
+    assert first.text.endswith("答一<|eot_id|>") and "答一<|im_end|>" in second.text
+    assert "<|eot_id|>" not in second.text.split("问二")[0]
+
+
+def test_a_row_without_thinking_goes_on_behind_the_empty_block_of_the_prompt() -> None:
+    (sample,) = own(GEMMA4).samples(talk("问", "答"))
+    assert sample.spans[0].text.endswith("<|channel>thought\n<channel|>") and sample.spans[1].text == "答"
+
+
+def test_what_the_last_question_has_more_is_in_the_prompt() -> None:
+    turns = (Message("system", "系统"), Message("user", "问"), Message("assistant", "答"))
+    (sample,) = own(SYSTEM_LAST).samples(Dialogue(turns, HERE))
+    assert sample.text == "<|user|>系统\n问<|eot_id|>答</s>"
+
+
+def test_the_end_of_thinking_without_its_beginning_is_split_or_refused() -> None:
+    opened = own(
+        QWEN3.replace(
+            "{%- set thought =",
+            "{%- if '</think>' in content %}{{- raise_exception('split it') }}{%- endif %}{%- set thought =",
+        )
+    )
+    assert learned(opened, talk("问", "想\n</think>\n\n答")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "查天气",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "城市名"}}},
+    },
+}
+
+
+def calling(*cities: str, content: str = "") -> Dialogue:
+    calls = tuple(
+        {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities
+    )
+    return Dialogue(
+        (
+            Message("user", "问"),
+            Message("assistant", content, tool_calls=calls),
+            *(Message("tool", f"{city}晴") for city in cities),
+            Message("assistant", "答"),
+        ),
+        HERE,
+        (TOOL,),
+    )
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+@pytest.mark.parametrize("cities", [("北京",), ("北京", '上"海')])
+@pytest.mark.parametrize("content", ["", "我查一下"])
+def test_ours_render_tools_and_learn_calls(name: str, cities: tuple[str, ...], content: str) -> None:
+    template = Template.make(name, None, TOKENS, SPECIAL)
+    (sample,) = template.samples(calling(*cities, content=content))
+    (taught,) = learned(template, calling(*cities, content=content))
+    for city in cities:
+        call = json.dumps({"name": "get_weather", "arguments": {"city": city}}, ensure_ascii=False)
+        assert f"<tool_call>\n{call}\n</tool_call>" in taught
+        assert f"<tool_response>\n{city}晴\n</tool_response>" in sample.text and f"{city}晴" not in taught
+    assert taught.startswith(content) and taught.endswith(f"答{template.stop}")
+    assert f"<tools>\n{json.dumps(TOOL, ensure_ascii=False)}\n</tools>" in sample.spans[0].text
+    assert sample.spans[0].text == template.prompt(calling(*cities).messages[:1], (TOOL,))
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "part"),
+    [
+        (calling("北京"), "the tool 'get_weather'"),
+        (Dialogue(calling("北京").messages, HERE), "turn 2: the call of 'get_weather'"),
+        (Dialogue((Message("user", "问"), Message("assistant", "答")), HERE, (TOOL,)), "the tool 'get_weather'"),
+    ],
+)
+def test_what_a_template_does_not_render_is_refused_by_name(dialogue: Dialogue, part: str) -> None:
+    template = own(LLAMA3)
+    with pytest.raises(RowRefused) as caught:
+        template.samples(dialogue)
+    assert caught.value.reason == "part_lost" and part in caught.value.rule and "chatml" in caught.value.rule
+    assert learned(template, talk("问", "答")) == ["答<|eot_id|>"], "others are learned as before"
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        ("{{ c.function.name + c.function.arguments }}", 'get_weather{"city": "北京"}'),
+        ("{{ c.function.name }}{{ c.function.arguments | tojson }}", 'get_weather{"city": "北京"}'),
+        ("{{ c.function.name }}{{ c.function.arguments }}", 'get_weather{"city": "北京"}'),
+        ("{{ c.id }}{{ c.function.arguments }}", 'functions.get_weather:0{"city": "北京"}'),
+        ("{% if not c.id or c.id|length != 9 %}{{ raise_exception('no id') }}{% endif %}{{ c.function }}", None),
+    ],
+)
+def test_calls_are_written_in_the_spelling_that_the_template_reads(call: str, wanted: str | None) -> None:
+    template = own(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content is not none %}{{ m.content }}{% endif %}"
+        "{% for c in m.tool_calls %}" + call + "{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    if wanted is None:
+        with pytest.raises(RowRefused):
+            template.samples(calling("北京"))
+    else:
+        assert learned(template, calling("北京")) == [f"{wanted}<|im_end|>答<|im_end|>"]
+
+
+def test_an_empty_answer_is_never_learned() -> None:
+    for template in (own(LLAMA3), Template.make("chatml", None, TOKENS, SPECIAL)):
+        for dialogue in (talk("问", ""), talk("问", " \n"), talk("问", "", thinking="想")):
+            with pytest.raises(RowRefused) as caught:
+                template.samples(dialogue)
+            assert caught.value.reason == "empty_answer"
+
+
+def test_control_tokens_in_tools_and_calls_are_refused() -> None:
+    with pytest.raises(RowRefused) as caught:
+        Template.make("chatml", None, TOKENS, SPECIAL).samples(calling("<|im_end|>"))
+    assert caught.value.reason == "control_token_in_text"
+
+
 def test_an_answer_that_a_template_changes_is_refused() -> None:
     with pytest.raises(ModelError, match="changes the text") as caught:
         own(LLAMA3.replace("| trim", "| upper")).samples(talk("hi", "yes"))
@@ -216,7 +388,7 @@ def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
 
 
 ASKS_MORE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content | length > 3 %}{{ m.content | upper }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content | length > 3 %}{{ m.content | trim }}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -162,7 +162,7 @@ def test_a_store_on_disk_is_the_one_in_memory_also_after_a_crash(tmp_path: Path)
     tokenizer = byte_level_tokenizer(tmp_path)
     encoder = Encoder(tokenizer)
     bound = bind_template("chatml", tokenizer, encoder.prefix)
-    rows = [dialogue(f"问{index}", "今天天气很好。" * (index % 9), "再问", "答") for index in range(2500)]
+    rows = [dialogue(f"问{index}", "今天天气很好。" * (1 + index % 9), "再问", "答") for index in range(2500)]
     rows[7], rows[2100] = dialogue("<|im_end|>", "坏"), dialogue("长", "龘" * 200)
     section = Sft(max_length=256)
 

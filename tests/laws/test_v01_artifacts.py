@@ -89,7 +89,8 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: P
     assert code == 0, err
     assert f"continuing after step {done} of {steps}" in out
     assert "prepare: already done" in out
-    assert ("tokens: already encoded" in out) == is_of_this_version(place / name)
+    if stage != "sft":  # the text of its template has changed since: its tokens are made anew
+        assert ("tokens: already encoded" in out) == is_of_this_version(place / name)
     made, manifest = place / name / stage, read(place / name / stage / "manifest.json")
     assert (manifest["run"], manifest["forks"], manifest["steps"]) == (run["run"], [], steps)
     assert read(made / "before.json") == before
@@ -264,7 +265,9 @@ def test_encoding_goes_on_among_its_rows(place: Path, tongwen: Any) -> None:
     done = json.loads((left / "journal.jsonl").read_text().splitlines()[-1])["rows"]
     code, out, err = tongwen("run", "encode.yaml")
     assert code == 0, err
-    assert (f"encoding continues at row {done:,}" in out) == is_of_this_version(place / "encode")
+    assert done > 0 and "encoding continues" not in out, (
+        "the text of its template has changed since: all is encoded anew"
+    )
     (made,) = place.glob("encode/tokens/sft/*/store.json")
     assert read(made) == read(place / "expected" / "encode" / "store.json")
 

@@ -5,7 +5,7 @@ shows where the learned text is:
 
 * our own templates carry `{% generation %}` marks; without the marks, the render must be the same text;
 * for a model's own template the prompt is the render up to the answer (`add_generation_prompt`), and the learned text
-  follows. A render with a sentinel in place of the answer proves that the template leaves the answer unchanged.
+  follows. A render with a sentinel in every part of the row proves that the template shows each of them, at its place.
 
 The environment follows transformers' (`utils/chat_template_utils.py`): sandboxed, trim_blocks, lstrip_blocks.
 """
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -29,6 +30,8 @@ import jinja2.sandbox
 from tongwen.core.errors import ModelError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Message, Span
+from tongwen.core.render_proof import Planted, lost_part, plant, shape_of, shows, values_of
+from tongwen.core.row_spelling import OTHERS, USUAL, Spelling, Tools, Turn, spell, spellings
 from tongwen.core.template_cache import SENTINEL, RenderCache, make_render_cache
 
 SHIPPED = (
@@ -39,6 +42,19 @@ GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
 # Separates the characters of a control token in a user's text: the encoder tokenises the parts separately.
 APART = "\ufdd3"
+# The end of a prompt that opens a block of thinking, or writes an empty one.
+THINKING_BLOCK = re.compile(
+    r"(?P<open><\|START_THINKING\|>|[<\[◁][^<>\[\]◁▷|/\s]*think[^<>\[\]◁▷|\s]*[>\]▷])(?P<gap>\s*)(?P<close>(?:<\|END_THINKING\|>|[<\[◁]/[^<>\[\]◁▷\s]*think[^<>\[\]◁▷\s]*[>\]▷])\s*)?\Z",
+    re.IGNORECASE,
+)
+TAGS = frozenset("<[◁")  # begin a tag: such a content is never rendered from a skeleton
+OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
+EMPTY_BLOCK = re.compile(r"[<\[][^\s>\]]+[>\]]\s*(?:\w+\s*)?[<\[][^\s>\]]+[>\]]\s*")
+SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
+ANSWER: Turn = {"role": "assistant", "content": "A"}
+PLAIN = "aBc"
+TRIES = 2  # rows of one outline for which all spellings are tried in vain
+SHAPES = 10_000  # proofs that are kept
 
 
 class Generation(jinja2.ext.Extension):
@@ -125,6 +141,32 @@ class Rendered:
         return any(span.stop and span.learn for span in self.spans)
 
 
+class RenderedTurn(NamedTuple):
+    """One answer: its prompt as at inference, its text, and the token that ends it."""
+
+    prompt: str
+    answer: str
+    stop: str
+
+    def spans(self, learn: bool) -> tuple[Span, Span]:
+        return Span(self.answer, learn, answer=True), Span(self.stop, learn, answer=True, stop=True)
+
+
+class TurnShape(NamedTuple):
+    """What the template writes around the last answer of rows of one shape. appended: the stop is not in the render;
+    after: what follows the stop; head, tail: what stands before the first and behind the last part of the answer."""
+
+    stop: str
+    appended: bool
+    after: str
+    head: str
+    tail: str
+
+    def shows_only_content(self, turn: Turn, answer: str) -> bool:
+        """Whether the answer is the content as it is, or trimmed, between head and tail."""
+        return any(answer == self.head + text + self.tail for text in _trims(turn["content"]))
+
+
 @dataclass(frozen=True)
 class Template:
     """A chat template bound to a tokenizer's special tokens.
@@ -135,6 +177,9 @@ class Template:
     special: texts of all special tokens: none of them may occur in a row's own text
     stop:    text of the token that ends an answer
     appended: the stop is not rendered with the answer (GLM-4: the next `<|user|>` is the stop)
+    stops:   tokens that end an answer in a render: the last one, and earlier ones where the template ends them otherwise
+    usual:   the spelling of rows without thinking and tools
+    shapes, spellings, failures, prompts: what is proven of the shapes of rows
     """
 
     name: str
@@ -144,7 +189,13 @@ class Template:
     special: tuple[str, ...]
     stop: str = ""
     appended: bool = False
+    stops: tuple[str, ...] = ()
+    usual: Spelling = USUAL
     skeletons: dict[Any, RenderCache | None] = field(default_factory=dict, compare=False, repr=False)
+    shapes: dict[Any, TurnShape | RowRefused] = field(default_factory=dict, compare=False, repr=False)
+    spellings: dict[Any, list[Spelling]] = field(default_factory=dict, compare=False, repr=False)
+    failures: dict[Any, int] = field(default_factory=dict, compare=False, repr=False)
+    prompts: dict[Any, Spelling] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(
@@ -184,15 +235,15 @@ class Template:
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool = False) -> str:
         """Return the text up to the answer: the input of inference, and the prompt of training. Control tokens in message
         texts are separated, for `Encoder.encode_prompt`."""
-        apart = [
+        turns = [
             replace(
                 message,
                 content=separate_control_tokens(message.content, self.special),
                 thinking=message.thinking and separate_control_tokens(message.thinking, self.special),
-            )
+            ).to_dict()
             for message in messages
         ]
-        return self._render(apart, tools, thinking, add_generation_prompt=True)
+        return self._render(turns, tools, self._spelling_of_prompt(turns, tools), thinking, add_generation_prompt=True)
 
     def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[Rendered]:
         """Return the samples of a dialogue: one, or one per answer if the template renders earlier answers
@@ -201,8 +252,13 @@ class Template:
         learn: assistant | last_answer | everything; thinking: on | off | mixed.
         Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
         """
-        self._refuse_control_tokens(dialogue.messages)
-        if (skeleton := self._skeleton(dialogue, learn, thinking)) and skeleton.fits(dialogue.messages):
+        self._refuse_control_tokens(dialogue)
+        opens_tag = any(message.content.lstrip()[:1] in TAGS for message in dialogue.messages if message.content)
+        if (
+            not opens_tag
+            and (skeleton := self._skeleton(dialogue, learn, thinking))
+            and skeleton.fits(dialogue.messages)
+        ):
             return [Rendered(spans) for spans in skeleton.fill(dialogue.messages)]
         return self._samples(dialogue, learn, thinking)
 
@@ -216,19 +272,16 @@ class Template:
         learned |= {index for index in answers if messages[index].learn is True}
         if not learned and learn != "everything":
             raise RowRefused("nothing_to_learn", _("learning is turned off for every answer"))
-        messages = messages[: answers[-1] + 1]
-        turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
-        samples = self._join_turns(turns, answers, learned)
+        turns = [message.to_dict() for message in messages[: answers[-1] + 1]]
+        rendered = self._render_turns(turns, dialogue.tools, answers, prove)
+        samples = _join_turns(rendered, answers, learned)
         if learn == "everything":
             samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
 
     def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderCache | None:
         """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
-        if dialogue.tools or any(
-            message.thinking or message.tool_calls or message.name or message.tool_call_id
-            for message in dialogue.messages
-        ):
+        if dialogue.tools or any(message.to_dict().keys() - SIMPLE for message in dialogue.messages):
             return None
         shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
         if shape not in self.skeletons:
@@ -241,72 +294,114 @@ class Template:
             )
         return self.skeletons[shape]
 
-    def _turn(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prove: bool = True
-    ) -> tuple[str, str]:
-        """Return (prompt, answer with its stop) of the last message. A sentinel in its place checks the split."""
-        last = messages[-1]
-        think = bool(last.thinking)
-        prompt = self._render(messages[:-1], tools, think, add_generation_prompt=True)
-        whole = self._render(messages, tools, think)
-        if not whole.startswith(prompt):
-            raise ModelError(
-                _("the template renders the full dialogue differently from its prompt"),
-                place=f"template {self.name}",
-                remedy=_("choose another template, for example `template: chatml`"),
-            )
-        if last.thinking and last.thinking.strip() not in whole[len(prompt) :]:
-            # The template does not know `reasoning_content`: the thinking is part of the answer's own text.
-            inside = replace(
-                last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}"
-            )
-            return self._turn([*messages[:-1], inside], tools, prove)
-        if prove:
-            self._check_answer_unchanged(messages, tools, think, whole)
-        answer = whole[len(prompt) :]
-        if self.appended:
-            return prompt, answer + self.stop
-        end = answer.find(self.stop)
-        if end < 0:
+    def _render_turns(
+        self, turns: list[Turn], tools: Tools, answers: Sequence[int], prove: bool = True
+    ) -> list[RenderedTurn]:
+        """Return every answer with its prompt, in the first spelling of the row that shows all its parts.
+
+        Raises RowRefused with what the usual spelling lacks when there is none."""
+        refusals: list[RowRefused] = []
+        known = self.spellings.setdefault(_outline(turns, tools), [])
+        for form in [turns, apart] if (apart := _split_thinking(turns, prove)) else [turns]:
+            for spelling in chain(tuple(known), self._untried(form, tools, known)):
+                try:
+                    out = [self._turn(form[: index + 1], tools, spelling, prove) for index in answers]
+                except RowRefused as error:
+                    refusals.append(error)
+                    continue
+                if spelling not in known:
+                    known.append(spelling)
+                return out
+        told = [error for error in refusals if error.reason != "template_fails"] or refusals
+        raise told[0]
+
+    def _untried(self, turns: list[Turn], tools: Tools, known: Sequence[Spelling]) -> Iterator[Spelling]:
+        """Yield the spellings to try after the known ones; only the usual one where all others failed before."""
+        outline = _outline(turns, tools)
+        inline = self._takes_thinking_inline
+        for number, spelling in enumerate(spellings(turns, tools, self.usual)):
+            if spelling.thinking == "inline" and not inline:
+                continue
+            if number and self.failures.get(outline, 0) >= TRIES:
+                return
+            if spelling not in known:
+                yield spelling
+        self.failures[outline] = self.failures.get(outline, 0) + 1
+
+    @property
+    def _takes_thinking_inline(self) -> bool:
+        """Whether an answer's text may hold thinking as `<think>`: not where the template has another form for it."""
+        return "think>" in self.source or not any(map(OWN_THINKING.search, _words_read(self.source)))
+
+    def _spelling_of_prompt(self, turns: list[Turn], tools: Tools) -> Spelling:
+        """Return the first spelling in which the prompt shows every part of these turns, else the usual one."""
+        if not tools and not any(turn.keys() - SIMPLE for turn in turns):
+            return self.usual
+        shape = shape_of(turns, tools)
+        if shape not in self.prompts:
+            planted = plant([*turns, ANSWER], tools)
+            self.prompts[shape] = self.usual
+            for spelling in spellings(turns, tools, self.usual):
+                try:
+                    prompt = self._render(
+                        planted.turns[:-1], planted.tools, spelling, False, add_generation_prompt=True
+                    )
+                except RowRefused:
+                    continue
+                if lost_part(planted, prompt, planted.turns[-1]["content"]) is None:
+                    self.prompts[shape] = spelling
+                    break
+        return self.prompts[shape]
+
+    def _turn(self, turns: list[Turn], tools: Tools, spelling: Spelling, prove: bool = True) -> RenderedTurn:
+        """Return the last turn with its prompt. Raises RowRefused unless every part of the row is where it belongs."""
+        shape = self._prove_shape(turns, tools, spelling)
+        prompt, answer = self._split(turns, tools, spelling)
+        ending = "" if shape.appended else shape.stop
+        if not answer.endswith(ending + shape.after):
             raise RowRefused(
-                "no_stop",
-                _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop),
+                "no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=shape.stop)
             )
-        return prompt, answer[: end + len(self.stop)]
+        answer = answer[: len(answer) - len(ending) - len(shape.after)]
+        if prove:
+            self._check_values(turns, prompt, answer)
+            if not shape.shows_only_content(turns[-1], answer):
+                self._check_answer_unchanged(turns, tools, spelling, answer)
+        return RenderedTurn(prompt, answer, shape.stop)
 
-    def _join_turns(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
-        """Return one sample if each turn's text begins with the turns before it, else one sample per learned turn."""
-        spans: list[Span] = []
-        text = ""
-        for (prompt, answer), index in zip(turns, answers, strict=True):
-            if not prompt.startswith(text):
-                return [
-                    Rendered((Span(prompt, False), *self._answer_spans(answer, True)))
-                    for (prompt, answer), index in zip(turns, answers, strict=True)
-                    if index in learned
-                ]
-            spans += [Span(prompt[len(text) :], False), *self._answer_spans(answer, index in learned)]
-            text = prompt + answer
-        return [Rendered(tuple(spans))]
-
-    def _answer_spans(self, answer: str, learn: bool) -> tuple[Span, Span]:
-        return Span(answer[: -len(self.stop)], learn, answer=True), Span(self.stop, learn, answer=True, stop=True)
+    def _split(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> tuple[str, str]:
+        """Return (prompt as at inference, the render that continues it)."""
+        last = turns[-1]
+        thinking = bool(last.get("reasoning_content")) and spelling.thinking != "inline"
+        prompt = self._render(turns[:-1], tools, spelling, thinking, add_generation_prompt=True)
+        whole = self._render(turns, tools, spelling, thinking)
+        question = turns[-2]["content"] if len(turns) > 1 else ""
+        answer = _continuation(prompt, whole, question, last.get("reasoning_content") or "")
+        if answer is not None:
+            return prompt, answer
+        raise RowRefused(
+            "prompt_differs",
+            _("the template renders the full dialogue differently from its prompt; choose another `template`"),
+        )
 
     def _render(
         self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]],
+        turns: Sequence[Turn],
+        tools: Tools,
+        spelling: Spelling,
         thinking: bool,
         add_generation_prompt: bool = False,
         marks: bool = False,
     ) -> str:
+        messages, definitions = spell(turns, tools, spelling)
         try:
             return compile_template(self.marked if marks else self.source).render(
-                messages=[message.to_dict() for message in messages],
-                tools=list(tools) or None,
+                messages=messages,
+                tools=definitions,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=thinking,
+                thinking=thinking,  # the same word in DeepSeek's and Granite's templates
                 show_marks=marks,
                 **self.tokens,
             )
@@ -324,39 +419,127 @@ class Template:
 
     # -- proofs ---------------------------------------------------------------------------------------------------
 
-    def _check_answer_unchanged(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinking: bool, whole: str
-    ) -> None:
-        """Check that the render contains the answer unchanged (or trimmed), exactly where a sentinel would be.
+    def _prove_shape(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> TurnShape:
+        """Return how the last turn of such rows ends, or raise RowRefused: proven once per shape of row and spelling."""
+        key = (spelling, *shape_of(turns, tools))
+        found = self.shapes.get(key)
+        if found is None:
+            if len(self.shapes) >= SHAPES:
+                self.shapes.clear()
+            try:
+                found = self._learn_shape(turns, tools, spelling)
+            except RowRefused as error:
+                found = error
+            self.shapes[key] = found
+        if isinstance(found, RowRefused):
+            raise RowRefused(found.reason, found.rule)
+        return found
 
-        Raises ModelError otherwise."""
-        last = messages[-1]
-        if not last.content.strip():
+    def _learn_shape(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> TurnShape:
+        planted = plant(turns, tools)
+        shown = planted.of(len(turns) - 1)
+        if all(part.kind == "thinking" for part in shown):
+            raise RowRefused("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
+        prompt, answer = self._split(planted.turns, planted.tools, spelling)
+        if part := lost_part(planted, prompt, answer):
+            raise RowRefused(
+                "part_lost",
+                _("the template does not render {part}; {remedy}").format(part=part.place, remedy=_remedy(part.kind)),
+            )
+        begin = min(answer.find(part.sentinel) for part in shown)
+        end = max(answer.rfind(part.sentinel) + len(part.sentinel) for part in shown)
+        tail = answer[end:]
+        calls = bool(turns[-1].get("tool_calls"))
+        stop, at = self._find_stop(tail, calls)
+        if at < 0:  # the next turn begins with the stop
+            stop = self._stop_before_tool(planted, spelling, prompt + answer) if calls else self.stop
+            return TurnShape(stop, True, "", answer[:begin], tail)
+        return TurnShape(stop, False, tail[at + len(stop) :], answer[:begin], tail[:at])
+
+    def _find_stop(self, tail: str, calls: bool) -> tuple[str, int]:
+        """Return (stop token, its place) in the text after an answer; the place is -1 if the text has none."""
+        places = [(place, -len(stop), stop) for stop in self.stops if (place := tail.find(stop)) >= 0]
+        if places:
+            place, _length, stop = min(places)
+            return stop, place
+        if not self.appended and calls:  # a call may end with a token of its own
+            places = [
+                (place + len(token), len(token), token)
+                for token in self.special
+                if token and (place := tail.rfind(token)) >= 0
+            ]
+            if places:
+                place, length, stop = max(places)
+                return stop, place - length
+        if self.appended:
+            return self.stop, -1
+        raise RowRefused("no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop))
+
+    def _stop_before_tool(self, planted: Planted, spelling: Spelling, whole: str) -> str:
+        """Return the control token that a tool's answer begins with: there the model stops after a call."""
+        result = {"role": "tool", "content": SENTINEL}
+        try:
+            longer = self._render([*planted.turns, result], planted.tools, spelling, False)
+        except RowRefused:
+            return self.stop
+        after = longer[len(whole) :].lstrip() if longer.startswith(whole) else ""
+        return max((token for token in self.special if token and after.startswith(token)), key=len, default=self.stop)
+
+    def _check_values(self, turns: list[Turn], prompt: str, answer: str) -> None:
+        """Raise RowRefused unless the render shows the values of this row: a template may cut some, such as text before
+        `</think>`."""
+        if not turns[-1]["content"].strip() and not turns[-1].get("tool_calls"):
+            raise RowRefused("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
+        at = 0
+        for number, turn in enumerate(turns, 1):
+            last = number == len(turns)
+            for kind, value in values_of(turn):
+                if last:
+                    shown = shows(answer, kind, value)
+                elif kind == "thinking":
+                    shown = True
+                elif kind == "content" and turn["role"] == "assistant":
+                    value = value.rsplit("</think>", 1)[-1].strip()
+                    found = prompt.find(value, at)
+                    shown, at = found >= 0, max(at, found)
+                else:
+                    shown = shows(prompt, "call", value)
+                if not shown:
+                    raise RowRefused(
+                        "part_lost",
+                        _(
+                            "turn {turn}: the template does not render {text!r} as the row has it; choose another `template`, or change the text"
+                        ).format(turn=number, text=value.strip()[:40]),
+                    )
+
+    def _check_answer_unchanged(self, turns: list[Turn], tools: Tools, spelling: Spelling, answer: str) -> None:
+        """Check that the render has the answer unchanged (or trimmed), exactly where a sentinel would be. Raises RowRefused
+        otherwise."""
+        last = turns[-1]
+        content = last["content"]
+        if not content.strip() or "</think>" in content or last.get("tool_calls") or last.get("reasoning_content"):
+            return  # found by their own sentinels; a thinking template rearranges thinking inside the answer's own text
+        probe = self._split([*turns[:-1], {**last, "content": SENTINEL}], tools, spelling)[1]
+        head, found, tail = probe.partition(SENTINEL)
+        if found and any(
+            answer.startswith(head + text) and tail.startswith(answer[len(head + text) :]) for text in _trims(content)
+        ):
             return
-        probe = self._render([*messages[:-1], replace(last, content=SENTINEL)], tools, thinking)
-        if probe.count(SENTINEL) == 1:
-            head, tail = probe.split(SENTINEL)
-            for content in (last.content, last.content.strip(), last.content.lstrip(), last.content.rstrip()):
-                if whole == head + content + tail:
-                    return
-        if "</think>" in last.content and last.content.rsplit("</think>", 1)[1].strip() in whole:
-            return  # a thinking template rearranges the thinking inside the answer's own text
-        raise ModelError(
+        raise RowRefused(
+            "answer_changed",
             _(
-                "the template changes the text of an answer, so the model would not learn what the data says: {last!r}"
-            ).format(last=last.content[:40]),
-            place=f"template {self.name}",
-            remedy=_("choose another template, for example `template: chatml`"),
+                "the template changes the text of an answer, so the model would not learn what the data says: {last!r}; choose another `template`"
+            ).format(last=content[:40]),
         )
 
     def _check_marks(self) -> None:
         """Check that our own marks enclose exactly the learned text of the render, and leave the text unchanged."""
-        messages = [Message("user", "A"), Message("assistant", "B"), Message("user", "C"), Message("assistant", "D")]
-        marked = self._render(messages, (), False, marks=True)
+        turns = [_say("user", "A"), _say("assistant", "B"), _say("user", "C"), _say("assistant", "D")]
+        marked = self._render(turns, (), self.usual, False, marks=True)
         unmarked = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
         inside = [part.split(LEARN_TO)[0] for part in marked.split(LEARN_FROM)[1:]]
-        learned = [answer for _, answer in (self._turn(messages[: end + 1], ()) for end in (1, 3))]
-        if unmarked != self._render(messages, (), False) or inside != learned:
+        learned = [turn.answer + turn.stop for turn in self._render_turns(turns, (), (1, 3))]
+        if unmarked != self._render(turns, (), self.usual, False) or inside != learned:
             raise ModelError(
                 _("the template marks {inside}, but the render teaches {learned}").format(
                     inside=inside, learned=learned
@@ -365,47 +548,62 @@ class Template:
                 remedy=_("mark exactly the answer and its stop token"),
             )
 
-    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
-        """Raise RowRefused for control tokens in a message: they would end the answer, or open a turn, in the middle."""
+    def _refuse_control_tokens(self, dialogue: Dialogue) -> None:
+        """Raise RowRefused for control tokens in a row: they would end the answer, or open a turn, in the middle."""
         firsts, forbidden = forbidden_in_text(self.special)
-        for message in messages:
-            for text in (message.content, message.thinking or ""):
-                for first in firsts:  # a search for one character is much cheaper than the pattern
-                    if first in text:
-                        break
-                else:
-                    continue
-                if not (found := forbidden.search(text)):
-                    continue
-                if found[0] in self.special:
-                    raise RowRefused(
-                        "control_token_in_text",
-                        _("the text contains the control token {found!r}").format(found=found[0]),
-                    )
+        for text in _texts(dialogue):
+            for first in firsts:  # a search for one character is much cheaper than the pattern
+                if first in text:
+                    break
+            else:
+                continue
+            if not (found := forbidden.search(text)):
+                continue
+            if found[0] in self.special:
                 raise RowRefused(
-                    "noncharacter_in_text",
-                    _("the text contains a Unicode noncharacter"),
+                    "control_token_in_text",
+                    _("the text contains the control token {found!r}").format(found=found[0]),
                 )
+            raise RowRefused(
+                "noncharacter_in_text",
+                _("the text contains a Unicode noncharacter"),
+            )
 
     def _with_stop(self) -> Template:
-        """Find the stop token: the special token after the first of two answers, or after the last answer if the template
-        writes none after earlier ones."""
-        ask, reply = Message("user", "A"), Message("assistant", SENTINEL)
-        try:
-            one = self._render([ask, reply], (), False)
-            two = self._render([ask, reply, ask, reply], (), False)
-        except RowRefused as error:
-            raise ModelError(error.rule, place=f"template {self.name}") from None
-        if two.count(SENTINEL) != 2 or one.count(SENTINEL) != 1:
+        """Find the stop token: the special token after the last answer, or the one after an earlier answer if the template
+        writes none after the last (the next turn begins with it)."""
+        ask, reply = _say("user", "A"), _say("assistant", SENTINEL)
+        one, two, usual = "", "", self.usual
+        for content in OTHERS["content"]:
+            usual = replace(self.usual, content=content)
+            try:
+                one = self._render([ask, reply], (), usual, False)
+                two = self._render([ask, reply, ask, reply], (), usual, False)
+                plain = self._render([ask, _say("assistant", PLAIN)], (), usual, False)
+            except RowRefused as error:
+                refusal = error
+                continue
+            if two.count(SENTINEL) == 2 and one.count(SENTINEL) == 1:
+                break
+        else:
+            if not two:
+                raise ModelError(refusal.rule, place=f"template {self.name}") from None
             raise ModelError(
                 _("the template does not show each answer exactly once"),
                 place=f"template {self.name}",
                 remedy=_("choose another template, for example `template: chatml`"),
             )
+        if PLAIN not in plain:
+            raise ModelError(
+                _(
+                    "the template changes the text of an answer, so the model would not learn what the data says: {last!r}"
+                ).format(last=PLAIN),
+                place=f"template {self.name}",
+                remedy=_("choose another template, for example `template: chatml`"),
+            )
         between, last = two.split(SENTINEL)[1].lstrip(), one.split(SENTINEL)[1].lstrip()
-        found = [token for token in self.special if token and between.startswith(token)]
-        found = found or [token for token in self.special if token and last.startswith(token)]
-        if not found:
+        inner, final = self._first_special(between), self._first_special(last)
+        if not inner and not final:
             raise ModelError(
                 _(
                     "this template writes no special stop token after an answer (it writes {between!r}), so the model would never learn to stop"
@@ -413,12 +611,15 @@ class Template:
                 place=f"template {self.name}",
                 remedy=_("choose one of: {shipped}").format(shipped=_(", ").join(SHIPPED)),
             )
-        stop = max(found, key=len)
-        return replace(self, stop=stop, appended=not last.startswith(stop))
+        stops = tuple(dict.fromkeys(filter(None, (final, inner))))
+        return replace(self, stop=stops[0], stops=stops, appended=not final, usual=usual)
+
+    def _first_special(self, text: str) -> str:
+        return max((token for token in self.special if token and text.startswith(token)), key=len, default="")
 
     def _check_expressible(self) -> None:
         """Raise ModelError unless all control tokens that the template writes are single tokens of this tokenizer."""
-        text = self._render([Message("user", "A"), Message("assistant", "B")], (), False)
+        text = self._render([_say("user", "A"), _say("assistant", "B")], (), self.usual, False)
         missing = sorted({found for found in re.findall(r"<\|[A-Za-z_]+\|>", text) if found not in self.special})
         if missing:
             raise ModelError(
@@ -426,6 +627,135 @@ class Template:
                 place=f"template {self.name}",
                 remedy=_("choose a plain-text template: `template: alpaca` or `template: plain`"),
             )
+
+
+@lru_cache(maxsize=16)
+def _words_read(source: str) -> frozenset[str]:
+    """Return the variables, attributes and keys that a template reads."""
+    tree = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(
+        source
+    )
+    names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
+    names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    return frozenset(
+        names | {str(node.value) for node in tree.find_all(jinja2.nodes.Const) if str(node.value).isidentifier()}
+    )
+
+
+def _say(role: str, content: str) -> Turn:
+    return {"role": role, "content": content}
+
+
+def _remedy(kind: str) -> str:
+    """Return what a user can do about a part that a template does not render."""
+    if kind in ("call", "tool"):
+        return _("`template: chatml` renders tools and calls")
+    if kind == "thinking":
+        return _("choose another `template`, or `thinking: off`")
+    return _("choose another `template`")
+
+
+def _trims(text: str) -> tuple[str, ...]:
+    return text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n")
+
+
+def _texts(dialogue: Dialogue) -> Iterator[str]:
+    """Yield the texts of a row that go through the template; tools and calls as JSON."""
+    for message in dialogue.messages:
+        yield message.content
+        if message.thinking:
+            yield message.thinking
+        if message.tool_calls:
+            yield json.dumps(message.tool_calls, ensure_ascii=False)
+    if dialogue.tools:
+        yield json.dumps(dialogue.tools, ensure_ascii=False)
+
+
+def _outline(turns: Sequence[Turn], tools: Tools) -> tuple[Any, ...]:
+    """Return what decides in which spelling a template reads a row."""
+    return bool(tools), frozenset(
+        (turn["role"], bool(turn["content"]), bool(turn.get("reasoning_content")), len(turn.get("tool_calls") or ()))
+        for turn in turns
+    )
+
+
+def _split_thinking(turns: list[Turn], prove: bool) -> list[Turn] | None:
+    """Return the turns with the text before `</think>` as their thinking: the raw output of a model whose prompt opened the
+    block. None if no answer has such text."""
+    if not prove or not any(turn["role"] == "assistant" and "</think>" in turn["content"] for turn in turns):
+        return None
+    out = []
+    for turn in turns:
+        thinking, found, answer = turn["content"].partition("</think>")
+        if turn["role"] == "assistant" and found and not turn.get("reasoning_content") and answer.strip():
+            thinking = thinking.strip().removeprefix("<think>").strip()
+            turn = {**turn, "content": answer.lstrip(), "reasoning_content": thinking}
+        out.append(turn)
+    return out
+
+
+def _continuation(prompt: str, whole: str, question: str, thinking: str) -> str | None:
+    """Return what follows the prompt in the render of the whole dialogue, None if the two differ.
+
+    A prompt may open a block of thinking that the render of an answer lacks: the thinking and the end of the block are
+    written as the model is to write them. It may write an empty block: then the answer alone is what follows.
+    """
+    rest = _after(prompt, whole, question)
+    block = THINKING_BLOCK.search(prompt)
+    if not block:
+        return rest if rest is not None else _after_empty_block(prompt, whole, thinking)
+    opening, gap = block["open"], block["gap"]
+    closing = opening.replace("START", "END") if "START" in opening else f"{opening[0]}/{opening[1:]}"
+    thinking = thinking.strip()
+    if rest is None:
+        rest = _after(prompt[: block.start()], whole, question)
+        if rest is not None and rest.lstrip().startswith(opening):  # the render has the block, with other blanks
+            inside, found, after = rest.lstrip()[len(opening) :].partition(closing)
+            return (after.lstrip() if block["close"] else inside.lstrip() + closing + after) if found else None
+    if rest is None or block["close"] or (thinking and rest.lstrip().startswith(thinking)):
+        return rest
+    if rest.lstrip().startswith(closing):
+        return thinking + (gap if thinking else "") + rest.lstrip()
+    return f"{thinking}{gap}{closing}{gap}{gap}{rest}"
+
+
+def _after(begin: str, whole: str, question: str) -> str | None:
+    """Return the text after `begin`, or after its end from the last question on: some templates write the system text before
+    the last question, or other things that depend on what follows."""
+    if whole.startswith(begin):
+        return whole[len(begin) :]
+    at = begin.rfind(question) if question else -1
+    place = whole.rfind(begin[at:]) if at >= 0 else -1
+    return whole[place + len(begin) - at :] if place >= 0 else None
+
+
+def _after_empty_block(prompt: str, whole: str, thinking: str) -> str | None:
+    """Return the answer of a row without thinking where the prompt ends with a block of the template's own that the render of
+    an answer lacks, such as Gemma's `<|channel>thought`."""
+    if thinking:
+        return None
+    length = next((at for at, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
+    shared = prompt[:length]
+    opened = max(shared.rfind("<"), shared.rfind("["))
+    if opened > max(shared.rfind(">"), shared.rfind("]")):
+        shared = shared[:opened]
+    return whole[len(shared) :] if EMPTY_BLOCK.fullmatch(prompt[len(shared) :]) else None
+
+
+def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[Rendered]:
+    """Return one sample if each turn's text begins with the turns before it, else one sample per learned turn."""
+    spans: list[Span] = []
+    text = ""
+    for turn, index in zip(turns, answers, strict=True):
+        if not turn.prompt.startswith(text):
+            return [
+                Rendered((Span(turn.prompt, False), *turn.spans(True)))
+                for turn, index in zip(turns, answers, strict=True)
+                if index in learned
+            ]
+        spans += [Span(turn.prompt[len(text) :], False), *turn.spans(index in learned)]
+        text = turn.prompt + turn.answer + turn.stop
+    return [Rendered(tuple(spans))]
 
 
 def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:

@@ -30,6 +30,7 @@ from tongwen.recipe.training import Sft
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
 ROUND_TRIPS = 20_000  # dialogues that are decoded again, at most: a few seconds
+OF_TEMPLATE = ("part_lost", "prompt_differs", "answer_changed", "no_stop", "template_refuses", "template_fails")
 FAST_FROM = 500  # texts from which a faster encoder pays off: creating it takes a second or two
 
 
@@ -468,7 +469,8 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
                 + (_("; the first: {rule}").format(rule=first["rule"]) if first else "")
             ),
             place=f"{first['file']}:{first['row']}" if first else "sft",
-            remedy=_("raise sft.max_length, or shorten the samples (sft.too_long: drop_turns or cut_prompt)"),
+            remedy=_("; ").join(dict.fromkeys(_remedy(bad["reason"]) for bad in rejected))
+            or _("shorten the samples, or raise sft.max_length"),
         )
     stops = float(np.mean(store.stops))
     if stops < section.min_stop_learned:
@@ -480,6 +482,19 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
             remedy="sft: {learn: assistant}" + _(", or lower sft.min_stop_learned"),
         )
     return describe(store)
+
+
+def _remedy(reason: str) -> str:
+    """Return what can be done about rows that are refused for this reason."""
+    if reason == "too_long":
+        return _("raise sft.max_length, or shorten the samples (sft.too_long: drop_turns or cut_prompt)")
+    if reason in OF_TEMPLATE:
+        return _(
+            "choose an `sft.template` that renders such rows: chatml, or plain where the tokenizer lacks its tokens"
+        )
+    if reason == "no_thinking":
+        return "sft: {thinking: mixed}"
+    return _("mend these rows, or leave them out")
 
 
 def describe(store: TokenStore) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tongwen.core import console
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
+from tongwen.core.rowless_tokens import read_rowless
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
@@ -52,14 +54,19 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         raise _unknown(f"model {model['type']}")
     tokens = {int(index): token for token, index in model["vocab"].items()}
     added = {int(token["id"]): token for token in definition.get("added_tokens", ())}
+    spare, needed = read_rowless(folder, rows)
     highest = max([*tokens, *added])
-    if highest >= rows:
+    if needed:
         raise ModelError(
             _("the tokenizer has ids up to {highest}, but the embedding has only {rows} rows").format(
                 highest=highest, rows=rows
             ),
             place=str(folder),
         )
+    if spare:
+        console.notice(_("the embedding has no row for {tokens}: left out").format(tokens=", ".join(spare[:5])))
+        added = {index: token for index, token in added.items() if index < rows}
+        definition["added_tokens"] = list(added.values())
     sentencepiece = bool(model.get("byte_fallback"))
     out = Vocabulary("llama" if sentencepiece else "gpt2", "default", [], [])
     for index in range(rows):

@@ -14,6 +14,7 @@ from pathlib import Path
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
+from tongwen.core.rowless_tokens import read_rowless
 from tongwen.model.adapters.read import Adapter
 from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_of, order_that_fits
 
@@ -113,7 +114,8 @@ def highest_token(folder: Path) -> tuple[int, str] | None:
 def check_vocabulary(folder: Path, rows: int, place: str) -> None:
     """Raise ArtifactError when a folder's tokenizer has ids for which the embedding has no row."""
     highest = highest_token(folder)
-    if highest is not None and highest[0] >= rows:
+    spare, needed = read_rowless(folder, rows)
+    if highest is not None and highest[0] >= rows and (needed or not spare):
         raise ArtifactError(
             _("the tokenizer has ids up to {highest} ({token}), but the merged embedding has only {rows} rows").format(
                 highest=highest[0], token=highest[1], rows=rows

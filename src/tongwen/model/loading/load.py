@@ -21,9 +21,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tongwen.core import artifact
-from tongwen.core.errors import ArtifactError, MachineError, MissingPackage, ModelError, first_line, is_out_of_memory
+from tongwen.core import artifact, console
+from tongwen.core.errors import (
+    ArtifactError,
+    DataError,
+    MachineError,
+    MissingPackage,
+    ModelError,
+    first_line,
+    is_out_of_memory,
+)
 from tongwen.core.i18n import _
+from tongwen.core.rowless_tokens import split_rowless
 from tongwen.model.loading.gguf_header import check_header
 
 if TYPE_CHECKING:
@@ -319,17 +328,43 @@ def count_body(config: Any) -> tuple[int, int]:
     return body, int(model.get_input_embeddings().weight.shape[1])
 
 
-def check_tokenizer(tokenizer: Any, model: Any, ref: ModelRef) -> None:
-    """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
+def check_tokenizer(tokenizer: Any, model: Any, ref: ModelRef) -> list[str]:
+    """Return the tokens that may not occur, since the embedding has no row for them, and say so. Raises ModelError when texts
+    need such a token."""
     rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
+    vocabulary = tokenizer.get_vocab()
+    named = [str(token) for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) if token]
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    spare, needed = split_rowless(
+        vocabulary, getattr(tokenizer, "get_added_vocab", dict)().keys(), named, template, rows
+    )
+    if needed:
         raise ModelError(
             _("the tokenizer has ids up to {highest}, but the embedding has only {rows} rows").format(
-                highest=highest, rows=rows
+                highest=max(vocabulary.values()), rows=rows
             ),
             place=ref.name,
             remedy=_("use this model's own tokenizer"),
+        )
+    if spare:
+        console.notice(
+            _("{place}: the embedding has no row for {tokens}: a text that contains one is refused").format(
+                place=ref.name, tokens=", ".join(spare[:5])
+            )
+        )
+    return spare
+
+
+def check_ids_have_rows(ids: Any, tokenizer: Any, rows: int, place: str) -> None:
+    """Raise DataError when one of these ids has no row in the embedding."""
+    highest = int(max(ids, default=0)) if isinstance(ids, list) else int(ids.max(initial=0))
+    if highest >= rows:
+        raise DataError(
+            _("a text contains {token}, for which the embedding has no row").format(
+                token=tokenizer.convert_ids_to_tokens(highest)
+            ),
+            place=place,
+            remedy=_("remove this token from the texts"),
         )
 
 

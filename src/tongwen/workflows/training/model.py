@@ -65,7 +65,10 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
         )
     if section.adapter.continue_from:
         resize_for_adapter(model, load.find_adapter(Path(section.adapter.continue_from)))
-    load.check_tokenizer(tokenizer, model, place)
+    if load.check_tokenizer(tokenizer, model, place):
+        rows = model.get_input_embeddings().weight.shape[0]
+        for store in (job.data.store, *job.data.held_out_stores.values()):
+            load.check_ids_have_rows(store.ids, tokenizer, rows, str(job.prepared.path))
     fix_stop_tokens(tokenizer, model, job.base)
     _check_lengths(model.config, job)
     audit.check_finite_base(model)
