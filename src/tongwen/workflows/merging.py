@@ -276,7 +276,7 @@ def _fits_in_memory(base: Tensors) -> bool:
     import psutil
 
     parameters = sum(math.prod(shape) for _kind, shape in base.facts.values())
-    return 4 * 2 * 4 * parameters < psutil.virtual_memory().available
+    return bool(4 * 2 * 4 * parameters < psutil.virtual_memory().available)
 
 
 def _merge_in_memory(
