@@ -32,7 +32,7 @@ class FusedLoraFunction(torch.autograd.Function):
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scale, ctx.shape, ctx.adapter_dtype = scale, x.shape, adapter_dtype
         # Not a view: a model may change the output of a layer in place, which autograd forbids for a view.
-        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])  # type: ignore[no-any-return]
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
