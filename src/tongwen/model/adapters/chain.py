@@ -16,6 +16,7 @@ from tongwen.core.errors import ArtifactError, ModelError, first_line
 from tongwen.core.i18n import _
 from tongwen.model.adapters.config import check_lora
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
+from tongwen.model.adapters.targets import is_tied
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
 from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, load_model, quiet
 
@@ -128,7 +129,7 @@ def resize_for_adapter(model: Any, adapter: Path) -> None:
         problem = _(
             "its vocabulary has {wanted} rows, but the model already has {held}: a vocabulary never shrinks"
         ).format(wanted=wanted, held=held)
-    elif len(rows) < 2 and not model.config.get_text_config().tie_word_embeddings:
+    elif len(rows) < 2 and not is_tied(model):
         alone = next(iter(rows))
         lacks = _("the head") if alone.endswith(EMBEDDINGS) else _("the embedding")
         problem = _("it brings {wanted} rows and the model has only {held}, but it lacks {lacks}").format(

@@ -77,9 +77,8 @@ def text_part(model: Any) -> tuple[str, Any]:
 
 def is_tied(model: Any) -> bool:
     """Whether the head is the embedding itself. A wrapped model's own config may not say it, but its text's."""
-    return bool(model.config.get_text_config().tie_word_embeddings) or bool(
-        getattr(model.config, "tie_word_embeddings", False)
-    )
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs)
 
 
 def is_called(module: str, name: str) -> bool:
