@@ -14,7 +14,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
+from tests.conftest import (
+    byte_level_tokenizer,
+    dialogues,
+    sentencepiece_tokenizer,
+    tiny_llama,
+    write_recipe,
+    write_rows,
+)
 from tongwen.core import distributed
 from tongwen.core.errors import MachineError
 from tongwen.workflows.run_lock import lock_folder
@@ -80,14 +87,6 @@ def without_a_tensor(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def larger_tokenizer(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"extra{number}" for number in range(40)])
-    tokenizer.save_pretrained(folder)
-
-
 def without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -105,7 +104,6 @@ def remote_code(folder: Path) -> None:
         (without_weights, ("no weights", "safetensors")),
         (truncated, ("cannot be loaded", "complete")),
         (without_a_tensor, ("the files lack", "layers.1.mlp.up_proj.weight")),
-        (larger_tokenizer, ("embedding has", "this model's own tokenizer")),
         (without_config, ("no config.json",)),
         (remote_code, ("needs its own code",)),
     ],
@@ -119,6 +117,19 @@ def test_bad_models(damage: Any, words: tuple[str, ...], chat_model: Path, tmp_p
         assert word in err, err
     assert not (base / "canary").exists(), "foreign code ran"
     assert (tmp_path / "out" / "prepare").is_dir(), "the stage before stays"
+
+
+def test_a_token_without_a_row_matters_only_where_a_text_has_it(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoTokenizer
+
+    base = model_folder(tmp_path / "base", chat_model)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"extra{number}" for number in range(40)])
+    tokenizer.save_pretrained(base)
+    assert tongwen("run", write_recipe(tmp_path / "without", base, sft=", stop_after: 1 steps"))[0] == 0
+    rows = [*dialogues(24), {"instruction": "数到七", "output": "extra7"}]
+    code, _, err = tongwen("run", write_recipe(tmp_path / "with", base, rows))
+    assert code == 3 and "extra7, for which the embedding has no row" in err and "remove this token" in err
 
 
 def test_a_template_that_the_tokenizer_cannot_express(tmp_path: Path, tongwen: Any) -> None:

@@ -101,7 +101,8 @@ def run(
             prepared = None if "prepare" in redone else artifact.find(out / "prepare")
             if prepared and {*left} & {*TRAINING}:
                 check_prepared(prepared)
-            (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+            if left or not (out / "recipe.yaml").is_file():  # that of a finished run stays as its version wrote it
+                (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name
             if name in redone:
