@@ -16,7 +16,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     return Sandbox(tmp_path_factory.mktemp("sandbox"))
 
 
-@pytest.mark.sample("lora", "phases")
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("method", RUNS)
 def test_a_killed_training_ends_the_same(method: str, sandbox: Sandbox) -> None:
     kills = 5 if method in ("full", "lora") else 1
@@ -34,6 +34,7 @@ def test_flipped_bits_are_found(sandbox: Sandbox) -> None:
     assert found == {"flips": 40, "detected": 40}
 
 
+@pytest.mark.sample()
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_the_first_calls_of_a_save(sandbox: Sandbox) -> None:
     found = every_call(sandbox, "lora", slice(2))

@@ -22,6 +22,7 @@ from bench import gpu_train
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.sample()
 def test_the_whole_benchmark_in_small(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     out.write_text('{"runs": [{"of": "another day"}]}')
@@ -79,6 +80,7 @@ def race(folder: Path, seconds: float = 60, **pythons: Any) -> Race:
     return Race(folder, time.monotonic() + seconds, 1.0, pythons)
 
 
+@pytest.mark.sample()
 def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Case("trainer, 1 x 1", "no-such", "lora", 0.0)
     reason = race(tmp_path).outcome(broken, race(tmp_path).start_case(broken))["failed"]
@@ -115,6 +117,7 @@ def test_one_that_hangs_costs_the_others_little(tmp_path: Path, monkeypatch: pyt
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.sample()
 def test_peers_without_weights_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = _python(tmp_path / "dead", "kill -9 $$")
     monkeypatch.setattr(gpu_train.sys, "executable", str(dead))

@@ -113,6 +113,7 @@ def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch:
     assert found.bytes["peak"] == pytest.approx(wanted.bytes["peak"], rel=0.5)
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_does_not_fit_gets_changes_that_make_it_fit(
     method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +153,7 @@ SHARED_BY = {
 }
 
 
+@pytest.mark.sample("lora-ddp", "full-fsdp2", "lora-zero3")
 @pytest.mark.parametrize("engine", SHARED_BY)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_process_holds_its_part_of_what_its_engine_shares_out(

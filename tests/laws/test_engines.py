@@ -100,7 +100,7 @@ def die_at(step: int) -> Any:
     return arm
 
 
-@pytest.mark.sample("ddp-lora", "fsdp2-full", "zero3-lora", "fsdp2-qlora")
+@pytest.mark.sample("ddp-lora", "fsdp2-full", "zero3-lora")
 @pytest.mark.parametrize(("engine", "method"), CASES)
 def test_two_processes_killed_and_resumed_are_one_process(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
@@ -189,6 +189,7 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
     assert "the recipe asks for fsdp2, but ddp is running" in capfd.readouterr().err
 
 
+@pytest.mark.sample("fsdp2-auto")
 @pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
 def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
     """The second stage waits for the files of the first, and no state of the first engine is left. It trains single rows."""

@@ -185,6 +185,11 @@ def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path:
     assert found["adalora"] - found["lora"] == pytest.approx(0.5 * math.sqrt(6), rel=0.1)
 
 
+@pytest.mark.sample(
+    "{rank: 4, dora: true}-, schedule: wsd, neftune: 5",
+    "{rank: 4}-, optimizer: muon, schedule: warmup_lr, warmup: 4",
+    "{rank: 4, method: qlora}-, optimizer: adamw_8bit",
+)
 @pytest.mark.parametrize(
     ("adapter", "sft"),
     [

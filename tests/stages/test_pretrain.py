@@ -314,6 +314,7 @@ def test_plan_check_and_look_know_pretraining(grown: Path, tmp_path: Path, tongw
     assert code == 0 and "<|endoftext|>" in out
 
 
+@pytest.mark.sample("concatenated")
 @pytest.mark.parametrize("arrangement", ["apart", "concatenated", "blocks"])
 def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: Path, tmp_path: Path) -> None:
     """Many small micro-batches, one pack of all, and two processes: the same losses and gradients."""
@@ -331,7 +332,7 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
             assert norm == pytest.approx(wanted_norm, rel=2e-5)
 
 
-@pytest.mark.sample("fsdp2-new_rows--True", "zero2-new_rows--True")
+@pytest.mark.sample("fsdp2-new_rows--True")
 @pytest.mark.parametrize(
     ("engine", "first", "then", "tied"),
     [

