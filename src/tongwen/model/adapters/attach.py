@@ -19,11 +19,11 @@ from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
+from tongwen.model.adapters.config import is_called, is_named
 from tongwen.model.adapters.targets import (
     AdapterTargets,
     find_targets,
     fused_experts,
-    is_called,
     is_tied,
     no_module,
     text_part,
@@ -402,7 +402,7 @@ def _owners_apart(model: Any, also: list[str]) -> list[str]:
     learned = {
         id(part)
         for name, part in model.named_parameters(remove_duplicate=False)
-        if any(is_called(name.rpartition(".")[0], one) for one in also)
+        if is_named(also, name.rpartition(".")[0])
     }
     owners = zip(_row_owners(model), _weights_of_embeddings(model), strict=False)
     return [name for name, part in owners if id(part) not in learned]
@@ -412,7 +412,7 @@ def _experts(model: Any, targets: AdapterTargets) -> list[str]:
     """Return a notice on whether the adapter covers fused expert weights, which are not `Linear` modules."""
     parts = dict(model.named_parameters())
     fused = {name: parts[name] for name in fused_experts(model)}
-    passed = [name for name in fused if not any(is_called(name, one) for one in targets.parameters)]
+    passed = [name for name in fused if not is_named(targets.parameters, name)]
     if passed:
         size = sum(fused[name].numel() for name in passed)
         return [

@@ -106,7 +106,12 @@ def is_named(patterns: str | list[str], module: str) -> bool:
     """Match as peft does: a list holds name endings, a string is a regular expression for the whole name."""
     if isinstance(patterns, str):
         return bool(re.fullmatch(patterns, module))
-    return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
+    return any(is_called(module, pattern) for pattern in patterns)
+
+
+def is_called(module: str, name: str) -> bool:
+    """Match a target as peft does: by a module's whole name, or by its last components."""
+    return module == name or module.endswith(f".{name}")
 
 
 def is_inside(name: str, module: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
+from tongwen.model.adapters.config import is_called, is_inside
 from tongwen.recipe.training import AdapterConfig
 
 
@@ -46,7 +47,7 @@ def find_targets(model: Any, adapter_config: AdapterConfig) -> AdapterTargets:
     if adapter_config.targets == "all-linear":
         parameters += [name for name in fused_experts(model) if name not in parameters]
     for name in adapter_config.exclude:
-        found = {full for full in [*chosen, *parameters] if f".{name}." in f".{full}."}
+        found = {full for full in [*chosen, *parameters] if is_inside(name, full)}
         if not found:
             raise no_module("exclude", name, model)
         chosen, parameters = ([full for full in names if full not in found] for names in (chosen, parameters))
@@ -79,11 +80,6 @@ def is_tied(model: Any) -> bool:
     """Whether the head is the embedding itself. A wrapped model's own config may not say it, but its text's."""
     configs = (model.config, model.config.get_text_config())
     return any(getattr(config, "tie_word_embeddings", False) for config in configs)
-
-
-def is_called(module: str, name: str) -> bool:
-    """Match a target as peft does: by a module's whole name, or by its last components."""
-    return module == name or module.endswith(f".{name}")
 
 
 def _chosen_modules(model: Any, adapter_config: AdapterConfig) -> list[str]:
