@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import write_rows
 from tongwen.core.errors import DataError, RecipeError, RowRefused
 from tongwen.core.records import Dialogue, Document, Origin
 from tongwen.data import files, formats
@@ -573,3 +574,10 @@ def test_an_entry_of_a_hub_and_what_is_refused(info: Path) -> None:
     info.unlink()
     with pytest.raises(DataError, match="cannot be opened"):
         entry_source(SourceConfig(path=str(info), entry="plain"))
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "conversation", "chosen", "history"])
+def test_the_only_row_of_a_file_is_no_wrapper_for_its_turns(key: str, tmp_path: Path) -> None:
+    row = {key: [{"role": "user", "content": "问"}]}
+    file = write_rows(tmp_path / "one.jsonl", [row])
+    assert [raw.value for raw in read_rows(file, SourceConfig(path=str(file)))] == [row]

@@ -19,6 +19,7 @@ from tongwen.core.i18n import _
 from tongwen.data import charset, files, tables
 from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile, Stream, printable
+from tongwen.data.formats import TURNS
 from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
 from tongwen.recipe.data import SourceConfig
@@ -365,7 +366,7 @@ def _parsed(lines: Iterator[Line], name: str) -> Iterator[RawRow]:
 
 
 # Keys of lists inside a row, and keys that only rows have.
-_LISTS = {"messages", "conversations", "tools", "functions", "history", "prompt", "completion"}
+_LISTS = {*TURNS, "tools", "functions", "history", "prompt", "completion", "chosen", "rejected"}
 _ROW_KEYS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
 
 
