@@ -163,12 +163,18 @@ def dialogues(count: int) -> list[dict[str, str]]:
 
 
 def write_recipe(
-    folder: Path, base: Path, rows: list[Any] | None = None, sft: str = "", extra: str = "", merge: bool = True
+    folder: Path,
+    base: Path,
+    rows: list[Any] | None = None,
+    sft: str = "",
+    extra: str = "",
+    merge: bool = True,
+    samples: int = 0,
 ) -> Path:
-    """A recipe for a tiny run."""
+    """A recipe for a tiny run. samples: answers of 64 tokens before and after it; they cost more than its training."""
     data = write_rows(folder / "data.jsonl", dialogues(24) if rows is None else rows)
     text = f"name: tiny\nbase: {base}\nout: {folder / 'out'}\nprepare: {{dialogues: {data}, held_out: 4}}\n"
-    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: 1, precision: fp32{sft}}}\n"
+    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: {samples}, precision: fp32{sft}}}\n"
     text += ("merge: {}\n" if merge else "") + extra
     recipe = folder / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")

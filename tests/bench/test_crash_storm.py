@@ -16,7 +16,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     return Sandbox(tmp_path_factory.mktemp("sandbox"))
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.sample()
 @pytest.mark.parametrize("method", RUNS)
 def test_a_killed_training_ends_the_same(method: str, sandbox: Sandbox) -> None:
     kills = 5 if method in ("full", "lora") else 1

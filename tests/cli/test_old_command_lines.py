@@ -147,7 +147,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-@pytest.mark.sample("belle:8", "cla:31")
+@pytest.mark.sample("belle:8")
 @pytest.mark.parametrize("name", WANTED)
 def test_a_training_line_leaves_the_manifest_that_its_readme_promised(
     name: str,

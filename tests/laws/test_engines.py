@@ -100,7 +100,7 @@ def die_at(step: int) -> Any:
     return arm
 
 
-@pytest.mark.sample("ddp-lora", "fsdp2-full", "zero3-lora")
+@pytest.mark.sample("fsdp2-full", "zero3-lora")
 @pytest.mark.parametrize(("engine", "method"), CASES)
 def test_two_processes_killed_and_resumed_are_one_process(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
@@ -152,7 +152,7 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
     method: str, chat_model: Path, tmp_path: Path
 ) -> None:
     """1 x 8 = 8 x 1 = 2 processes x 4 = packed = padded, through the real command."""
-    settings = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps, samples: 0"
+    settings = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps"
     cuts = {
         "8 x 1": (1, 16, None),
         "1 x 8": (1, 4096, None),
@@ -164,7 +164,7 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
         folder = tmp_path / name.replace(" ", "-")
         recipe = recipe_for(folder, chat_model, method, sft=f"{settings}, micro_batch_tokens: {tokens}")
         text = recipe.read_text()
-        for doubled in (", batch_size: 4", ", samples: 1", ", save_every: 3", ", stop_after: 8 steps"):
+        for doubled in (", batch_size: 4", ", save_every: 3", ", stop_after: 8 steps"):
             text = text.replace(doubled, "", 1)
         recipe.write_text(text.replace("merge: {}\n", ""))
         assert launched(world, "run", recipe, before=before) == [0] * world
@@ -214,6 +214,7 @@ def test_several_processes_do_not_rewrite_at_once(flag: str, chat_model: Path, t
     assert f"{flag} --devices 2" in capfd.readouterr().err
 
 
+@pytest.mark.sample()
 def test_a_changed_recipe_is_refused_under_a_launcher_too(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
     recipe = recipe_for(tmp_path, chat_model, "lora")
     assert launched(2, "run", recipe, before=die_at(5))[1] == -signal.SIGKILL
@@ -240,6 +241,7 @@ def test_a_launcher_does_not_change_precision(chat_model: Path, tmp_path: Path, 
     assert torch.allclose(logits(tmp_path / "out" / "merge"), logits(alone["lora"]), atol=1e-5)
 
 
+@pytest.mark.sample()
 def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, tmp_path: Path) -> None:
     """The falling scores of rank 0 decide. By its own scores rank 1 would stop, and rank 0 would wait for it forever."""
 
@@ -260,10 +262,11 @@ def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, t
     assert len(found) == 8 and scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.sample()
 def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> None:
     """Slurm and systemd send the signal to the command, the launcher and the processes."""
-    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
-    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    recipe = recipe_for(tmp_path, chat_model, "lora")
+    recipe.write_text(recipe.read_text().replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -278,10 +281,11 @@ def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> 
     assert stopped == metrics(tmp_path / "out" / "sft.partial")[-1]["step"]
 
 
+@pytest.mark.sample()
 def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
     """Processes started by `tongwen run --devices 2`."""
-    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
-    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    recipe = recipe_for(tmp_path, chat_model, "lora")
+    recipe.write_text(recipe.read_text().replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"

@@ -61,7 +61,7 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
         pytest.importorskip("bitsandbytes")
     facts, base = FAMILIES[family], family_folder(tmp_path / "base", family, small_ice)
     recipe = write_recipe(tmp_path, base, rows=dialogues(10), sft=", stop_after: 4 steps")
-    text = recipe.read_text().replace("rank: 4", f"rank: 4, method: {method}").replace("samples: 1", "samples: 0")
+    text = recipe.read_text().replace("rank: 4", f"rank: 4, method: {method}")
     text = text.replace("template: chatml", "template: own") if family == "chatglm" else text
     if method == "lora" and not facts.dialogues_only:
         (tmp_path / "text.txt").write_text("\n\n".join(texts(12)), encoding="utf-8")

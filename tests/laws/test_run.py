@@ -28,7 +28,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 def finished(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run with LoRA and merge: its folder."""
     folder = tmp_path_factory.mktemp("finished")
-    assert main(["run", str(write_recipe(folder, chat_model))]) == 0
+    assert main(["run", str(write_recipe(folder, chat_model, samples=1))]) == 0
     return folder
 
 
@@ -132,7 +132,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(
             .replace("adapter: {rank: 4}, ", "")
             .replace("learning_rate: 1e-2, ", "" if method == "full" else "learning_rate: 1e-2, ")
         )
-        (folder / "recipe.yaml").write_text(text.replace(", samples: 1", f", samples: 1{sft}"))
+        (folder / "recipe.yaml").write_text(text.replace(", samples: 0", f", samples: 1{sft}"))
     assert in_a_child("run", whole / "recipe.yaml") == 0
 
     for step in (2, 5, 8):
@@ -179,14 +179,9 @@ def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Pa
     for budget in (16, 100, 4096):
         folder = tmp_path / str(budget)
         recipe = write_recipe(
-            folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}, samples: 0", merge=False
+            folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}", merge=False
         )
-        recipe.write_text(
-            recipe.read_text()
-            .replace("samples: 1, ", "")
-            .replace("learning_rate: 1e-2", "learning_rate: 1e-3")
-            .replace(", samples: 1,", ",")
-        )
+        recipe.write_text(recipe.read_text().replace("learning_rate: 1e-2", "learning_rate: 1e-3"))
         assert main(["run", str(recipe)]) == 0
         lines = [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
         found.append(

@@ -41,6 +41,7 @@ def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
     return float(total.detach()), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
 
 
+@pytest.mark.sample()
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch's inductor compiles with g++")
 def test_compiled_layers_give_the_same_loss_and_gradient(chat_model: Path) -> None:
     model = adapt(packed_model(chat_model), AdapterConfig(method="full"), []).model.train()

@@ -35,7 +35,14 @@ def documents(count: int) -> list[dict[str, str]]:
 
 
 def write_recipe(
-    folder: Path, base: Path, words: str, *, rows: int = 40, extra: str = "", shape: str = "adapter: {rank: 4}, "
+    folder: Path,
+    base: Path,
+    words: str,
+    *,
+    rows: int = 40,
+    extra: str = "",
+    shape: str = "adapter: {rank: 4}, ",
+    samples: int = 0,
 ) -> Path:
     """A tiny run of pretrain."""
     data = write_rows(folder / "docs.jsonl", documents(rows))
@@ -43,7 +50,7 @@ def write_recipe(
     recipe.write_text(
         f"name: tiny\nbase: {base}\nout: {folder / 'out'}\n"
         f"prepare: {{documents: {data}, held_out: 8, dedup: {{documents: 'off'}}}}\n"
-        f"pretrain: {{{shape}{'' if ' learning_rate' in words.split('phases')[0] else 'learning_rate: 1e-2, '}max_length: 64, batch_size: 4, samples: 1, precision: fp32, {words}}}\n"
+        f"pretrain: {{{shape}{'' if ' learning_rate' in words.split('phases')[0] else 'learning_rate: 1e-2, '}max_length: 64, batch_size: 4, samples: {samples}, precision: fp32, {words}}}\n"
         + extra,
         encoding="utf-8",
     )

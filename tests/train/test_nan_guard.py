@@ -160,6 +160,7 @@ def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tong
     assert code == 6 and "model.layers.1.mlp.up_proj.weight" in err
 
 
+@pytest.mark.sample("6")
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_signal_saves_and_the_same_command_ends_the_same(step: int, chat_model: Path, tmp_path: Path) -> None:
     """Also a signal after the last step: the next stage does not begin."""

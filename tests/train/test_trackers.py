@@ -42,7 +42,7 @@ def die() -> None:
 
 
 def test_a_killed_run_is_one_curve_and_its_samples_stand_once(chat_model: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, chat_model, sft=SETTINGS, merge=False, extra="track: tensorboard\n")
+    recipe = write_recipe(tmp_path, chat_model, sft=SETTINGS, merge=False, extra="track: tensorboard\n", samples=1)
     assert os.WTERMSIG(in_a_child("run", recipe, before=die)) == signal.SIGKILL
     assert in_a_child("run", recipe) == 0
     stage = tmp_path / "out" / "sft"

@@ -34,6 +34,7 @@ def steps(out: Path) -> int:
     return len(curve[0][1]) if (curve := run_manager.curves(out)) else 0
 
 
+@pytest.mark.sample()
 def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
     for name in ("never", "once"):
         write_recipe(tmp_path / name, chat_model, dialogues(60), sft=SAVING)

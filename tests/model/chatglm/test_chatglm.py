@@ -244,7 +244,6 @@ def test_the_whole_run(method: str, real: bool, small_ice: Path, tmp_path: Path,
     text = recipe.read_text().replace("template: chatml", "template: chatglm")
     text = (
         text.replace("rank: 4", f"rank: 4, method: {method}")
-        .replace("samples: 1", "samples: 0")
         .replace("learning_rate: 1e-2", "learning_rate: 3e-3")
     )
     recipe.write_text(text)
