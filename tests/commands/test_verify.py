@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SHARED
+from tests.conftest import SHARED, write_recipe
 from tests.export.test_pth import make_original
 from tests.model.merging.test_merge import make_adapter
 from tongwen.export import checksums
@@ -53,6 +53,16 @@ def test_every_flipped_bit_of_an_artifact_is_found(merged: Path, tongwen: Any) -
     (merged / "tokenizer_config.json").unlink()
     code, _, err = tongwen("verify", merged)
     assert code == 4 and "tokenizer_config.json" in err and "missing" in err
+
+
+def test_what_prepare_wrote_is_compared_not_what_it_read(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    assert tongwen("run", write_recipe(tmp_path, chat_model, merge=False), "--until", "prepare")[0] == 0
+    folder = tmp_path / "out" / "prepare"
+    (tmp_path / "data.jsonl").unlink()
+    assert tongwen("verify", folder)[0] == 0
+    flip(folder / "dialogues.jsonl")
+    code, _, err = tongwen("verify", folder)
+    assert code == 4 and str(folder / "dialogues.jsonl") in err
 
 
 def test_the_changed_tensor_is_named(merged: Path, tongwen: Any) -> None:

@@ -84,8 +84,11 @@ def _lists(folder: Path, against: str) -> list[Path]:
 def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
     """Return (file name, its hash, the source) for every expected file."""
     out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
-    recorded = stage.manifest.get("files", {}) if stage else {}
-    return out + [(name, facts["sha256"], artifact.MANIFEST) for name, facts in recorded.items()]
+    manifest = stage.manifest if stage else {}
+    recorded = {name: facts["sha256"] for name, facts in manifest.get("files", {}).items()}
+    if stage and stage.kind == "prepare":  # its `files` are what it read, wherever that lies now
+        recorded = manifest.get("made", {})
+    return out + [(name, digest, artifact.MANIFEST) for name, digest in recorded.items()]
 
 
 def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]]:
