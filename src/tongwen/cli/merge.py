@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help=_("model"))
     _add_merge_inputs(parser)
     parser.add_argument("--out", required=True, help=_("folder of the merged model"))
-    parser.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=_("number type"))
+    parser.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=_("dtype"))
     parser.add_argument(
         "--to",
         default="hf",

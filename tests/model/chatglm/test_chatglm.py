@@ -242,10 +242,7 @@ def test_the_whole_run(method: str, real: bool, small_ice: Path, tmp_path: Path,
     base = chatglm_folder(tmp_path / "chatglm-6b", ICE if real else small_ice)
     recipe = write_recipe(tmp_path, base, rows=dialogues(16), merge=method != "full")
     text = recipe.read_text().replace("template: chatml", "template: chatglm")
-    text = (
-        text.replace("rank: 4", f"rank: 4, method: {method}")
-        .replace("learning_rate: 1e-2", "learning_rate: 3e-3")
-    )
+    text = text.replace("rank: 4", f"rank: 4, method: {method}").replace("learning_rate: 1e-2", "learning_rate: 3e-3")
     recipe.write_text(text)
     code, _, err = tongwen("run", recipe)
     assert code == 0, err
