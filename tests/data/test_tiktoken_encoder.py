@@ -115,7 +115,7 @@ def test_one_difference_and_it_is_not_used(
     wrong = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert wrong is not None
     monkeypatch.setattr(wrong, "encode", lambda text: encode.np.zeros(3, encode.np.uint32))
-    monkeypatch.setattr(encode, "make_fast", lambda backend: wrong)
+    monkeypatch.setattr(encode, "make_tiktoken_encoder", lambda backend: wrong)
     ids = encoder.encode_texts(["今天天气很好"] * 20)
     assert encoder.fast is None and list(ids[0]) == tokenizer.backend_tokenizer.encode("今天天气很好").ids
     assert "using the tokenizers library instead" in capsys.readouterr().out

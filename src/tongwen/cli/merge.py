@@ -87,10 +87,12 @@ def _add_merge_inputs(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.chat_vector and not arguments.adapter:
-        from tongwen.commands import chat_vector
+        from tongwen.commands import merge_chat_vector
 
         instruct, base = arguments.chat_vector
-        return chat_vector.run(arguments.base, instruct, base, arguments.scale, arguments.out, again=arguments.again)
+        return merge_chat_vector.run(
+            arguments.base, instruct, base, arguments.scale, arguments.out, again=arguments.again
+        )
     from tongwen.commands import merge
     from tongwen.core.errors import RecipeError
     from tongwen.workflows.merging import MergeOptions
