@@ -16,7 +16,7 @@ from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import read_rowless
 from tongwen.model.adapters.read import Adapter
-from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_of, order_that_fits
+from tongwen.model.loading.fingerprint import combine, digests_of, fingerprint_chain, order_that_fits
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AdapterLink:
 def read_link(adapter: Adapter) -> AdapterLink:
     """Read an adapter's lineage. Raises ArtifactError when its tensors differ from those in its manifest."""
     stage = artifact.find(adapter.folder)
-    fingerprint = combine(lines_of(adapter.tensors))
+    fingerprint = combine(digests_of(adapter.tensors))
     if stage and stage.fingerprint != fingerprint:
         raise ArtifactError(
             _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(
