@@ -53,7 +53,7 @@ def test_the_batch_is_converted_once_with_the_devices(tmp_path: Path) -> None:
         ("adam_beta1: x", "recipe.yaml:4 · sft.trainer.adam_beta1: 'x' is not of type float"),
         ("dataloader_num_workers: 1.5", "1.5 is not of type int"),
         ("tf32: 1", "1 is not of type bool | None"),
-        ("adam_beta1: 1, tf32: null, project: a", ""),
+        ("adam_beta1: 0, tf32: null, project: a", ""),
     ],
 )
 def test_a_value_of_another_type_is_refused_at_its_line(trainer: str, message: str, tmp_path: Path) -> None:

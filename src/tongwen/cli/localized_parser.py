@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from tongwen.core.i18n import N_, _
+from tongwen.core.terminal_text import visible
 
 # Messages of argparse (Python 3.10 to 3.13) to users; those to programmers stay English.
 ARGPARSE_MESSAGES = (
@@ -78,7 +79,7 @@ class LocalizedParser(argparse.ArgumentParser):
         if found:  # Python 3.10 does not translate this message
             message = _("argument %(argument_name)s: %(message)s") % {"argument_name": found[1], "message": found[2]}
         with _our_catalogue():
-            super().error(message)
+            super().error(visible(message))
 
 
 @contextmanager

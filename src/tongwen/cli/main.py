@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tongwen.cli.parser import parse
 from tongwen.core.i18n import _
+from tongwen.core.stop_signals import StopSignal, raise_on_stop_signals
+from tongwen.core.terminal_text import use_any_encoding
+
+if TYPE_CHECKING:
+    import argparse
 
 # Messages of torch's process groups (gloo, NCCL) when another process has ended.
 PEER_EXITED = (
@@ -17,15 +23,42 @@ PEER_EXITED = (
     "remote process exited",
     "NCCL communicator was aborted",
 )
+# Errors of a path that cannot be what it is used for: too long, through a file, a folder, or in a circle.
+NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # Messages of the writers of safetensors (Rust) and torch (C++) when a write to the disk fails.
 WRITE_FAILED = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see docs/errors.md)."""
-    arguments = parse(argv)
-    arguments.main = main  # `migrate --run` runs the commands that it prints
+    with raise_on_stop_signals():
+        arguments = None
+        try:
+            use_any_encoding()
+            from tongwen.cli.parser import parse  # inside: a stop signal may arrive during the imports
 
+            arguments = parse(argv)
+            arguments.main = main  # `migrate --run` runs the commands that it prints
+            return _run(arguments)
+        except BaseException as error:
+            stop = _stop_behind(error)
+            if stop is None:
+                raise
+            ends_well = (
+                isinstance(stop, StopSignal) and stop.number == signal.SIGTERM and arguments and arguments.serves
+            )
+            return 0 if ends_well else _interrupted()
+
+
+def _stop_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the stop signal or Ctrl-C behind an error: a C extension whose import is interrupted raises one of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code, or that of its error, with a message."""
     from tongwen.core import distributed  # after parse, which exits on --help: these imports take a third of its time
     from tongwen.core.errors import TongwenError
 
@@ -39,17 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run_command(arguments))
     except TongwenError as error:
         return _fail(error.exit_code, error.text())
-    except KeyboardInterrupt:
-        again = _("the same command continues")
-        return _fail(130, _("interrupted; {again}").format(again=again))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_SUCH_PATH:
+            return _fail(2, f"{error.filename}: {error.strerror}")
         cause = _machine_cause(error)
         if cause is None:
             raise
         return _fail(5, cause)
+
+
+def _interrupted() -> int:
+    again = _("the same command continues")
+    return _fail(130, _("interrupted; {again}").format(again=again))
 
 
 def _silence_libraries() -> None:

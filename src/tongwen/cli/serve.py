@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model_arguments.add_opening(parser)
     model_arguments.add_sampling(parser)
+    parser.set_defaults(serves=True)  # SIGTERM is its usual end
 
 
 def run(arguments: argparse.Namespace) -> int:

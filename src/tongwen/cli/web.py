@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared_arguments.add_page_address(parser)
     model_arguments.add_opening(parser)
+    parser.set_defaults(serves=True)  # SIGTERM is its usual end
 
 
 def run(arguments: argparse.Namespace) -> int:

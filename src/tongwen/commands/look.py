@@ -81,10 +81,8 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
 
 
 def _print(tokenizer: Any, store: TokenStore, index: int, stop: int) -> None:
-    from rich.text import Text
-
-    shown = Text()
-    for text, token, learned in pieces(tokenizer, store, index):
-        shown.append(text, ("black on yellow" if token == stop else "black on green") if learned else "dim")
-    if console.SCREEN.is_active:
-        console.SCREEN.console.print(shown)
+    parts = [
+        (text, ("black on yellow" if token == stop else "black on green") if learned else "dim")
+        for text, token, learned in pieces(tokenizer, store, index)
+    ]
+    console.show(console.styled(*parts))

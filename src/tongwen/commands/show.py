@@ -27,8 +27,7 @@ def run(path: str) -> int:
             place=path,
         )
     for one in found:
-        if console.SCREEN.is_active:
-            console.SCREEN.console.print(_tree(one))
+        console.show(_tree(one))
     console.emit({"artifacts": {str(one.path): one.manifest for one in found}})
     return 0
 
@@ -63,25 +62,32 @@ def _stages(folder_path: Path) -> list[Path]:
     )
 
 
-def _tree(one: artifact.Artifact) -> Tree:
+def _tree(one: artifact.Artifact, role: str = "", changed: str = "", below: frozenset[Path] = frozenset()) -> Tree:
+    """role, changed: of an ancestor, before and after its path and kind. below: its descendants in the tree."""
     manifest = one.manifest
-    tree = Tree(f"[bold]{console.plain(str(one.path))}[/]  {one.kind}  [dim]{one.fingerprint[:12]}[/]")
-    tree.add(
-        f"[dim]{manifest.get('created', '')} · {console.human_time(manifest.get('seconds', 0))} · tongwen {manifest.get('tongwen', '?')} · torch {manifest.get('versions', {}).get('torch', '?')}[/]"
+    made = " · ".join(
+        (
+            str(manifest.get("created", "")),
+            console.human_time(manifest.get("seconds", 0)),
+            f"tongwen {manifest.get('tongwen', '?')}",
+            f"torch {manifest.get('versions', {}).get('torch', '?')}",
+        )
     )
+    fingerprint = (one.fingerprint[:12], "dim")
+    tree = Tree(console.styled(role, (str(one.path), "bold"), f"  {one.kind}  ", fingerprint, (changed, "red")))
+    tree.add(console.styled((made, "dim")))
     for name, value in _facts(manifest):
-        tree.add(f"{console.plain(name)}: {console.plain(value)}")
+        tree.add(console.styled(f"{name}: {value}"))
     for role, parent in manifest.get("parents", {}).items():
-        ancestor = artifact.find(Path(parent["path"])) if parent.get("kind") else None
+        place = Path(str(parent.get("path")))
+        ancestor = artifact.find(place) if parent.get("kind") and place not in below else None
         if ancestor is not None:
             unchanged = ancestor.fingerprint == parent.get("fingerprint")
-            branch = _tree(ancestor)
-            branch.label = f"{role}: {branch.label}" + ("" if unchanged else f"  [red]{_('has changed since')}[/]")
-            tree.add(branch)
+            changed = "" if unchanged else f"  {_('has changed since')}"
+            tree.add(_tree(ancestor, f"{role}: ", changed, below | {one.path, place}))
         else:
-            tree.add(
-                f"{role}: {console.plain(str(parent.get('path') or parent.get('name') or ''))}  [dim]{str(parent.get('fingerprint') or '')[:12]}[/]"
-            )
+            name = parent.get("path") or parent.get("name") or ""
+            tree.add(console.styled(f"{role}: {name}  ", (str(parent.get("fingerprint") or "")[:12], "dim")))
     return tree
 
 

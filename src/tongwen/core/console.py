@@ -1,6 +1,7 @@
 """Terminal output: rank 0 only, 80 columns, no progress bars without a terminal.
 
-With `--json` the human-readable text goes to stderr, and stdout gets one JSON object.
+With `--json` the human-readable text goes to stderr, and stdout gets one JSON object. Text reaches the terminal only through
+`styled`: brackets in it are no markup, and control characters are shown escaped.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tongwen.core.distributed import is_main_process
 from tongwen.core.i18n import _
+from tongwen.core.terminal_text import visible
 
 
 class Screen:
@@ -25,67 +28,86 @@ class Screen:
 
     def __init__(self) -> None:
         self.json = False
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.console = _console()
 
     def use_json(self) -> None:
         self.json = True
-        self.console = Console(highlight=False, soft_wrap=False, stderr=True)
+        self.console = _console(stderr=True)
 
     @property
     def is_active(self) -> bool:
         return is_main_process()
 
 
+def _console(*, stderr: bool = False) -> Console:
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=False, stderr=stderr)
+
+
 SCREEN = Screen()
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Return text for the terminal, from texts and (text, style) pairs."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((visible(text.replace("\r\n", "\n")), style) for text, style in pairs))
+
+
+def show(shown: RenderableType, *, soft_wrap: bool = False) -> None:
+    """Print styled text, a tree or a table."""
+    if SCREEN.is_active:
+        SCREEN.console.print(shown, soft_wrap=soft_wrap)
 
 
 def header(title: str, detail: str = "") -> None:
     """Print the first line of a stage."""
-    if SCREEN.is_active:
-        SCREEN.console.print()
-        SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{plain(detail)}[/]".rstrip(), soft_wrap=True)
+    show("")
+    show(styled((title, "bold cyan"), *(("  ", (detail, "dim")) if detail else ())), soft_wrap=True)
 
 
 def info(text: str) -> None:
     """Print a line."""
-    if SCREEN.is_active:
-        SCREEN.console.print(plain(text), soft_wrap=not SCREEN.console.is_terminal)
+    _line(text)
 
 
 def notice(text: str) -> None:
     """Print a notice about something that was derived, translated or left out."""
-    if SCREEN.is_active:
-        SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
+    _line(("!", "yellow"), f" {text}")
 
 
 def success(text: str) -> None:
     """Print the result of a step."""
-    if SCREEN.is_active:
-        SCREEN.console.print(f"[green]✓[/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
+    _line(("✓", "green"), f" {text}")
 
 
 def error(text: str) -> None:
     """Print an error to stderr, also on other ranks than 0."""
-    Console(stderr=True, highlight=False).print(f"[bold red]✗[/] {plain(text)}", soft_wrap=True)
+    _console(stderr=True).print(styled(("✗", "bold red"), f" {text}"), soft_wrap=True)
+
+
+def _line(*parts: str | tuple[str, str]) -> None:
+    show(styled(*parts), soft_wrap=not SCREEN.console.is_terminal)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
     """Print a table; the first column is left-aligned, columns of numbers are right-aligned."""
     if not SCREEN.is_active:
         return
-    out = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    out = Table(
+        title=styled(title) if title else None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     for index, name in enumerate(columns):
         numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
-        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        out.add_column(styled(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        out.add_row(*(plain(_cell(cell)) for cell in row))
-    SCREEN.console.print(out)
+        out.add_row(*(styled(_cell(cell)) for cell in row))
+    show(out)
 
 
 def emit(value: dict[str, Any]) -> None:
     """Print the JSON object of `--json`; do nothing without that flag."""
     if SCREEN.json and SCREEN.is_active:
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json.dumps(value, ensure_ascii=not is_unicode) + "\n")
         sys.stdout.flush()
 
 
@@ -94,12 +116,12 @@ class Bar:
 
     def __init__(self, progress: Progress | None, total: int, label: str, start: int) -> None:
         self._progress, self._total, self._label = progress, max(total, 1), label
-        self._task = progress.add_task(label, total=total, completed=start, note="") if progress else None
+        self._task = progress.add_task(visible(label), total=total, completed=start, note="") if progress else None
         self._tenth = 10 * start // self._total
 
     def update(self, done: int, note: str = "") -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, note=note)
+            self._progress.update(self._task, completed=done, note=visible(note))
         elif SCREEN.is_active and (tenth := 10 * done // self._total) > self._tenth:
             self._tenth = tenth
             info(f"{self._label} {done}/{self._total}  {note}".rstrip())
@@ -112,11 +134,11 @@ def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
         yield Bar(None, total, label, start)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=SCREEN.console, transient=True) as shown:
         yield Bar(shown, total, label, start)
@@ -127,12 +149,12 @@ def waiting(label: str) -> Iterator[None]:
     """Show a spinner while the block runs; print its duration when it took over 2 s."""
     started = time.monotonic()
     if SCREEN.is_active and SCREEN.console.is_terminal:
-        with SCREEN.console.status(plain(label)):
+        with SCREEN.console.status(styled(label)):
             yield
     else:
         yield
-    if SCREEN.is_active and (took := time.monotonic() - started) > 2:
-        SCREEN.console.print(f"[dim]{plain(label)} · {took:.0f} s[/]")
+    if (took := time.monotonic() - started) > 2:
+        show(styled((f"{label} · {took:.0f} s", "dim")))
 
 
 def human_count(number: float) -> str:
@@ -157,11 +179,6 @@ def human_time(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def plain(text: str) -> str:
-    """Escape brackets, so that rich does not read them as markup."""
-    return text.replace("[", "\\[")
 
 
 def _cell(cell: Any) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+
+from tongwen.core.stop_signals import on_stop_signals
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
 START_TIME = "TONGWEN_BEGAN"
@@ -67,27 +67,6 @@ def is_child_process() -> bool:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def stop_signals() -> list[signal.Signals]:
-    """Return the signals that ask a run to save and stop: SIGTERM (Slurm, torchrun), SIGUSR1 (`sbatch --signal=USR1@300`)."""
-    return [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-
-@contextmanager
-def on_stop_signals(handler: Callable[[int], object]) -> Iterator[None]:
-    """Call `handler` with the number of each stop signal that arrives inside the block."""
-    previous = {one: signal.signal(one, lambda number, frame: handler(number)) for one in stop_signals()}
-    try:
-        yield
-    finally:
-        for one, old_handler in previous.items():
-            signal.signal(one, old_handler)
-
-
-def interrupt(number: int) -> None:
-    """Stop as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def record_start_time() -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from tongwen.core.errors import RecipeError, raise_all
 from tongwen.core.i18n import _
@@ -20,6 +17,7 @@ from tongwen.migrate.flag_values import MigrationContext
 from tongwen.migrate.flags import FlagReader, Verdict
 from tongwen.migrate.shell import split_environment
 from tongwen.migrate.tables import OldProgram, known_files, programs, scripts, translate
+from tongwen.recipe.yaml_reader import read_foreign
 
 CurrentId = Callable[[str], str]
 SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama-65b"}
@@ -282,10 +280,10 @@ def _read_keys(reader: FlagReader, program: OldProgram, data: Mapping[str, Any],
 def _read_data(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        data = read_foreign(text, is_json=path.endswith(".json"))
     except FileNotFoundError:
         raise RecipeError(_("there is no such file"), place=path) from None
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(_("cannot be read: {error}").format(error=error), place=path) from None
     if not isinstance(data, dict):
         raise RecipeError(_("a configuration must map keys to values"), place=path)

@@ -1,6 +1,7 @@
 """Names of other tools in a recipe: translated with a notice, or refused with the recipe's own name.
 
-`OWNED`: TrainingArguments for which the recipe has its own settings; `NEEDLESS`: those that it needs no setting for. `OLD`: names that transformers 5 dropped or other
+`OWNED`: TrainingArguments for which the recipe has its own settings; `NEEDLESS`: those that it needs no setting for;
+`LIMITS`: those that are numbers. `OLD`: names that transformers 5 dropped or other
 trainers use, with the recipe's name for each.
 """
 
@@ -90,6 +91,20 @@ NEEDLESS = {
     "full_determinism": N_("the same seed gives the same order"),
     "label_smoothing_factor": N_("not supported with the loss over learned tokens"),
     "use_liger_kernel": N_("the head already runs on learned rows only"),
+}
+
+# Numbers among the other TrainingArguments, with their limits: a dataclass accepts any, and fails only when it is used.
+LIMITS = {
+    "adam_beta1": (0, 1 - 1e-9),
+    "adam_beta2": (0, 1 - 1e-9),
+    "adam_epsilon": (0, 1),
+    "torch_empty_cache_steps": (1, 2**31),
+    "eval_accumulation_steps": (1, 2**31),
+    "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, 1024),
+    "ddp_bucket_cap_mb": (1, 1 << 20),
+    "ddp_timeout": (1, 2**31),
+    "local_rank": (-1, 1 << 20),
 }
 
 # Dropped or foreign name -> the recipe's key, or "" when it has no effect any more.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from tongwen.core.i18n import _
-from tongwen.recipe.fields import Number, Rules, Section, read_list, read_source, setting
+from tongwen.recipe.fields import Count, Number, Rules, Section, ShareOrCount, read_list, read_source, setting
 
 
 class SourceConfig(Section):
@@ -39,6 +39,7 @@ class SourceConfig(Section):
         None,
         "passes over its rows per epoch; 0.5 takes a different half each epoch",
         gt=0,
+        le=1e6,
     )
     share: Number | None = setting(None, "share of an epoch's tokens that come from this source", gt=0, lt=1)
     language: str | None = setting(
@@ -68,8 +69,8 @@ SourceConfigs = Annotated[list[Annotated[SourceConfig, BeforeValidator(read_sour
 class SpendingLimits(Section):
     """Spending limits of `synthesize`, which stops before it would exceed one."""
 
-    requests: int | None = setting(None, "requests", ge=1)
-    tokens: int | None = setting(None, "tokens of prompts and answers together", ge=1)
+    requests: Count | None = setting(None, "requests", ge=1)
+    tokens: Annotated[int, Field(le=10**15)] | None = setting(None, "tokens of prompts and answers together", ge=1)
     money: Number | None = setting(None, "money, in the unit of `price`", gt=0)
 
 
@@ -94,26 +95,27 @@ class Synthesize(Section):
         "self_instruct",
         "tasks modelled on sampled examples; tasks on sampled topics; conversations about your own documents",
     )
-    rows: int = setting(..., "number of dialogues to generate", ge=1)
+    rows: Count = setting(..., "number of dialogues to generate", ge=1)
     seeds: str | None = setting(None, "seed tasks in BELLE's format; absent: the 40 included ones")
     topics: list[str] = setting([], "topics; absent: the 82 included ones")
     documents: SourceConfigs = setting([], "documents for the conversations")
     temperature: Number = setting(1.0, "0: always the likeliest", ge=0, le=2)
     top_p: Number = setting(1.0, "nucleus sampling (top-p) share", gt=0, le=1)
-    max_tokens: int = setting(2048, "maximum tokens of a reply", ge=1)
+    max_tokens: Count = setting(2048, "maximum tokens of a reply", ge=1)
     json_schema: Literal["auto", "off"] = setting(
         "auto", "request JSON that follows a schema, if the endpoint supports it"
     )
-    concurrency: int = setting(8, "concurrent requests", ge=1, le=1000)
-    requests_per_minute: Number | None = setting(None, "maximum requests per minute", gt=0)
-    seconds: Number = setting(300.0, "total time limit of one request, in seconds", gt=0)
-    attempts: int = setting(8, "maximum attempts after a temporary failure", ge=1)
+    concurrency: Count = setting(8, "concurrent requests", ge=1, le=1000)
+    requests_per_minute: Number | None = setting(None, "maximum requests per minute", ge=0.001)
+    seconds: Number = setting(300.0, "total time limit of one request, in seconds", gt=0, le=86400)
+    attempts: Count = setting(8, "maximum attempts after a temporary failure", ge=1, le=100)
     pause: Number = setting(
         1.0,
         "longest pause before the first retry, in seconds; doubled for each further retry",
         gt=0,
+        le=3600,
     )
-    stale: int = setting(50, "stop after this many replies in a row without anything new", ge=1)
+    stale: Count = setting(50, "stop after this many replies in a row without anything new", ge=1)
     bm25_at_most: Number = setting(18.0, "maximum BM25 similarity to any other question", gt=0)
     rouge_at_most: Number = setting(0.7, "the same, as ROUGE-L", gt=0, le=1)
     at_most: SpendingLimits = setting(SpendingLimits(), "spending limit")
@@ -153,8 +155,8 @@ class Clean(Section):
     personal_data: Literal["keep", "mask", "drop"] = setting(
         "keep", "telephone numbers, identity card numbers, e-mail addresses"
     )
-    min_chars: int = setting(1, "drop shorter texts", ge=1)
-    max_chars: int | None = setting(None, "drop longer texts", ge=1)
+    min_chars: Count = setting(1, "drop shorter texts", ge=1)
+    max_chars: Count | None = setting(None, "drop longer texts", ge=1)
     min_han: Number = setting(
         0.0,
         "drop texts with a smaller share of Chinese characters",
@@ -172,7 +174,7 @@ class Dedup(Section):
         "deduplication of dialogues; near also drops rows that differ in a few characters, such as short tasks under one instruction",
     )
     threshold: Number = setting(0.6, "Jaccard threshold of near duplicates", gt=0.3, lt=1)
-    min_chars: int = setting(100, "shorter texts are only compared exactly", ge=3)
+    min_chars: Count = setting(100, "shorter texts are only compared exactly", ge=3)
 
 
 class Prepare(Section):
@@ -182,11 +184,11 @@ class Prepare(Section):
     dialogues: SourceConfigs = setting([], "conversations for fine-tuning")
     clean: Clean = setting(Clean(), "cleaning rules")
     dedup: Dedup = setting(Dedup(), "deduplication")
-    held_out: Number | str = setting(
+    held_out: ShareOrCount | str = setting(
         0.02,
         "held out from training: a share (below 1), a count, or a file",
     )
-    held_out_at_most: int | None = setting(None, "maximum rows when held_out is a share", ge=1)
+    held_out_at_most: Count | None = setting(None, "maximum rows when held_out is a share", ge=1)
     evaluation: SourceConfigs = setting([], "evaluation data, which must not occur in training")
     contaminated: Literal["remove", "refuse"] = setting(
         "remove",
@@ -196,7 +198,7 @@ class Prepare(Section):
         {},
         "text for placeholders such as {{name}} and {{author}} in the data",
     )
-    max_bad: Number | None = setting(
+    max_bad: ShareOrCount | None = setting(
         None,
         "stop when more rows than this cannot be read: a share (below 1) or a count; default 0.1 %, at most 100 rows",
         ge=0,
@@ -204,17 +206,13 @@ class Prepare(Section):
     executor: Literal["here", "local", "slurm", "ray"] = setting(
         "here", "run in this process, or as a datatrove pipeline"
     )
-    tasks: int = setting(1, "number of tasks of the datatrove pipeline", ge=1)
+    tasks: Count = setting(1, "number of tasks of the datatrove pipeline", ge=1)
     executor_options: dict[str, Any] = setting({}, "other arguments of the datatrove executor")
 
     def rules(self) -> Rules:
         yield (
             not self.documents and not self.dialogues,
             _("`prepare` needs `documents` or `dialogues`; for example `dialogues: data/alpaca_zh.json`"),
-        )
-        yield (
-            isinstance(self.held_out, float) and self.held_out < 0,
-            _("held_out: {held_out} must not be negative").format(held_out=self.held_out),
         )
         for name, sources in (("documents", self.documents), ("dialogues", self.dialogues)):
             shares = [source.share for source in sources if source.share is not None]
@@ -230,7 +228,7 @@ class Prepare(Section):
 class Vocab(Section):
     """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
 
-    pieces: int = setting(2000, "maximum number of new pieces learned from the documents", ge=0)
+    pieces: Count = setting(2000, "maximum number of new pieces learned from the documents", ge=0, le=10**7)
     tokenizer: str | None = setting(
         None,
         "instead of learning pieces: an already extended SentencePiece tokenizer (folder or file)",
@@ -263,7 +261,7 @@ class Vocab(Section):
         "subtoken_mean",
         "initial values of new rows: mean of the old pieces' rows; mean of all rows; random (as in 2023)",
     )
-    pad_to_multiple: int = setting(64, "pad the rows of embedding and head to a multiple of this", ge=1)
+    pad_to_multiple: Count = setting(64, "pad the rows of embedding and head to a multiple of this", ge=1, le=1 << 16)
     shrink: bool = setting(False, "drop rows without a token")
     measure_bits: bool = setting(
         True,

@@ -36,10 +36,8 @@ def run(section: str) -> int:
             continue
         console.header(name or _("recipe"), (model.__doc__ or "").split("\n")[0])
         for key, kind, default, help_ in settings(model):
-            console.SCREEN.console.print(
-                f"  [bold]{key}[/]  [dim]{console.plain(kind)}  = {console.plain(default)}[/]", soft_wrap=True
-            )
-            console.SCREEN.console.print(f"      {console.plain(help_)}", soft_wrap=True)
+            console.show(console.styled("  ", (key, "bold"), "  ", (f"{kind}  = {default}", "dim")), soft_wrap=True)
+            console.show(console.styled(f"      {help_}"), soft_wrap=True)
     return 0
 
 

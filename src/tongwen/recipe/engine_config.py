@@ -7,16 +7,14 @@ goes to the engine unchanged, and what neither takes is listed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
+from tongwen.recipe.yaml_reader import read_foreign
 
 SCHEDULES = {"WarmupLR": "warmup_lr", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -119,8 +117,8 @@ def deciding_settings(file: str) -> dict[str, Any]:
 def _load(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        data = read_foreign(text, is_json=file.suffix == ".json")
+    except (OSError, ValueError) as error:
         raise RecipeError(_("cannot be read: {error}").format(error=error), place=f"engine: {file}") from None
     return _section({"": data if data is not None else "null"}, "", str(file))
 

@@ -37,7 +37,7 @@ def problem(message: str) -> PydanticCustomError:
 class Section(BaseModel):
     """A section of a recipe: its settings, and the rules between them. Frozen after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def rules(self) -> Rules:
         """Yield the rules between this section's settings, in the order in which they are checked."""
@@ -49,6 +49,10 @@ class Section(BaseModel):
             if broken:
                 raise problem(message)
         return self
+
+
+# The longest training that a recipe can mean: more is a slip of the pen, or infinity.
+LONGEST = {"epochs": 1e6, "steps": 1e9, "tokens": 1e15}
 
 
 class Duration(BaseModel):
@@ -71,13 +75,14 @@ def read_duration(value: Any) -> Any:
         count = float(found[1].replace("_", "").replace(",", "")) if found else 0.0
     except ValueError:
         count = 0.0
-    if not found or count <= 0:
+    unit = found[2].rstrip("s") + "s" if found else ""
+    if not 0 < count <= LONGEST.get(unit, 0):
         raise problem(
             _(
                 "{value!r} is not a training length; write for example `2 epochs`, `300 steps` or `5000000 tokens`"
             ).format(value=value)
         )
-    return Duration(count=count, unit=found[2].rstrip("s") + "s")
+    return Duration(count=count, unit=unit)
 
 
 def read_source(value: Any) -> Any:
@@ -95,19 +100,48 @@ def read_number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def read_share_or_count(value: Any) -> Any:
+    """Accept a share below 1 or a whole number. 1.0 could mean either."""
+    if isinstance(value, float) and value >= 1 and (value == 1 or not value.is_integer()):
+        raise problem(
+            _("{value} is neither a share (below 1) nor a whole number; 1 means one, not all").format(value=value)
+        )
+    return read_number(value)
+
+
 UNITS = {"minute": 60, "hour": 3600, "day": 86400}
+TEN_YEARS = 3650 * 86400
 
 
 def read_seconds(value: Any) -> Any:
     """Read `90 minutes`, `6 hours` or `2 days` as seconds."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) * UNITS[found[2]] <= TEN_YEARS:
         raise problem(
             _("{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`").format(value=value)
         )
     return float(found[1]) * UNITS[found[2]]
 
 
-Number = Annotated[float, BeforeValidator(read_number)]
+def _at_most(limit: float) -> BeforeValidator:
+    """Refuse larger numbers, which overflow somewhere in a run. (`Field(le=...)` here would replace a field's own limits.)"""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (int, float)) and value > limit:
+            raise problem(_("{value} is out of range; at most {limit:g}").format(value=f"{value}"[:40], limit=limit))
+        return value
+
+    return BeforeValidator(check)
+
+
+Count = Annotated[int, _at_most(2**31 - 1)]
+Number = Annotated[float, BeforeValidator(read_number), _at_most(1e12)]
+ShareOrCount = Annotated[
+    float,
+    BeforeValidator(read_share_or_count),
+    _at_most(2**31 - 1),
+    Field(ge=0),
+    PlainSerializer(lambda value: 1 if value == 1 else value),
+]
 Seconds = Annotated[float, BeforeValidator(read_seconds), PlainSerializer(lambda value: f"{value / 60:g} minutes")]
 Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]

@@ -18,6 +18,7 @@ from tongwen.recipe.translate import translate_section
 from tongwen.recipe.validation import validate
 from tongwen.recipe.yaml_reader import RecipeReader, apply_override, parse
 
+LARGEST = 2 << 20  # characters of a recipe
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")  # of `trainer`, for the optimizers that are AdamW
 
 
@@ -75,7 +76,8 @@ def dump(recipe: Recipe) -> str:
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig") as stream:
+            text = stream.read(LARGEST + 1)
     except FileNotFoundError:
         raise RecipeError(
             _("this recipe file does not exist"),
@@ -84,6 +86,9 @@ def _text_of(file: Path) -> str:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(_("cannot be read: {error}").format(error=error), place=str(file)) from None
+    if len(text) > LARGEST:
+        raise RecipeError(_("this is too large for a recipe"), place=str(file))
+    return text
 
 
 def _add_synthesized(data: dict[str, Any]) -> None:

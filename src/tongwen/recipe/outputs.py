@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from tongwen.core.i18n import _
 from tongwen.recipe.data import SourceConfig
-from tongwen.recipe.fields import Number, Rules, Section, read_list, read_source, setting
+from tongwen.recipe.fields import Count, Number, Rules, Section, read_list, read_source, setting
 
 
 class Merge(Section):
@@ -57,8 +57,8 @@ class TaskConfig(Section):
         None,
         "multiple_choice: file or folder of example questions with answers, such as dev/",
     )
-    shots: int = setting(0, "number of examples before each multiple-choice question", ge=0)
-    limit: int | None = setting(None, "use only the first N rows", ge=1)
+    shots: Count = setting(0, "number of examples before each multiple-choice question", ge=0)
+    limit: Count | None = setting(None, "use only the first N rows", ge=1)
 
     def rules(self) -> Rules:
         yield (
@@ -89,8 +89,8 @@ class Evaluate(Section):
         min_length=1,
     )
     before: bool = setting(True, "also score the recipe's base")
-    batch_size: int = setting(32, "maximum number of questions answered at once", ge=1)
-    max_new_tokens: int = setting(256, "maximum tokens of an answer", ge=1)
+    batch_size: Count = setting(32, "maximum number of questions answered at once", ge=1)
+    max_new_tokens: Count = setting(256, "maximum tokens of an answer", ge=1)
 
     def rules(self) -> Rules:
         names = [task.title for task in self.tasks]

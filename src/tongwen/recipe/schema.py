@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 
 from tongwen.core.i18n import _
 from tongwen.recipe.data import Prepare, Synthesize, Vocab
-from tongwen.recipe.fields import Rules, Seconds, Section, read_list, setting
+from tongwen.recipe.fields import Count, Rules, Seconds, Section, read_list, setting
 from tongwen.recipe.outputs import Evaluate, Export, Merge
 from tongwen.recipe.training import Pretrain, Sft, Training
 
@@ -32,8 +32,8 @@ class Recipe(Section):
         "model: folder, hub id, modelscope:id, .gguf file, or a stage folder",
     )
     out: str = setting("", "output folder; runs/NAME when absent")
-    seed: int = setting(42, "determines order, split and initialisation")
-    devices: int = setting(1, "processes, one per GPU", ge=1)
+    seed: int = setting(42, "determines order, split and initialisation", ge=0, le=2**32 - 1)
+    devices: Count = setting(1, "processes, one per GPU", ge=1)
     track: Annotated[list[TrackerName], BeforeValidator(read_list)] = setting(
         [],
         "programs that also plot the curves: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 from tongwen.core.i18n import _
-from tongwen.recipe.fields import Duration, Length, Number, Rules, Section, setting
+from tongwen.recipe.fields import Count, Duration, Length, Number, Rules, Section, ShareOrCount, setting
 
 
 class AdapterConfig(Section):
@@ -15,7 +15,7 @@ class AdapterConfig(Section):
         "lora",
         "lora: a small adapter; qlora: on a quantised base; adalora: ranks allocated where they matter; new_rows: only the rows that the vocabulary stage added; full: all weights",
     )
-    rank: int = setting(16, "rank of the adapter: higher learns more and costs more memory", ge=1)
+    rank: Count = setting(16, "rank of the adapter: higher learns more and costs more memory", ge=1, le=1 << 16)
     alpha: Number | None = setting(None, "scale of the adapter; 2 x rank when absent", gt=0)
     dropout: Number = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
     targets: str | list[str] = setting(
@@ -104,14 +104,16 @@ class Training(Section):
         "auto: documents share a row without padding if the model keeps them apart, which is tested; false: padded batches",
         free=True,
     )
-    max_length: int = setting(1024, "maximum tokens of a sample", ge=8)
-    batch_size: int = setting(8, "samples per optimizer step, all devices together", ge=1)
-    batch_tokens: int | None = setting(
+    max_length: Count = setting(1024, "maximum tokens of a sample", ge=8, le=1 << 24)
+    batch_size: Count = setting(8, "samples per optimizer step, all devices together", ge=1)
+    batch_tokens: Count | None = setting(
         None,
         "instead of batch_size: tokens per optimizer step, all devices together; the epoch is packed best-fit",
         ge=16,
     )
-    learning_rate: Number | None = setting(None, "peak learning rate; default 2e-4 with an adapter, 2e-5 in full", gt=0)
+    learning_rate: Number | None = setting(
+        None, "peak learning rate; default 2e-4 with an adapter, 2e-5 in full", gt=0, le=100
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"] = setting(
         "adamw",
         "adamw (fused); 8-bit and paged ones need bitsandbytes; muon trains only matrices, such as LoRA's",
@@ -120,9 +122,9 @@ class Training(Section):
         "cosine",
         "shape after the warm-up; wsd: constant, then falling over the last `decay`; warmup_lr: logarithmic warm-up, then constant (DeepSpeed's WarmupLR)",
     )
-    warmup: Number = setting(0.03, "share of all steps (below 1) or a number of steps", ge=0)
-    decay: Number = setting(0.1, "wsd: share of all steps (below 1) or a number of steps", gt=0)
-    weight_decay: Number = setting(0.0, "the optimizer's weight decay", ge=0)
+    warmup: ShareOrCount = setting(0.03, "share of all steps (below 1) or a number of steps", ge=0)
+    decay: ShareOrCount = setting(0.1, "wsd: share of all steps (below 1) or a number of steps", gt=0)
+    weight_decay: Number = setting(0.0, "the optimizer's weight decay", ge=0, le=100)
     max_grad_norm: Number = setting(1.0, "clip the gradient to this norm; 0: off", ge=0)
     neftune: Number | None = setting(
         None,
@@ -130,20 +132,20 @@ class Training(Section):
         gt=0,
     )
     stop_after: Length = setting(Duration(count=2, unit="epochs"), "epochs, steps or tokens")
-    save_every: int = setting(100, "optimizer steps between checkpoints", ge=1, free=True)
-    keep_checkpoints: int = setting(2, "number of checkpoints to keep besides the best", ge=1, free=True)
-    evaluate_every: int | None = setting(
+    save_every: Count = setting(100, "optimizer steps between checkpoints", ge=1, free=True)
+    keep_checkpoints: Count = setting(2, "number of checkpoints to keep besides the best", ge=1, free=True)
+    evaluate_every: Count | None = setting(
         None,
         "steps between held-out evaluations; evaluation before and after always runs",
         ge=1,
         free=True,
     )
-    patience: int | None = setting(
+    patience: Count | None = setting(
         None,
         "stop after this many evaluations without improvement and use the best checkpoint",
         ge=1,
     )
-    log_every: int = setting(1, "steps between lines of metrics.jsonl", ge=1, free=True)
+    log_every: Count = setting(1, "steps between lines of metrics.jsonl", ge=1, free=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto",
         "auto: bf16 if the device supports it, else fp32; fp16: for GPUs without bf16, with gradient scaling. Trained weights are always fp32",
@@ -158,7 +160,7 @@ class Training(Section):
         "compile each decoder layer: faster on a GPU; costs about a minute at the start (auto and ddp)",
         free=True,
     )
-    micro_batch_tokens: int | None = setting(
+    micro_batch_tokens: Count | None = setting(
         None,
         "tokens that pass through the model at once; derived when absent",
         ge=16,
@@ -172,7 +174,7 @@ class Training(Section):
         False,
         "fsdp2, zero2, zero3: keep the sharded parts in host memory",
     )
-    samples: int = setting(3, "number of held-out questions answered before and after training, for the report", ge=0)
+    samples: Count = setting(3, "number of held-out questions answered before and after training, for the report", ge=0)
     trainer: dict[str, Any] = setting({}, "other transformers TrainingArguments")
 
     def rules(self) -> Rules:
@@ -269,8 +271,8 @@ class PhaseConfig(Section):
         "new_rows (added by the vocabulary stage), embeddings, lora, lora+embeddings or full",
     )
     stop_after: Length | None = setting(None, "epochs, steps or tokens")
-    learning_rate: Number | None = setting(None, "peak", gt=0)
-    embedding_learning_rate: Number | None = setting(None, "peak learning rate of the embeddings", gt=0)
+    learning_rate: Number | None = setting(None, "peak", gt=0, le=100)
+    embedding_learning_rate: Number | None = setting(None, "peak learning rate of the embeddings", gt=0, le=100)
 
     def rules(self) -> Rules:
         yield self.train == "lora" and self.embedding_learning_rate is not None, _no_embeddings()
@@ -299,6 +301,7 @@ class Pretrain(Training):
         None,
         "peak learning rate of the embeddings; absent, with an adapter: a fifth of learning_rate",
         gt=0,
+        le=100,
     )
     stop_after: Length = setting(Duration(count=1, unit="epochs"), "epochs, steps or tokens")
     forgetting: Forgetting = setting(Forgetting(), "allowed rise of each language's held-out bits per byte, as a share")

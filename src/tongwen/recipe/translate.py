@@ -9,7 +9,7 @@ from typing import Any
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
 from tongwen.recipe import engine_config
-from tongwen.recipe.aliases import NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
+from tongwen.recipe.aliases import LIMITS, NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.training import Training
 from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
 
@@ -36,6 +36,8 @@ def translate_section(
     _convert_batch(section, path, devices, reader)
     if str(section.get("engine", "")).endswith((".json", ".yaml", ".yml")):
         _apply_engine_file(section, path, devices, reader)
+    if isinstance(section.get("trainer"), dict):
+        _check_limits(section["trainer"], (*path, "trainer"), reader)
     return section
 
 
@@ -70,6 +72,13 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
                 _("{value!r} is not of type {known}").format(value=value, known=known[key]),
                 _("correct the value, or leave the setting out"),
             )
+
+
+def _check_limits(trainer: dict[str, Any], path: ValuePath, reader: RecipeReader) -> None:
+    """Refuse numbers in `trainer`, also of an engine's file, that are out of range."""
+    for key, (low, high) in LIMITS.items():
+        if isinstance(value := trainer.get(key), (int, float)) and not low <= value <= high:
+            reader.add_problem((*path, key), _("{value} is out of range").format(value=value), f"{low} … {high}")
 
 
 def _fits(value: Any, annotation: str) -> bool:

@@ -51,7 +51,8 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
         limit = error["msg"].removeprefix("Input ").replace("should be", _("must be"))
         place = reader.place(path)
         if not any(known.place == place for known in reader.problems):  # a union reports each of its branches
-            reader.add_problem(path, _("{value!r} {limit}").format(value=value, limit=limit), _help_of(path))
+            shown = f"{value!r}"[:80]
+            reader.add_problem(path, _("{value} {limit}").format(value=shown, limit=limit), _help_of(path))
 
 
 def _plain_path(location: Sequence[str | int], data: Any) -> ValuePath:

@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tongwen.core import malloc
 from tongwen.core.errors import MachineError, RecipeError
 from tongwen.core.i18n import _
+from tongwen.core.stop_signals import StopSignal, on_stop_signals
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -176,10 +177,19 @@ def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] 
         proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    # uvicorn raises the signal again after its shutdown; ignore it.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = uvicorn.Server(config)
+    received: list[int] = []
+
+    def end(number: int, frame: object = None) -> None:
+        received.append(number)
+        server.should_exit = True
+
+    # uvicorn handles SIGTERM and SIGINT while it runs, and raises them again afterwards: they end here.
+    before = signal.signal(signal.SIGINT, end)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        with on_stop_signals(end):
+            server.run(sockets=[listening])
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
+    if received and received[0] not in (signal.SIGINT, signal.SIGTERM):
+        raise StopSignal(received[0])

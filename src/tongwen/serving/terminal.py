@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +19,12 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
+from tongwen.core.stop_signals import StopSignal
+from tongwen.core.terminal_text import visible
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.stream_split import StreamPart, split_thinking
 
 Messages = list[dict[str, Any]]
-# All control characters but newline and tab, overrides of the writing direction, and halves of a surrogate pair.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 COMMANDS = N_("/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VALUE  /exit")
 
 
@@ -89,6 +88,8 @@ class TerminalChat:
                         self.thought += part.text
                     else:
                         text += part.text
+            except StopSignal:
+                raise
             except KeyboardInterrupt:
                 display.stopped = True
         if sys.stdout.isatty():
@@ -96,7 +97,7 @@ class TerminalChat:
             speed = _("{tokens:.1f} tokens/s · {count:.1f} characters/s").format(
                 tokens=tokens / seconds, count=len(self.thought + text) / seconds
             )
-            console.SCREEN.console.print(f"[dim]{speed}[/]")
+            console.show(console.styled((speed, "dim")))
         return text
 
     def _truncate_history(self) -> None:
@@ -172,6 +173,8 @@ def converse(chat: TerminalChat, *, name: str, system: str) -> int:
             line = read().strip()
         except EOFError:
             return 0
+        except StopSignal:
+            raise
         except KeyboardInterrupt:
             continue
         if line.startswith("/"):
@@ -179,11 +182,6 @@ def converse(chat: TerminalChat, *, name: str, system: str) -> int:
                 return 0
         elif line:
             chat.ask(line)
-
-
-def visible(text: str) -> str:
-    """Return the text with all characters escaped that a terminal would interpret."""
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _AnswerDisplay:

@@ -10,8 +10,8 @@ import signal
 import time
 
 from tongwen.core.i18n import _
+from tongwen.core.stop_signals import REPEATED
 
-REPEATED = 3.0  # seconds in which one signal may arrive twice: sent to the process group, and forwarded by a parent
 SAVING_SECONDS = 30.0  # assumed until the first save is measured
 
 

@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from tongwen.core import artifact, console, distributed
+from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.core.i18n import _
+from tongwen.core.stop_signals import on_stop_signals
 from tongwen.recipe.training import Training
 from tongwen.train.audit import FirstStepsAudit, first_not_finite
 from tongwen.train.checkpoints import (
@@ -134,7 +135,7 @@ def train_phase(job: PhaseRun) -> int:
     if job.checkpoint:
         job.engine.check_resumes(job.checkpoint)
     shutdown = ShutdownRequest(job.deadline)
-    with distributed.on_stop_signals(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
+    with on_stop_signals(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
         # Put the Trainer together.
         trainer = PlannedTrainer(job, shutdown)
         trainer.remove_callback(PrinterCallback)

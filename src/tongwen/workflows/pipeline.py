@@ -84,7 +84,7 @@ def run(
     except OSError as error:
         raise MachineError(_("cannot be created: {strerror}").format(strerror=error.strerror), place=str(out)) from None
     done: list[artifact.Artifact] = []
-    with lock_folder(out), distributed.on_stop_signals(distributed.interrupt):
+    with lock_folder(out):
         redo_from = _first_to_redo(recipe, chosen, out, stages, explicit=bool(only or start)) if again else None
         redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not distributed.is_launched():

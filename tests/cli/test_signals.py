@@ -1,0 +1,89 @@
+"""A stop signal ends any command with 130 and one line, also during its imports; servers drain and end with 0 on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tongwen.commands import serve
+from tongwen.core.stop_signals import STOP_SIGNALS, StopSignal
+from tongwen.serving import auth
+
+AT_IMPORT = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+from tongwen.cli.main import main
+sys.exit(main(["check", "none.yaml"]))
+"""
+
+
+def check(module: str, number: int, **options: Any) -> tuple[int, str]:
+    """`tongwen check` of a missing recipe in a process that gets the signal while it imports the module."""
+    command = [sys.executable, "-c", AT_IMPORT.format(module=module, number=int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60, check=False, **options)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "number"), list(zip(["tongwen.cli.parser", "numpy.linalg", "rich.console"], STOP_SIGNALS, strict=True))
+)
+def test_a_signal_during_the_imports_ends_with_130_and_one_line(module: str, number: int) -> None:
+    assert check(module, number) == (130, "✗ interrupted; the same command continues\n")
+
+
+def test_nohup_keeps_a_command_running() -> None:
+    code, said = check("numpy", signal.SIGHUP, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert code == 2 and "none.yaml" in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 130), (signal.SIGUSR1, 130)])
+def test_a_server_that_still_loads_its_model_ends_as_one_that_serves(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any
+) -> None:
+    monkeypatch.setattr(serve, "open_chat_model", lambda *_, **__: os.kill(os.getpid(), number))
+    assert tongwen("serve", tmp_path, "--port", 0)[0] == code
+
+
+async def slow_app(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.5)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"whole"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_server_finishes_its_answers_first(number: signal.Signals) -> None:
+    answers: list[bytes] = []
+    with auth.open_port("127.0.0.1", 0) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        asking = threading.Thread(target=lambda: answers.append(urllib.request.urlopen(url, timeout=20).read()))
+
+        def stop() -> None:
+            asking.start()
+            time.sleep(0.3)
+            os.kill(os.getpid(), number)
+
+        stopping = threading.Timer(0.2, stop)
+        stopping.start()
+        serving: Callable[[], None] = lambda: auth.serve(slow_app, listening)  # noqa: E731
+        if number == signal.SIGTERM:
+            serving()
+        else:
+            with pytest.raises(StopSignal):
+                serving()
+        asking.join()
+    assert answers == [b"whole"]

@@ -1,0 +1,65 @@
+"""Text that any terminal takes: nothing in it is obeyed, and no encoding ends a command."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from tongwen.core import console
+from tongwen.core.terminal_text import use_any_encoding, visible
+
+HOSTILE = "a\\[/b] [bold red]x[/] \\[/x] [link=http://x]y[/link] :smile: \x1b]0;title\x07 \x9b2J \r \x08 \u202e \udcff"
+
+
+@pytest.mark.parametrize("say", [console.info, console.notice, console.success, console.error, console.header])
+def test_a_text_of_others_is_shown_as_it_is(say: object, capsys: pytest.CaptureFixture[str]) -> None:
+    say(HOSTILE)  # type: ignore[operator]
+    said = "".join(capsys.readouterr())
+    assert visible(HOSTILE) in said
+    for kept in ("\\[/b]", "[bold red]x[/]", "[link=http://x]y[/link]", ":smile:"):
+        assert kept in said
+    assert not {*"\x1b\x07\x9b\r\x08\u202e\udcff"} & {*said}
+
+
+def test_tables_and_details_show_it_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\\[/x][red]\x1b[2J"
+    console.table((hostile, "b"), [(hostile, hostile)], title=hostile)
+    console.header("title", hostile)
+    with console.progress(1, hostile) as bar:
+        bar.update(1, hostile)
+    assert capsys.readouterr().out.count("\\[/x][red]\\x1b[2J") == 7
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("gbk", "+ 数据 \\U0001f600 -> x · …"),
+        ("latin-1", "+ \\u6570\\u636e \\U0001f600 -> x · ..."),
+        ("ascii", "+ \\u6570\\u636e \\U0001f600 -> x - ..."),
+        ("utf-8", "✓ 数据 😀 → ✗ · …"),
+    ],
+)
+def test_an_encoding_without_our_signs_gets_others(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    use_any_encoding()
+    console.success("数据 😀 → ✗ · …")
+    print("\udcff")
+    expected = f"{shown}\n\\udcff\n" if encoding != "gbk" else f"{shown}\n\\udcff\n".replace("->", "→")
+    assert raw.getvalue().decode(encoding) == expected
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii", "utf-8"])
+def test_json_says_the_same_in_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+    monkeypatch.setattr(console.SCREEN, "json", True)
+    use_any_encoding()
+    value = {"路径": "数据 😀 \udcff é \\"}
+    console.emit(value)
+    assert json.loads(raw.getvalue().decode(encoding)) == value
