@@ -59,7 +59,7 @@ def byte_level_tokenizer(folder: Path) -> Any:
 
 
 def sentencepiece_tokenizer(folder: Path, legacy: bool = False) -> Any:
-    """LLaMA's kind: a dummy blank before every text, byte fallback, and `<s>` prepended by the tokenizer."""
+    """LLaMA's kind: a dummy prefix space before every text, byte fallback, and `<s>` prepended by the tokenizer."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += sorted({character for text in CORPUS for character in text if character != " "})
     merges = [("\u2581", "是"), ("\u2581", "H"), ("你", "好"), ("\u2581", "你好"), ("世", "界")]

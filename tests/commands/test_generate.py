@@ -140,16 +140,16 @@ def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(ch
 
 
 def test_presets_are_the_published_ones() -> None:
-    wanted = Sampling().with_(**PRESETS["chinese-llama-alpaca"]).to_generate()
+    wanted = Sampling().override(**PRESETS["chinese-llama-alpaca"]).generation_kwargs()
     assert wanted == {
         "max_new_tokens": 400, "do_sample": True, "temperature": 0.2, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.3
     }  # fmt: skip
-    assert Sampling().with_(**PRESETS["belle"]).to_generate() == {
+    assert Sampling().override(**PRESETS["belle"]).generation_kwargs() == {
         "max_new_tokens": 512, "do_sample": False, "num_beams": 4, "early_stopping": True, "min_new_tokens": 1
     }  # fmt: skip
     assert (
-        Sampling().with_(**PRESETS["chatglm"]).top_p == 0.7
-        and Sampling().with_(**PRESETS["chinese-llm-chat"]).top_k == 50
+        Sampling().override(**PRESETS["chatglm"]).top_p == 0.7
+        and Sampling().override(**PRESETS["chinese-llm-chat"]).top_k == 50
     )
 
 
@@ -312,7 +312,7 @@ def test_auto_takes_the_most_bits_that_fit(chat_model: Path, monkeypatch: pytest
     from tongwen.model.loading import device_map, load
 
     place = load.locate(str(chat_model))
-    numbers = sum(part.numel() for part in load.make_skeleton(load.load_config(place)).parameters())
+    numbers = sum(part.numel() for part in load.build_on_meta(load.load_config(place)).parameters())
     for free, wanted in ((10, ""), (2, "int8"), (1, "nf4")):
         monkeypatch.setattr(
             device_map.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * numbers)
@@ -327,7 +327,7 @@ def test_a_model_too_large_for_one_gpu_is_spread(chat_model: Path, monkeypatch: 
     from tongwen.model.loading import device_map, load
 
     place = load.locate(str(chat_model))
-    numbers = sum(part.numel() for part in load.make_skeleton(load.load_config(place)).parameters())
+    numbers = sum(part.numel() for part in load.build_on_meta(load.load_config(place)).parameters())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for free, spread in ((3 * numbers, True), (9 * numbers, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free: (free, free))

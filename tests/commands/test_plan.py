@@ -13,17 +13,17 @@ from transformers import LlamaConfig
 
 from tests.conftest import byte_level_tokenizer, dialogues, tiny_mixture, write_recipe, write_rows
 from tongwen.commands import plan
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import learned_loss, use_blockwise_head
 from tongwen.model.loading.load import ModelRef, load_config, load_model
 from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.checkpoints import commit
-from tongwen.train.memory import ModelShape, Sharing, token_budget
+from tongwen.train.memory import ModelShape, ShardingPlan, token_budget
 from tongwen.train.memory_trace import ROWS, LiveTensors
 from tongwen.train.packing import pack
-from tongwen.train.parallel import sharing_of
+from tongwen.train.parallel import sharding_plan
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
@@ -40,7 +40,7 @@ def real_peak(folder: Path, how: TrainingSetup) -> dict[str, int]:
     """The same count over a real step with real tensors."""
     model = load_model(ModelRef("t", str(folder)), torch.float32)
     model.set_attn_implementation(packed_attention.register())
-    model = adapt(model, how.adapter, []).model.train()
+    model = make_trainable(model, how.adapter, []).model.train()
     batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
     batch |= {"rows": torch.zeros(ROWS, dtype=torch.int64), "targets": torch.zeros(ROWS, dtype=torch.int64)}
     batch["learned"] = ROWS
@@ -163,7 +163,7 @@ def test_a_process_holds_its_part_of_what_its_engine_shares_out(
     config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch(LENGTHS, ROWS, 2)
     how = setting(method)
     alone = memory_estimate.estimate_memory(config, how, micro)
-    four = memory_estimate.estimate_memory(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
+    four = memory_estimate.estimate_memory(config, replace(how, sharding=ShardingPlan(engine, 4)), micro).bytes
     for purpose in ("weights", "gradients", "optimizer", "activations", "head"):
         parts = 4 if purpose in SHARED_BY[engine] else 1
         assert four[purpose] == pytest.approx(alone.bytes[purpose] / parts, abs=4), purpose
@@ -180,25 +180,25 @@ def test_a_process_holds_its_part_of_what_its_engine_shares_out(
 def test_deepspeed_in_16_bits_and_offloading_are_reckoned() -> None:
     shape = ModelShape(1000, 100, 2, 8, 16, 32, of_layer=300, outside=400)
     needs = {"weights": 2 * 900 + 4 * 100, "gradients": 400, "optimizer": 800, "activations": 5, "head": 7}
-    zero = Sharing("zero2", 2, bucket=50).of(needs, shape, 2, 2)
+    zero = ShardingPlan("zero2", 2, bucket=50).of(needs, shape, 2, 2)
     # All in bf16; half of the bf16 gradients, of both moments and of the fp32 originals; a bucket.
     assert zero == {"weights": 2000, "gradients": 100, "optimizer": 600, "activations": 5, "head": 7, "gathered": 100}
-    away = Sharing("fsdp2", 2, ("weights", "gradients", "optimizer")).of(needs, shape, 2, 0.5)
+    away = ShardingPlan("fsdp2", 2, ("weights", "gradients", "optimizer")).of(needs, shape, 2, 0.5)
     # Embedding and head in bf16, two layers in four bits, one layer's gradient in bf16 and in fp32.
     assert away["gathered"] == 2 * 400 + 300 + 6 * 50 and away["weights"] == away["optimizer"] == 0
-    kept = Sharing("fsdp2", 2, reshard=False).of(needs, shape, 2, 2)
+    kept = ShardingPlan("fsdp2", 2, reshard=False).of(needs, shape, 2, 2)
     assert kept["gathered"] == 2 * 400 + 2 * 600 + 6 * 50 and kept["weights"] == 1100
 
 
 def test_what_an_engine_shares_out_is_read_from_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 10}}))
-    assert sharing_of(Sft(engine=str(file)), 4) == Sharing("zero1", 4, bucket=10)
-    assert sharing_of(Sft(engine="zero2"), 4) == Sharing("zero2", 4, bucket=1_000_000_000)
+    assert sharding_plan(Sft(engine=str(file)), 4) == ShardingPlan("zero1", 4, bucket=10)
+    assert sharding_plan(Sft(engine="zero2"), 4) == ShardingPlan("zero2", 4, bucket=1_000_000_000)
     away = ("optimizer", "gradients", "weights")
-    assert sharing_of(Sft(engine="zero3", offload=True), 4) == Sharing("zero3", 4, away, bucket=500_000_000)
-    assert sharing_of(Sft(engine="fsdp2"), 4) == Sharing("fsdp2", 4)
-    assert sharing_of(Sft(), 2) == Sharing("ddp", 2) and sharing_of(Sft(), 1) == Sharing()
+    assert sharding_plan(Sft(engine="zero3", offload=True), 4) == ShardingPlan("zero3", 4, away, bucket=500_000_000)
+    assert sharding_plan(Sft(engine="fsdp2"), 4) == ShardingPlan("fsdp2", 4)
+    assert sharding_plan(Sft(), 2) == ShardingPlan("ddp", 2) and sharding_plan(Sft(), 1) == ShardingPlan()
 
 
 def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

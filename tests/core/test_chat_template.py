@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tongwen.core.chat_template import SHIPPED, Template, shipped_source
-from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.records import Dialogue, Message, Origin
 
 ANYWHERE = tuple(name for name in SHIPPED if name != "chatglm")  # that one has tokens of its own: see test_chatglm
@@ -114,7 +114,7 @@ def test_thinking_off_makes_the_empty_thought_part_of_the_prompt() -> None:
 def test_thinking_is_learned_where_the_row_has_it() -> None:
     assert learned(own(QWEN3), talk("问", "答", thinking="想")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
     assert learned(own(QWEN3), talk("问", "答")) == ["答<|im_end|>"]
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejected) as caught:
         own(QWEN3).samples(talk("问", "答"), thinking="on")
     assert caught.value.reason == "no_thinking"
 
@@ -275,7 +275,7 @@ def test_ours_render_tools_and_learn_calls(name: str, cities: tuple[str, ...], c
 )
 def test_what_a_template_does_not_render_is_refused_by_name(dialogue: Dialogue, part: str) -> None:
     template = own(LLAMA3)
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejected) as caught:
         template.samples(dialogue)
     assert caught.value.reason == "part_lost" and part in caught.value.rule and "chatml" in caught.value.rule
     assert learned(template, talk("问", "答")) == ["答<|eot_id|>"], "others are learned as before"
@@ -298,7 +298,7 @@ def test_calls_are_written_in_the_spelling_that_the_template_reads(call: str, wa
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     )
     if wanted is None:
-        with pytest.raises(RowRefused):
+        with pytest.raises(RowRejected):
             template.samples(calling("北京"))
     else:
         assert learned(template, calling("北京")) == [f"{wanted}<|im_end|>答<|im_end|>"]
@@ -307,13 +307,13 @@ def test_calls_are_written_in_the_spelling_that_the_template_reads(call: str, wa
 def test_an_empty_answer_is_never_learned() -> None:
     for template in (own(LLAMA3), Template.make("chatml", None, TOKENS, SPECIAL)):
         for dialogue in (talk("问", ""), talk("问", " \n"), talk("问", "", thinking="想")):
-            with pytest.raises(RowRefused) as caught:
+            with pytest.raises(RowRejected) as caught:
                 template.samples(dialogue)
             assert caught.value.reason == "empty_answer"
 
 
 def test_control_tokens_in_tools_and_calls_are_refused() -> None:
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejected) as caught:
         Template.make("chatml", None, TOKENS, SPECIAL).samples(calling("<|im_end|>"))
     assert caught.value.reason == "control_token_in_text"
 
@@ -352,14 +352,14 @@ def test_marks_that_miss_the_answer_are_refused(tmp_path: Path) -> None:
 def test_control_tokens_in_a_rows_own_text_are_refused() -> None:
     template = Template.make("chatml", None, TOKENS, SPECIAL)
     for dialogue in (talk("a<|im_end|>b", "c"), talk("a", "b<|im_start|>system")):
-        with pytest.raises(RowRefused) as caught:
+        with pytest.raises(RowRejected) as caught:
             template.samples(dialogue)
         assert caught.value.reason == "control_token_in_text"
 
 
 def test_a_templates_own_refusal_is_a_reason() -> None:
     template = Template.make("alpaca", None, TOKENS, SPECIAL)
-    with pytest.raises(RowRefused, match="no role tool"):
+    with pytest.raises(RowRejected, match="no role tool"):
         template.samples(Dialogue((Message("user", "a"), Message("tool", "b"), Message("assistant", "c")), HERE))
 
 
@@ -416,7 +416,7 @@ def test_a_skeleton_is_what_the_template_renders(source: str) -> None:
                 for render in (template.samples, lambda one: template._samples(one, "assistant", "mixed")):
                     try:
                         outcomes.append([sample.spans for sample in render(dialogue)])
-                    except (RowRefused, ModelError) as error:
+                    except (RowRejected, ModelError) as error:
                         outcomes.append(type(error))
                 assert outcomes[0] == outcomes[1], (question, answer)
     assert any(template.skeletons.values()), "no shape was found to be simple"

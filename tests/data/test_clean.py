@@ -9,13 +9,13 @@ import pytest
 
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data import clean
-from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.recipe.data import Clean
 
 HERE = Origin("f", 1)
 
 
-def document(text: str, **rules) -> str | Dropped:
+def document(text: str, **rules) -> str | RejectedText:
     record = Cleaner(Clean(**rules), "documents").clean(Document(text, HERE))
     return record.text if isinstance(record, Document) else record
 
@@ -79,7 +79,7 @@ def test_hard_wrapped_lines_are_joined_and_verse_is_not() -> None:
 )
 def test_what_is_dropped_says_why(text: str, rules: dict, reason: str) -> None:
     found = document(text, **rules)
-    assert isinstance(found, Dropped)
+    assert isinstance(found, RejectedText)
     assert found.reason == reason
     assert found.rule
 

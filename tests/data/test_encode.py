@@ -13,7 +13,7 @@ from tongwen.core.errors import DataError
 from tongwen.core.records import Dialogue, Document, Message, Origin, Span
 from tongwen.data import token_store
 from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_documents, token_bytes
-from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.ledger import Ledger, RejectedRow
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
 from tongwen.model.loading.chat_setup import bind_template, end_of_text
 from tongwen.recipe.training import Sft
@@ -34,9 +34,9 @@ def dialogue(*contents: str) -> Dialogue:
     )
 
 
-def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[Rejected]]:
+def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[RejectedRow]]:
     encoder = Encoder(tokenizer)
-    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
+    ledger, rejected = Ledger("rows", "tokens"), list[RejectedRow]()
     bound = bind_template(template, tokenizer, encoder.prefix)
     store = token_store.in_memory(encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append))
     ledger.check()

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.records import Dialogue, Origin, from_dict
-from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.files import find_files
 from tongwen.data.formats import check_source, read_dialogue, recognise, recognise_row
 from tongwen.data.input_parts import list_parts
@@ -28,14 +28,14 @@ HERE, SOURCE = Origin("f", 1), SourceConfig(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
 
 
-def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple[list[Any], list[RowRefused], Ledger]:
+def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple[list[Any], list[RowRejected], Ledger]:
     """A file as `prepare` reads it: its records, what was refused, and the ledger."""
     section = Prepare(dialogues=[SourceConfig(path=str(file), **source)], fill=fill or {}, held_out=0.0)
     ledger, records, refused = Ledger("rows", "bytes"), [], []
     for part in list_parts(section, lambda path, tell: path, print):
         for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), print):
             ledger.enter(raw.size)
-            if isinstance(record, (Dropped, RowRefused)):
+            if isinstance(record, (RejectedText, RowRejected)):
                 ledger.lose(record.reason, raw.size)
                 refused.append(record)
             else:
@@ -197,7 +197,7 @@ def test_thinking_and_tool_calls_are_kept() -> None:
     ],
 )
 def test_each_bad_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejected) as caught:
         read_dialogue(row, recognise(row) or "alpaca", SOURCE, {}, HERE)
     assert caught.value.reason == reason
     assert caught.value.rule
@@ -351,7 +351,7 @@ def test_two_kinds_of_thinking_are_refused() -> None:
         {"instruction": "a", "output": "<think>b</think>c", "reasoning": "d"},
         {"messages": [ASK, {**REPLY, "reasoning": "a", "content": [{"type": "thinking", "thinking": "b"}, {"type": "text", "text": "c"}]}]},
     ):  # fmt: skip
-        with pytest.raises(RowRefused) as caught:
+        with pytest.raises(RowRejected) as caught:
             as_dialogue(row)
         assert caught.value.reason == "ambiguous"
     again = as_dialogue({"instruction": "a", "output": "<think>\nb\n</think>\nc", "reasoning": "b"}).messages[-1]
@@ -420,7 +420,7 @@ def test_ids_and_names_reach_the_template_as_the_row_has_them() -> None:
     assert (asked["name"], called["tool_calls"][0]["id"]) == ("bob", "call12345")
     assert (answered["tool_call_id"], answered["name"]) == ("call12345", "w")
     assert from_dict(found.to_dict()) == found
-    with pytest.raises(RowRefused, match=r"turn 3: tool_call_id is a number"):
+    with pytest.raises(RowRejected, match=r"turn 3: tool_call_id is a number"):
         as_dialogue({"messages": [*turns[:2], {**turns[2], "tool_call_id": 5}, REPLY]})
 
 
@@ -460,7 +460,7 @@ def test_parts_of_a_content_are_text_thinking_and_calls() -> None:
         ("ANSWER", "THOUGHT", False), ("", None, True), ("ANSWER", None, True),
     ]  # fmt: skip
     assert answers[1].tool_calls[0]["function"] == {"name": "f", "arguments": {"x": 1}}
-    with pytest.raises(RowRefused, match=r"0\.5 does not say whether"):
+    with pytest.raises(RowRejected, match=r"0\.5 does not say whether"):
         as_dialogue({"messages": [ASK, {**REPLY, "loss_weight": 0.5}]})
 
 
@@ -513,7 +513,7 @@ def test_a_question_is_asked_with_its_context() -> None:
 )
 def test_a_row_that_needs_a_picture_is_refused_by_that_name(place: str, key: str, value: Any, reason: str) -> None:
     row = {"messages": [ASK, REPLY], key: value} if place == "row" else {"messages": [{**ASK, key: value}, REPLY]}
-    with pytest.raises(RowRefused, match=key) as caught:
+    with pytest.raises(RowRejected, match=key) as caught:
         as_dialogue(row)
     assert caught.value.reason == reason
     assert said_in(as_dialogue({"messages": [{**ASK, key: None}, REPLY], key: []})) == PLAIN

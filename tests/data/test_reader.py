@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_rows
-from tongwen.core.errors import DataError, RecipeError, RowRefused
+from tongwen.core.errors import DataError, RecipeError, RowRejected
 from tongwen.core.records import Dialogue, Document, Origin
 from tongwen.data import files, formats
 from tongwen.data.charset import choose, recognise
@@ -42,22 +42,22 @@ TRADITIONAL = [
 
 def take(
     file: Path, tell: Callable[[str], None] = lambda text: None, documents: bool = False, **words: Any
-) -> tuple[list[Any], list[tuple[RawRow, RowRefused]]]:
+) -> tuple[list[Any], list[tuple[RawRow, RowRejected]]]:
     """A file as whoever prepares data reads it: its records, and its bad rows with why."""
     source = SourceConfig(path=str(file), **words)
     good: list[Any] = []
-    bad: list[tuple[RawRow, RowRefused]] = []
+    bad: list[tuple[RawRow, RowRejected]] = []
     for raw in read_rows(file, source, tell):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:
-                raise RowRefused(raw.reason, raw.problem)
+                raise RowRejected(raw.reason, raw.problem)
             if documents:
                 good.append(formats.read_document(raw.value, source, origin))
             else:
                 format_ = source.format or formats.recognise_row(raw, source)
                 good.append(formats.read_dialogue(raw.value, format_, source, {}, origin))
-        except RowRefused as refused:
+        except RowRejected as refused:
             bad.append((raw, refused))
     return good, bad
 
@@ -456,7 +456,7 @@ def test_names_inside_turns_and_roles() -> None:
     assert contents_of([dialogue(row, **words)]) == [TURNS]
     row = {"messages": [{"who": "user", "says": ASKED}, {"who": "assistant", "says": ANSWERED}]}
     assert contents_of([dialogue(row, columns={"role": "who", "content": "says"})]) == [TURNS]
-    with pytest.raises(RowRefused, match=r"客户.*roles: \{客户: user\}"):
+    with pytest.raises(RowRejected, match=r"客户.*roles: \{客户: user\}"):
         dialogue({"conversations": [{"from": "客户", "value": ASKED}]})
     with pytest.raises(RecipeError, match=r"columns: 'outptu'"):
         formats.check_source(SourceConfig(path="f", columns={"outptu": "answer"}))
@@ -467,7 +467,7 @@ def test_names_inside_turns_and_roles() -> None:
 
 def test_a_mapped_name_means_no_other_column() -> None:
     row = {"instruction": ASKED, "output": "draft"}
-    with pytest.raises(RowRefused, match=r"output \(final\)"):
+    with pytest.raises(RowRejected, match=r"output \(final\)"):
         dialogue(row, format="alpaca", columns={"output": "final"})
     assert contents_of([dialogue({**row, "final": ANSWERED}, columns={"output": "final"})]) == [TURNS]
 
@@ -500,7 +500,7 @@ def test_documents_by_their_column() -> None:
 
     assert read({"text": "文", "content": "x"}) == "文"
     assert read({"text": "x", "content": "文"}, columns={"text": "content"}) == "文"
-    with pytest.raises(RowRefused, match="'content': did you mean 'text'"):
+    with pytest.raises(RowRejected, match="'content': did you mean 'text'"):
         read({"content": "文"})
 
 

@@ -12,7 +12,7 @@ from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.core.records import Span
 from tongwen.data import encode
 from tongwen.data.encode import Encoder
-from tongwen.data.tiktoken_encoder import make_fast
+from tongwen.data.tiktoken_encoder import make_tiktoken_encoder
 
 ALPHABET = "天气很好。，今天我们 \n\t  \u3000  abcXYZ the of '123 don't—“”（）é😀𠮷\u200d\x85한"
 WORDS = ("你好，世界", "今天天气", "Hello", " world", "it's", "<|im_start|>", "<|im_end|>", "\n\n", "1234", "   ")
@@ -25,7 +25,7 @@ def texts(count: int) -> list[str]:
 
 def test_the_ids_are_those_of_the_library(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
-    fast = make_fast(tokenizer.backend_tokenizer)
+    fast = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert fast is not None
     encoded = 0
     for text in texts(3000):
@@ -43,7 +43,7 @@ def test_a_split_of_its_own_is_kept(tmp_path: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    fast = make_fast(backend)
+    fast = make_tiktoken_encoder(backend)
     assert fast is not None
     for text in texts(1000):
         if (ids := fast.encode(text)) is not None:
@@ -51,16 +51,16 @@ def test_a_split_of_its_own_is_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
-    assert make_fast(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
+    assert make_tiktoken_encoder(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
     whole = Tokenizer.from_str(byte_level_tokenizer(tmp_path / "b").backend_tokenizer.to_str())
     model = whole.model
-    assert make_fast(whole) is not None
+    assert make_tiktoken_encoder(whole) is not None
     for pre_tokenizer in (
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     ):
         whole.pre_tokenizer = pre_tokenizer
-        assert make_fast(whole) is None
+        assert make_tiktoken_encoder(whole) is None
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(letters)}
@@ -70,9 +70,9 @@ def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
         vocabulary[one + other] = len(vocabulary)
     whole.model = models.BPE(vocab=vocabulary, merges=merges)
     assert whole.encode("abc").tokens == ["a", "bc"]
-    assert make_fast(whole) is None
+    assert make_tiktoken_encoder(whole) is None
     whole.model = model
-    assert make_fast(whole) is not None
+    assert make_tiktoken_encoder(whole) is not None
 
 
 def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
@@ -96,7 +96,7 @@ def test_the_number_of_threads_changes_nothing(
 ) -> None:
     monkeypatch.setenv("RAYON_NUM_THREADS", threads)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
-    fast = make_fast(byte_level_tokenizer(tmp_path).backend_tokenizer)
+    fast = make_tiktoken_encoder(byte_level_tokenizer(tmp_path).backend_tokenizer)
     assert fast is not None
     some = texts(700)
     for text, ids in zip(some, fast.encode_all(some), strict=True):
@@ -112,10 +112,10 @@ def test_one_difference_and_it_is_not_used(
     tokenizer = byte_level_tokenizer(tmp_path)
     monkeypatch.setattr(encode, "FAST_FROM", 10)
     encoder = Encoder(tokenizer)
-    wrong = make_fast(tokenizer.backend_tokenizer)
+    wrong = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert wrong is not None
     monkeypatch.setattr(wrong, "encode", lambda text: encode.np.zeros(3, encode.np.uint32))
-    monkeypatch.setattr(encode, "make_fast", lambda backend: wrong)
+    monkeypatch.setattr(encode, "make_tiktoken_encoder", lambda backend: wrong)
     ids = encoder.encode_texts(["今天天气很好"] * 20)
     assert encoder.fast is None and list(ids[0]) == tokenizer.backend_tokenizer.encode("今天天气很好").ids
     assert "using the tokenizers library instead" in capsys.readouterr().out

@@ -88,7 +88,7 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
 def test_usual_targets_are_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
     from tongwen.model.loading import load
 
-    model = load.make_skeleton(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
+    model = load.build_on_meta(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
     assert set(FAMILIES[family].targets) <= {name.split(".")[-1] for name, _ in model.named_modules()}
 
 

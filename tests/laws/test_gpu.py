@@ -15,7 +15,7 @@ from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
 from tests.laws.test_speed import batch_of, gradient
 from tests.laws.test_training_step import random_store
 from tongwen.cli.main import main
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import compile_layers
 from tongwen.model.kernels.fused_blocks import fuse_blocks
@@ -86,7 +86,7 @@ def test_documents_in_a_pack_do_not_see_each_other(base: Path, flashes: list[int
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
     choice = AdapterConfig(method="full") if method == "full" else AdapterConfig(rank=4)
-    model = adapt(load_model(ModelRef("t", str(base)), torch.float32), choice, []).model
+    model = make_trainable(load_model(ModelRef("t", str(base)), torch.float32), choice, []).model
     model.set_attn_implementation(packed_attention.register())
     loss, wanted = gradient(model, batch_of(4))
     model.cuda()
@@ -101,7 +101,7 @@ def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
 
 
 def test_fused_blocks_give_the_gradient_of_layers_as_written(base: Path) -> None:
-    model = adapt(on_gpu(base), AdapterConfig(rank=4), []).model.train()
+    model = make_trainable(on_gpu(base), AdapterConfig(rank=4), []).model.train()
     for name, part in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(part, std=0.05)
@@ -125,7 +125,7 @@ def test_the_loss_on_a_gpu_is_torchs_own() -> None:
 
 
 def test_compiled_layers_give_the_same_gradient(base: Path, flashes: list[int]) -> None:
-    model = adapt(on_gpu(base), AdapterConfig(rank=4), []).model.train()
+    model = make_trainable(on_gpu(base), AdapterConfig(rank=4), []).model.train()
     batch = to_device(batch_of(4), model)
     loss, wanted = gradient(model, batch)
     assert compile_layers(model) == 2 and flashes
@@ -137,7 +137,7 @@ def test_compiled_layers_give_the_same_gradient(base: Path, flashes: list[int]) 
 
 
 def test_a_micro_batch_that_does_not_fit_is_found_and_leaves_room(base: Path) -> None:
-    model = adapt(on_gpu(base), AdapterConfig(rank=4), []).model
+    model = make_trainable(on_gpu(base), AdapterConfig(rank=4), []).model
     assert fits(model, batch_of(4), learned_loss, nullcontext(), passes=2, reserve=0)
     before = torch.cuda.memory_allocated()  # with what the first product on a GPU takes for good
     whole = torch.cuda.get_device_properties(0).total_memory

@@ -248,7 +248,7 @@ def test_a_plan_imports_neither_the_trainer_nor_the_compiler(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("command", "needs"), [("compare", ""), ("tokenizer", "tokenizers numpy"), ("web", "tokenizers numpy")]
+    ("command", "needs"), [("show_runs", ""), ("tokenizer", "tokenizers numpy"), ("web", "tokenizers numpy")]
 )
 def test_commands_that_compute_with_no_model_import_no_torch(command: str, needs: str) -> None:
     found = imported_by(f"import tongwen.commands.{command}")

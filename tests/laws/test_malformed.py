@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.data.test_reader import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, contents_of, take
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.data import files, json_array, reader, tables
 from tongwen.data.files import find_files
 from tongwen.data.reader import read_rows
@@ -417,7 +417,7 @@ def test_a_bad_file_is_refused_by_name(
     with pytest.raises(DataError) as caught:
         take(file, **source)
     text = caught.value.text().replace("\n", " ")
-    assert not isinstance(caught.value, RowRefused)
+    assert not isinstance(caught.value, RowRejected)
     assert "placeholder" in text or str(file) in text
     assert re.search(expected, text), text
 

@@ -31,7 +31,7 @@ from tongwen.core import artifact
 from tongwen.core.errors import ModelError
 from tongwen.export.card import make_card
 from tongwen.model.adapters.adalora import rank_allocator
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.loading.load import ModelRef, cpu_has_bf16, load_model
 from tongwen.recipe.training import AdapterConfig
@@ -132,7 +132,7 @@ def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Pa
 
 def test_an_ordinary_adapter_computes_what_adalora_did(chat_model: Path, tmp_path: Path) -> None:
     base = load_model(ModelRef("t", str(chat_model)), torch.float32)
-    adapted = adapt(base, AdapterConfig(method="adalora", rank=4), [], steps=20)
+    adapted = make_trainable(base, AdapterConfig(method="adalora", rank=4), [], steps=20)
     with torch.no_grad():
         for name, part in adapted.model.named_parameters():
             if "lora_E" in name:
@@ -160,7 +160,7 @@ def test_new_rows_alone_are_trained_by_sft_too(wide_model: Path, tmp_path: Path)
 
 
 def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
-    model = adapt(
+    model = make_trainable(
         load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(method="adalora", rank=4), [], steps=20
     )
     budget = rank_allocator(model.model)
@@ -402,11 +402,11 @@ def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path,
 
 
 def test_fused_experts_are_trained_by_name() -> None:
-    adapted = adapt(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
+    adapted = make_trainable(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
     assert any("experts" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
     assert not any("does not cover" in notice for notice in adapted.notices)
     with pytest.raises(ModelError, match=r"'mlp.experts.up'[\s\S]*gate_up_proj"):
-        adapt(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.up"]), [])
+        make_trainable(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.up"]), [])
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_fused_experts_are_trained_by_name() -> None:
 )
 def test_what_peft_cannot_do_is_said(settings: dict[str, Any], place: str, expected: str, chat_model: Path) -> None:
     with pytest.raises(ModelError, match=expected) as caught:
-        adapt(
+        make_trainable(
             load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(rank=2, **settings), [], steps=20
         )
     assert caught.value.place == place and "\n" not in caught.value.rule
@@ -432,7 +432,7 @@ def test_what_peft_cannot_do_is_said(settings: dict[str, Any], place: str, expec
 def test_a_quantised_matrix_is_not_trained_in_full(kind: str, wide_model: Path) -> None:
     base = load_model(ModelRef("t", str(wide_model)), torch.float32, kind)
     with pytest.raises(ModelError, match="quantised"):
-        adapt(base, AdapterConfig(method="qlora", also_train=["mlp"]), [])
+        make_trainable(base, AdapterConfig(method="qlora", also_train=["mlp"]), [])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -441,18 +441,18 @@ def test_rows_of_a_matrix_that_learns_in_full_are_not_trained_twice(method: str,
     base = tiny_llama(tmp_path, 90, tie_word_embeddings=tied)
     also = ["model.embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     choice = AdapterConfig(method=method, rank=2, also_train=also)  # type: ignore[arg-type]
-    adapted = adapt(base, choice, [3, 4], steps=20)
+    adapted = make_trainable(base, choice, [3, 4], steps=20)
     names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
     assert any("embed_tokens.modules_to_save" in name for name in names)
     assert not any("trainable_tokens" in name for name in names) and not adapted.notices
     half = tiny_llama(tmp_path, 90, tie_word_embeddings=False)
     if method == "lora":
-        adapted = adapt(half, AdapterConfig(rank=2, also_train=["embed_tokens"]), [3, 4])
+        adapted = make_trainable(half, AdapterConfig(rank=2, also_train=["embed_tokens"]), [3, 4])
         names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
         assert any("lm_head.token_adapter" in name for name in names)
     else:
         with pytest.raises(ModelError, match=r"also_train: \[lm_head\]"):
-            adapt(half, AdapterConfig(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
+            make_trainable(half, AdapterConfig(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
 
 
 def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

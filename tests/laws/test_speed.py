@@ -17,7 +17,7 @@ from tests.launching import in_a_child
 from tests.laws.test_training_step import packed_model, random_store
 from tongwen.core.console import human_bytes
 from tongwen.core.errors import MachineError
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels.checkpointing import compile_layers, recompute
 from tongwen.model.kernels.loss import learned_loss
 from tongwen.recipe.training import AdapterConfig, Sft
@@ -43,7 +43,7 @@ def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch's inductor compiles with g++")
 def test_compiled_layers_give_the_same_loss_and_gradient(chat_model: Path) -> None:
-    model = adapt(packed_model(chat_model), AdapterConfig(method="full"), []).model.train()
+    model = make_trainable(packed_model(chat_model), AdapterConfig(method="full"), []).model.train()
     batches = [batch_of(count) for count in (2, 5)]  # other lengths, the same program
     wanted = [gradient(model, batch) for batch in batches]
     assert compile_layers(model) == 2
@@ -80,7 +80,7 @@ def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_pat
 
 
 def test_a_micro_batch_is_tried_and_leaves_no_trace(chat_model: Path) -> None:
-    model = adapt(packed_model(chat_model), AdapterConfig(rank=4), []).model.eval()
+    model = make_trainable(packed_model(chat_model), AdapterConfig(rank=4), []).model.eval()
     batch, state, passed = batch_of(3), torch.get_rng_state(), list[int]()
 
     def counted(model: Any, batch: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_mixture
 from tongwen.core.errors import ModelError, NumbersError, RecipeError
 from tongwen.data.sampling import order
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
-from tongwen.model.adapters.attach import adapt, find_untrained_rows
+from tongwen.model.adapters.attach import find_untrained_rows, make_trainable
 from tongwen.model.kernels import loss as score
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
@@ -170,13 +170,13 @@ def test_a_head_that_learns_or_whose_output_is_changed_is_not_spared(folder: Pat
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     batch = pack([random_store(2).sample(index) for index in range(2)])
-    assert not use_blockwise_head(adapt(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
-    rows = adapt(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
+    assert not use_blockwise_head(make_trainable(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
+    rows = make_trainable(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
     assert not use_blockwise_head(rows, batch)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=500, num_key_value_heads=1, head_dim=16, **shape))
     batch = pad([random_store(2).sample(index) for index in range(2)])
-    assert not use_blockwise_head(adapt(gemma, LORA, []).model, batch), "its logits are capped"
+    assert not use_blockwise_head(make_trainable(gemma, LORA, []).model, batch), "its logits are capped"
 
 
 def test_bits_per_byte_is_its_definition(folder: Path) -> None:
@@ -279,7 +279,7 @@ def test_all_documents_at_once_are_each_document_alone(window: int | None, monke
 
 
 def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check arguments and shapes on fake tensors, forward and backward, in autocast's number type."""
+    """Check arguments and shapes on fake tensors, forward and backward, in autocast's dtype."""
     monkeypatch.setattr(
         packed_attention, "_suits_flash", lambda query, value, computed_in: computed_in == torch.bfloat16
     )
@@ -347,7 +347,7 @@ def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
     ],
 )
 def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choice: AdapterConfig) -> None:
-    model = adapt(packed_model(folder), choice, []).model
+    model = make_trainable(packed_model(folder), choice, []).model
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     store = random_store(4)
@@ -367,22 +367,22 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
         total, nats = learned_loss(model, inputs)
         return total.detach().requires_grad_(), nats
 
-    model = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
+    model = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model
     with pytest.raises(NumbersError, match=r"get no gradient"):
         audit.probe_gradients(model, batch, detached)
     with pytest.raises(NumbersError, match="does not depend on any trainable"):
         audit.probe_gradients(
             model, batch, lambda model, inputs: tuple(part.detach() for part in learned_loss(model, inputs))
         )
-    frozen = adapt(packed_model(folder), AdapterConfig(rank=4), []).model.requires_grad_(False)
+    frozen = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model.requires_grad_(False)
     with pytest.raises(NumbersError, match="no parameter is trainable"):
         audit.probe_gradients(frozen, batch, learned_loss)
-    broken = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
+    broken = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model
     with torch.no_grad():
         next(part for name, part in broken.named_parameters() if name.endswith("norm.weight")).fill_(math.nan)
     with pytest.raises(NumbersError, match="first loss is nan"):
         audit.probe_gradients(broken, batch, learned_loss)
-    dead = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
+    dead = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model
     dead.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(NumbersError, match=r"unused[\s\S]*get no gradient"):
         audit.probe_gradients(dead, batch, learned_loss)
@@ -390,10 +390,10 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
 
 def test_targets_that_name_nothing_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"'c_attn'[\s\S]*q_proj"):
-        adapt(packed_model(folder), AdapterConfig(targets=["c_attn"]), [])
+        make_trainable(packed_model(folder), AdapterConfig(targets=["c_attn"]), [])
     with pytest.raises(ModelError, match="'wte'"):
-        adapt(packed_model(folder), AdapterConfig(also_train=["wte"]), [])
-    adapted = adapt(packed_model(folder), AdapterConfig(targets="family", rank=2), [])
+        make_trainable(packed_model(folder), AdapterConfig(also_train=["wte"]), [])
+    adapted = make_trainable(packed_model(folder), AdapterConfig(targets="family", rank=2), [])
     assert {
         name.split(".lora_")[0].split(".")[-1] for name, part in adapted.model.named_parameters() if part.requires_grad
     } == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -407,7 +407,7 @@ def test_rows_that_the_base_never_trained_are_found(folder: Path) -> None:
         weight[1] = 0
         weight[2] = weight[250]
     assert find_untrained_rows(model, [0, 1, 2]) == [1, 2]
-    adapted = adapt(model, AdapterConfig(rank=2), [1, 2])
+    adapted = make_trainable(model, AdapterConfig(rank=2), [1, 2])
     assert any("trainable_tokens" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
 
 
@@ -428,7 +428,7 @@ LORA = AdapterConfig(rank=4)
 
 def fused(model: Any, choice: AdapterConfig) -> Any:
     """Return the adapted model with fused layers, as one process trains it on a CPU."""
-    adapted = adapt(model, choice, []).model
+    adapted = make_trainable(model, choice, []).model
     fuse_blocks(adapted)
     return adapted
 
@@ -441,7 +441,7 @@ def fused(model: Any, choice: AdapterConfig) -> Any:
 def test_the_fast_forms_are_pefts_and_transformers_own(
     folder: Path, choice: AdapterConfig, checkpointing: bool, blocks: bool
 ) -> None:
-    model = fused(packed_model(folder), choice) if blocks else adapt(packed_model(folder), choice, []).model
+    model = fused(packed_model(folder), choice) if blocks else make_trainable(packed_model(folder), choice, []).model
     with torch.no_grad():
         for name, part in model.named_parameters():
             if "lora_B" in name:
@@ -520,7 +520,7 @@ def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
     for choice in (AdapterConfig(rank=4, dora=True), AdapterConfig(rank=4, dropout=0.1)):
         fast = with_fast_forward(fused(packed_model(folder), choice))
         assert {type(module).__name__ for module in fast} == {"LlamaRMSNorm"}
-    assert not with_fast_forward(adapt(packed_model(folder), AdapterConfig(method="full"), []).model)
+    assert not with_fast_forward(make_trainable(packed_model(folder), AdapterConfig(method="full"), []).model)
 
 
 def test_a_switched_off_adapter_gives_the_base(folder: Path) -> None:
@@ -616,11 +616,11 @@ print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to 
 
 
 def test_whether_an_adapter_reaches_fused_experts_is_said() -> None:
-    passed = adapt(tiny_mixture(), AdapterConfig(rank=2, targets=["q_proj"]), [])
+    passed = make_trainable(tiny_mixture(), AdapterConfig(rank=2, targets=["q_proj"]), [])
     assert any(
         "does not cover 2 fused expert weights" in notice and "mlp.experts" in notice for notice in passed.notices
     )
-    reached = adapt(tiny_mixture(), AdapterConfig(rank=2), [])
+    reached = make_trainable(tiny_mixture(), AdapterConfig(rank=2), [])
     assert any("covers 2 fused expert weights" in notice for notice in reached.notices)
     assert any("experts" in name for name, part in reached.model.named_parameters() if part.requires_grad)
 

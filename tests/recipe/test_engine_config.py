@@ -284,7 +284,7 @@ def test_other_spellings_are_read_as_what_they_mean(
         made.append(
             (
                 parallel.choose_engine(sft).arguments,
-                parallel.sharing_of(sft, 2),
+                parallel.sharding_plan(sft, 2),
                 sft.max_grad_norm,
                 sft.precision,
                 sft.activation_checkpointing,

@@ -24,7 +24,7 @@ import pytest
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.cli.main import main
-from tongwen.core.errors import NumbersError, RowRefused
+from tongwen.core.errors import NumbersError, RowRejected
 from tongwen.data.encode import Encoder
 from tongwen.data.synthesis.client import SpendingMeter, SynthesisClient
 from tongwen.data.synthesis.generate import SCHEMA
@@ -137,7 +137,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
     def chat_ids(messages: list[dict[str, Any]]) -> list[int]:
         text = "|".join(turn["content"] for turn in messages)
         if "refuse" in text:
-            raise RowRefused("template_refuses", "the template refuses this dialogue")
+            raise RowRejected("template_refuses", "the template refuses this dialogue")
         return [ord(character) for character in text]
 
     def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
@@ -147,7 +147,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
         return ids[-1] == ord(".")
 
     def check(settings: dict[str, Any]) -> object:
-        return Sampling().with_(**settings)
+        return Sampling().override(**settings)
 
     backend = openai_api.Backend(
         name="m",

@@ -34,7 +34,7 @@ def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: py
         parallel.choose_engine(read(recipe(tmp_path, zero(wonder=1)))[0])
     assert refused.value.exit_code == 2
     by_itself = read(recipe(tmp_path, zero(reduce_bucket_size="auto")))[0]
-    assert parallel.choose_engine(by_itself).name == "zero2" and parallel.sharing_of(by_itself, 2).bucket == 0
+    assert parallel.choose_engine(by_itself).name == "zero2" and parallel.sharding_plan(by_itself, 2).bucket == 0
 
 
 def test_other_settings_from_outside_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

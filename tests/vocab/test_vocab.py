@@ -89,9 +89,9 @@ def test_every_beginning_leads_to_characters_of_the_script_only(name: str) -> No
                     assert all(script.class_of(low + step) for step in range(0, high - low + 1, 7))
 
 
-def naive_merges(words: dict[tuple[int, ...], int], spelling: list[bytes], pieces: int, first: int) -> list[Any]:
+def naive_merges(words: dict[tuple[int, ...], int], token_bytes: list[bytes], pieces: int, first: int) -> list[Any]:
     """Textbook BPE: count all pairs anew for every merge."""
-    spell = dict(enumerate(spelling))
+    spell = dict(enumerate(token_bytes))
     ids = {piece: index for index, piece in spell.items()}
     current = {word: list(word) for word in words}
     merges: list[Any] = []
@@ -126,18 +126,18 @@ def naive_merges(words: dict[tuple[int, ...], int], spelling: list[bytes], piece
 
 def test_learning_is_textbook_bpe() -> None:
     random = np.random.default_rng(0)
-    spelling = [bytes([byte]) for byte in range(256)]
+    token_bytes = [bytes([byte]) for byte in range(256)]
     characters = list("的一是在不了有和人这中大为上个国我以要他哈")
     words: dict[tuple[int, ...], int] = {}
     for _ in range(300):
         text = "".join(random.choice(characters, random.integers(1, 9)))
         words[tuple(text.encode())] = int(random.integers(1, 20))
     words[tuple("哈哈哈哈哈".encode())] = 50  # a run of equal tokens
-    learned = learn_merges(words, spelling, HAN.allows, 80, first_new=256)
-    assert learned.merges == naive_merges(words, spelling, 80, 256)
+    learned = learn_merges(words, token_bytes, HAN.allows, 80, first_new=256)
+    assert learned.merges == naive_merges(words, token_bytes, 80, 256)
     assert len(learned.pieces) == 80
     assert learned.first(30).pieces == learned.pieces[:30]
-    assert learned.first(30).merges == learn_merges(words, spelling, HAN.allows, 30, first_new=256).merges
+    assert learned.first(30).merges == learn_merges(words, token_bytes, HAN.allows, 30, first_new=256).merges
 
 
 # -- byte-level BPE ------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) ->
     found = measure.pieces_in_use(new, old.size, CHINESE)
     assert found["pieces"] == 60 and found["unreachable"] == 0
     for token, parts in zip(made.new_ids, made.parts, strict=True):
-        assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
+        assert b"".join(old.token_bytes[part] for part in parts) == new.token_bytes[token]
 
 
 def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_words_become_one_piece_each(byte_level: Path) -> None:
     made = extended(base, pieces=20, words=["Kubernetes", "大语言模型"])
     for text in ("Kubernetes", "run Kubernetes", "大语言模型"):
         ids = made.files.encode_fast([text])[0]
-        assert made.files.coder.spelling[ids[-1]].decode().strip() == text.split()[-1]
+        assert made.files.coder.token_bytes[ids[-1]].decode().strip() == text.split()[-1]
     with pytest.raises(RecipeError, match=r"'C\+\+'"):
         extended(base, pieces=5, words=["C++"])
     with pytest.raises(RecipeError, match=r"<\|im_end\|>"):
@@ -275,8 +275,8 @@ def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> N
     assert not spm.disagreement(new.encode, made.files.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
     assert not measure.changed(old, new, FOREIGN)
     for token, parts in zip(made.new_ids, made.parts, strict=True):
-        assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
-    assert new.spelling[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
+        assert b"".join(old.token_bytes[part] for part in parts) == new.token_bytes[token]
+    assert new.token_bytes[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
     assert measure.pieces_in_use(new, old.size, CHINESE)["unreachable"] == 0
 
 
@@ -348,7 +348,7 @@ def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
             elif kind == "subtoken_mean":
                 made = tokenizer_files.open_tokenizer_files(str(tmp_path / "out" / "vocab"))
                 first = tokenizer_files.open_tokenizer_files(str(base)).encode_fast(
-                    [made.coder.spelling[ids[-1]].decode()]
+                    [made.coder.token_bytes[ids[-1]].decode()]
                 )[0]
                 assert (rows[-1] - tensor[first].float().mean(0)).abs().max() < 1e-3
             else:

@@ -70,7 +70,7 @@ def conversation(
     type_lines(lines, monkeypatch)
     choices: dict[str, Any] = {
         "count": lambda messages: 0,
-        "check": lambda settings: Sampling().with_(**settings),
+        "check": lambda settings: Sampling().override(**settings),
         "context": 100,
         "settings": {"max_new_tokens": 1, "temperature": 0.0},
     } | options

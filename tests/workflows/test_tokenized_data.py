@@ -25,11 +25,11 @@ def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Ar
 def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
     reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
-    key = tokenized_data.key_of(made, reader)
+    key = tokenized_data.cache_key(made, reader)
 
     def changed(**words: Any) -> str:
         section = recipe.sft.model_copy(update=words)
-        return tokenized_data.key_of(made, tokenized_data.make_dialogue_encoder(recipe.base, section))
+        return tokenized_data.cache_key(made, tokenized_data.make_dialogue_encoder(recipe.base, section))
 
     assert changed(learning_rate=1.0, batch_size=3) == key
     others = {
@@ -40,7 +40,7 @@ def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_
     }
     assert len(others | {key}) == 5
     other_data = artifact.Artifact(made.path, {**made.manifest, "fingerprint": "f" * 64})
-    assert tokenized_data.key_of(other_data, reader) != key
+    assert tokenized_data.cache_key(other_data, reader) != key
 
 
 def test_encoding_is_done_once_and_goes_on_where_it_died(

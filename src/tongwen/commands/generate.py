@@ -93,7 +93,7 @@ def _open(source: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> An
             from tongwen.infer.endpoint import EndpointBackend
         except ImportError:
             raise MissingPackage("openai", _("getting answers from an endpoint"), "endpoint") from None
-        sampling_options = Sampling().with_(**sampling)
+        sampling_options = Sampling().override(**sampling)
         endpoint = EndpointBackend(source.endpoint, source.model, completion=source.template == "completion")
         return AnswerBackend(
             lambda conversations, on_answer: endpoint.answer_each(conversations, sampling_options, on_answer),

@@ -78,10 +78,10 @@ def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> No
 
 
 def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
-    from tongwen.model.adapters.legacy import modernise
+    from tongwen.model.adapters.legacy import convert_legacy_adapter
 
     originals.clear_path(out, [str(folder)], again=False)
-    made = modernise(folder, out, alpha)
+    made = convert_legacy_adapter(folder, out, alpha)
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     console.success(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
     console.info(f"  tongwen merge --base BASE --adapter {out} --out MODEL")

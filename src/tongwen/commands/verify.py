@@ -16,7 +16,7 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import find_tensors
 from tongwen.export import checksums, pth
 from tongwen.model.loading import load
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 
 OF_TENSORS = ("model", "vocab", "sft", "pretrain")  # kinds whose fingerprint is that of their tensors
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
@@ -132,7 +132,7 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
 def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
     """Compare with the fingerprint in the manifest, and name a tensor that changed since."""
     if stage.kind in OF_TENSORS:
-        lines = model_lines(load.ModelRef(str(stage.path), str(stage.path)))
+        lines = tensor_digests(load.ModelRef(str(stage.path), str(stage.path)))
         found, recorded = combine(lines), stage.manifest.get("tensors", {})
         changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
         place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)

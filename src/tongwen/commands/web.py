@@ -165,7 +165,7 @@ def _runs_backend(workspace: Workspace) -> RunsBackend:
         run_manager.start([str(file), *overrides], out)
         return display_path(out)
 
-    def picture(name: str) -> RunView:
+    def view(name: str) -> RunView:
         out = workspace.inside(name)
         return RunView(
             running=lock_holder(out) is not None,
@@ -181,7 +181,7 @@ def _runs_backend(workspace: Workspace) -> RunsBackend:
         read=lambda name: workspace.inside(name).read_text(encoding="utf-8", errors="replace"),
         start=start,
         runs=workspace.runs,
-        picture=picture,
+        view=view,
         stop=lambda name: run_manager.stop(workspace.inside(name)),
         resume=lambda name: run_manager.resume(workspace.inside(name)),
         compare=lambda names: run_manager.compare([workspace.inside(name) for name in names]),

@@ -27,12 +27,27 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
+from tongwen.core.message_layout import (
+    DEFAULT_LAYOUT,
+    LAYOUT_OPTIONS,
+    MessageLayout,
+    Tools,
+    Turn,
+    apply_layout,
+    layouts,
+)
 from tongwen.core.records import Dialogue, Message, Span
-from tongwen.core.render_proof import Planted, lost_part, plant, shape_of, shows, values_of
-from tongwen.core.row_spelling import OTHERS, USUAL, Spelling, Tools, Turn, spell, spellings
-from tongwen.core.template_cache import SENTINEL, RenderCache, make_render_cache
+from tongwen.core.render_proof import (
+    MarkedRow,
+    contains_value,
+    find_missing_part,
+    insert_sentinels,
+    shape_of,
+    values_of,
+)
+from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton
 
 SHIPPED = (
     "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
@@ -53,7 +68,7 @@ EMPTY_BLOCK = re.compile(r"[<\[][^\s>\]]+[>\]]\s*(?:\w+\s*)?[<\[][^\s>\]]+[>\]]\
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
 ANSWER: Turn = {"role": "assistant", "content": "A"}
 PLAIN = "aBc"
-TRIES = 2  # rows of one outline for which all spellings are tried in vain
+TRIES = 2  # rows of one outline for which all layouts are tried in vain
 SHAPES = 10_000  # proofs that are kept
 
 
@@ -110,11 +125,11 @@ def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
 
 def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
     """Put APART inside every control token, so that it becomes ordinary tokens: a user's text can neither end nor open
-    a turn. Raises RowRefused for a noncharacter, and for a control token of one character."""
+    a turn. Raises RowRejected for a noncharacter, and for a control token of one character."""
 
     def separate(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
-            raise RowRefused("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
+            raise RowRejected("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
         return APART.join(found[0])
 
     return forbidden_in_text(special)[1].sub(separate, text)
@@ -126,7 +141,7 @@ def shipped_source(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedSample:
     """One sample: its spans in order. The last is the stop token of the last answer, learned if that answer is."""
 
     spans: tuple[Span, ...]
@@ -178,8 +193,8 @@ class Template:
     stop:    text of the token that ends an answer
     appended: the stop is not rendered with the answer (GLM-4: the next `<|user|>` is the stop)
     stops:   tokens that end an answer in a render: the last one, and earlier ones where the template ends them otherwise
-    usual:   the spelling of rows without thinking and tools
-    shapes, spellings, failures, prompts: what is proven of the shapes of rows
+    usual:   the layout of rows without thinking and tools
+    shapes, layouts, failures, prompts: what is proven of the shapes of rows
     """
 
     name: str
@@ -190,12 +205,12 @@ class Template:
     stop: str = ""
     appended: bool = False
     stops: tuple[str, ...] = ()
-    usual: Spelling = USUAL
-    skeletons: dict[Any, RenderCache | None] = field(default_factory=dict, compare=False, repr=False)
-    shapes: dict[Any, TurnShape | RowRefused] = field(default_factory=dict, compare=False, repr=False)
-    spellings: dict[Any, list[Spelling]] = field(default_factory=dict, compare=False, repr=False)
+    usual: MessageLayout = DEFAULT_LAYOUT
+    skeletons: dict[Any, RenderSkeleton | None] = field(default_factory=dict, compare=False, repr=False)
+    shapes: dict[Any, TurnShape | RowRejected] = field(default_factory=dict, compare=False, repr=False)
+    layouts: dict[Any, list[MessageLayout]] = field(default_factory=dict, compare=False, repr=False)
     failures: dict[Any, int] = field(default_factory=dict, compare=False, repr=False)
-    prompts: dict[Any, Spelling] = field(default_factory=dict, compare=False, repr=False)
+    prompts: dict[Any, MessageLayout] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(
@@ -243,14 +258,14 @@ class Template:
             ).to_dict()
             for message in messages
         ]
-        return self._render(turns, tools, self._spelling_of_prompt(turns, tools), thinking, add_generation_prompt=True)
+        return self._render(turns, tools, self._layout_of_prompt(turns, tools), thinking, add_generation_prompt=True)
 
-    def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[Rendered]:
+    def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[RenderedSample]:
         """Return the samples of a dialogue: one, or one per answer if the template renders earlier answers
         differently from the last one (thinking models drop earlier thinking).
 
         learn: assistant | last_answer | everything; thinking: on | off | mixed.
-        Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
+        Raises RowRejected with a reason when this dialogue cannot be rendered faithfully.
         """
         self._refuse_control_tokens(dialogue)
         opens_tag = any(message.content.lstrip()[:1] in TAGS for message in dialogue.messages if message.content)
@@ -259,33 +274,33 @@ class Template:
             and (skeleton := self._skeleton(dialogue, learn, thinking))
             and skeleton.fits(dialogue.messages)
         ):
-            return [Rendered(spans) for spans in skeleton.fill(dialogue.messages)]
+            return [RenderedSample(spans) for spans in skeleton.fill(dialogue.messages)]
         return self._samples(dialogue, learn, thinking)
 
-    def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[Rendered]:
+    def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[RenderedSample]:
         messages = _with_thinking(dialogue.messages, thinking)
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         if not answers:
-            raise RowRefused("no_answer", _("the dialogue has no answer to learn"))
+            raise RowRejected("no_answer", _("the dialogue has no answer to learn"))
         chosen = answers[-1:] if learn == "last_answer" else answers
         learned = {index for index in chosen if messages[index].learn is not False}
         learned |= {index for index in answers if messages[index].learn is True}
         if not learned and learn != "everything":
-            raise RowRefused("nothing_to_learn", _("learning is turned off for every answer"))
+            raise RowRejected("nothing_to_learn", _("learning is turned off for every answer"))
         turns = [message.to_dict() for message in messages[: answers[-1] + 1]]
         rendered = self._render_turns(turns, dialogue.tools, answers, prove)
         samples = _join_turns(rendered, answers, learned)
         if learn == "everything":
-            samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
+            samples = [RenderedSample(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
 
-    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderCache | None:
+    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderSkeleton | None:
         """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
         if dialogue.tools or any(message.to_dict().keys() - SIMPLE for message in dialogue.messages):
             return None
         shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
         if shape not in self.skeletons:
-            self.skeletons[shape] = make_render_cache(
+            self.skeletons[shape] = make_skeleton(
                 dialogue.messages,
                 lambda messages, prove: [
                     sample.spans
@@ -297,89 +312,87 @@ class Template:
     def _render_turns(
         self, turns: list[Turn], tools: Tools, answers: Sequence[int], prove: bool = True
     ) -> list[RenderedTurn]:
-        """Return every answer with its prompt, in the first spelling of the row that shows all its parts.
+        """Return every answer with its prompt, in the first layout of the row that shows all its parts.
 
-        Raises RowRefused with what the usual spelling lacks when there is none."""
-        refusals: list[RowRefused] = []
-        known = self.spellings.setdefault(_outline(turns, tools), [])
+        Raises RowRejected with what the usual layout lacks when there is none."""
+        refusals: list[RowRejected] = []
+        known = self.layouts.setdefault(_outline(turns, tools), [])
         for form in [turns, apart] if (apart := _split_thinking(turns, prove)) else [turns]:
-            for spelling in chain(tuple(known), self._untried(form, tools, known)):
+            for layout in chain(tuple(known), self._untried(form, tools, known)):
                 try:
-                    out = [self._turn(form[: index + 1], tools, spelling, prove) for index in answers]
-                except RowRefused as error:
+                    out = [self._turn(form[: index + 1], tools, layout, prove) for index in answers]
+                except RowRejected as error:
                     refusals.append(error)
                     continue
-                if spelling not in known:
-                    known.append(spelling)
+                if layout not in known:
+                    known.append(layout)
                 return out
         told = [error for error in refusals if error.reason != "template_fails"] or refusals
         raise told[0]
 
-    def _untried(self, turns: list[Turn], tools: Tools, known: Sequence[Spelling]) -> Iterator[Spelling]:
-        """Yield the spellings to try after the known ones; only the usual one where all others failed before."""
+    def _untried(self, turns: list[Turn], tools: Tools, known: Sequence[MessageLayout]) -> Iterator[MessageLayout]:
+        """Yield the layouts to try after the known ones; only the usual one where all others failed before."""
         outline = _outline(turns, tools)
         inline = self._takes_thinking_inline
-        for number, spelling in enumerate(spellings(turns, tools, self.usual)):
-            if spelling.thinking == "inline" and not inline:
+        for number, layout in enumerate(layouts(turns, tools, self.usual)):
+            if layout.thinking == "inline" and not inline:
                 continue
             if number and self.failures.get(outline, 0) >= TRIES:
                 return
-            if spelling not in known:
-                yield spelling
+            if layout not in known:
+                yield layout
         self.failures[outline] = self.failures.get(outline, 0) + 1
 
     @property
     def _takes_thinking_inline(self) -> bool:
         """Whether an answer's text may hold thinking as `<think>`: not where the template has another form for it."""
-        return "think>" in self.source or not any(map(OWN_THINKING.search, _words_read(self.source)))
+        return "think>" in self.source or not any(map(OWN_THINKING.search, _names_used(self.source)))
 
-    def _spelling_of_prompt(self, turns: list[Turn], tools: Tools) -> Spelling:
-        """Return the first spelling in which the prompt shows every part of these turns, else the usual one."""
+    def _layout_of_prompt(self, turns: list[Turn], tools: Tools) -> MessageLayout:
+        """Return the first layout in which the prompt shows every part of these turns, else the usual one."""
         if not tools and not any(turn.keys() - SIMPLE for turn in turns):
             return self.usual
         shape = shape_of(turns, tools)
         if shape not in self.prompts:
-            planted = plant([*turns, ANSWER], tools)
+            marked = insert_sentinels([*turns, ANSWER], tools)
             self.prompts[shape] = self.usual
-            for spelling in spellings(turns, tools, self.usual):
+            for layout in layouts(turns, tools, self.usual):
                 try:
-                    prompt = self._render(
-                        planted.turns[:-1], planted.tools, spelling, False, add_generation_prompt=True
-                    )
-                except RowRefused:
+                    prompt = self._render(marked.turns[:-1], marked.tools, layout, False, add_generation_prompt=True)
+                except RowRejected:
                     continue
-                if lost_part(planted, prompt, planted.turns[-1]["content"]) is None:
-                    self.prompts[shape] = spelling
+                if find_missing_part(marked, prompt, marked.turns[-1]["content"]) is None:
+                    self.prompts[shape] = layout
                     break
         return self.prompts[shape]
 
-    def _turn(self, turns: list[Turn], tools: Tools, spelling: Spelling, prove: bool = True) -> RenderedTurn:
-        """Return the last turn with its prompt. Raises RowRefused unless every part of the row is where it belongs."""
-        shape = self._prove_shape(turns, tools, spelling)
-        prompt, answer = self._split(turns, tools, spelling)
+    def _turn(self, turns: list[Turn], tools: Tools, layout: MessageLayout, prove: bool = True) -> RenderedTurn:
+        """Return the last turn with its prompt. Raises RowRejected unless every part of the row is where it belongs."""
+        shape = self._prove_shape(turns, tools, layout)
+        prompt, answer = self._split(turns, tools, layout)
         ending = "" if shape.appended else shape.stop
         if not answer.endswith(ending + shape.after):
-            raise RowRefused(
+            raise RowRejected(
                 "no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=shape.stop)
             )
         answer = answer[: len(answer) - len(ending) - len(shape.after)]
         if prove:
             self._check_values(turns, prompt, answer)
             if not shape.shows_only_content(turns[-1], answer):
-                self._check_answer_unchanged(turns, tools, spelling, answer)
+                self._check_answer_unchanged(turns, tools, layout, answer)
         return RenderedTurn(prompt, answer, shape.stop)
 
-    def _split(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> tuple[str, str]:
+    def _split(self, turns: list[Turn], tools: Tools, layout: MessageLayout) -> tuple[str, str]:
         """Return (prompt as at inference, the render that continues it)."""
         last = turns[-1]
-        thinking = bool(last.get("reasoning_content")) and spelling.thinking != "inline"
-        prompt = self._render(turns[:-1], tools, spelling, thinking, add_generation_prompt=True)
-        whole = self._render(turns, tools, spelling, thinking)
+        thinking = bool(last.get("reasoning_content")) and layout.thinking != "inline"
+        prompt = self._render(turns[:-1], tools, layout, thinking, add_generation_prompt=True)
+        whole = self._render(turns, tools, layout, thinking)
         question = turns[-2]["content"] if len(turns) > 1 else ""
         answer = _continuation(prompt, whole, question, last.get("reasoning_content") or "")
         if answer is not None:
             return prompt, answer
-        raise RowRefused(
+        raise RowRejected(
             "prompt_differs",
             _("the template renders the full dialogue differently from its prompt; choose another `template`"),
         )
@@ -388,12 +401,12 @@ class Template:
         self,
         turns: Sequence[Turn],
         tools: Tools,
-        spelling: Spelling,
+        layout: MessageLayout,
         thinking: bool,
         add_generation_prompt: bool = False,
         marks: bool = False,
     ) -> str:
-        messages, definitions = spell(turns, tools, spelling)
+        messages, definitions = apply_layout(turns, tools, layout)
         try:
             return compile_template(self.marked if marks else self.source).render(
                 messages=messages,
@@ -406,11 +419,11 @@ class Template:
                 **self.tokens,
             )
         except jinja2.TemplateError as error:
-            raise RowRefused(
+            raise RowRejected(
                 "template_refuses", _("the template refuses this dialogue: {error}").format(error=error)
             ) from None
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, OverflowError) as error:
-            raise RowRefused(
+            raise RowRejected(
                 "template_fails",
                 _("the template fails on this dialogue: {type}: {error}").format(
                     type=type(error).__name__, error=error
@@ -419,30 +432,30 @@ class Template:
 
     # -- proofs ---------------------------------------------------------------------------------------------------
 
-    def _prove_shape(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> TurnShape:
-        """Return how the last turn of such rows ends, or raise RowRefused: proven once per shape of row and spelling."""
-        key = (spelling, *shape_of(turns, tools))
+    def _prove_shape(self, turns: list[Turn], tools: Tools, layout: MessageLayout) -> TurnShape:
+        """Return how the last turn of such rows ends, or raise RowRejected: proven once per shape of row and layout."""
+        key = (layout, *shape_of(turns, tools))
         found = self.shapes.get(key)
         if found is None:
             if len(self.shapes) >= SHAPES:
                 self.shapes.clear()
             try:
-                found = self._learn_shape(turns, tools, spelling)
-            except RowRefused as error:
+                found = self._derive_shape(turns, tools, layout)
+            except RowRejected as error:
                 found = error
             self.shapes[key] = found
-        if isinstance(found, RowRefused):
-            raise RowRefused(found.reason, found.rule)
+        if isinstance(found, RowRejected):
+            raise RowRejected(found.reason, found.rule)
         return found
 
-    def _learn_shape(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> TurnShape:
-        planted = plant(turns, tools)
-        shown = planted.of(len(turns) - 1)
+    def _derive_shape(self, turns: list[Turn], tools: Tools, layout: MessageLayout) -> TurnShape:
+        marked = insert_sentinels(turns, tools)
+        shown = marked.of(len(turns) - 1)
         if all(part.kind == "thinking" for part in shown):
-            raise RowRefused("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
-        prompt, answer = self._split(planted.turns, planted.tools, spelling)
-        if part := lost_part(planted, prompt, answer):
-            raise RowRefused(
+            raise RowRejected("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
+        prompt, answer = self._split(marked.turns, marked.tools, layout)
+        if part := find_missing_part(marked, prompt, answer):
+            raise RowRejected(
                 "part_lost",
                 _("the template does not render {part}; {remedy}").format(part=part.place, remedy=_remedy(part.kind)),
             )
@@ -452,7 +465,7 @@ class Template:
         calls = bool(turns[-1].get("tool_calls"))
         stop, at = self._find_stop(tail, calls)
         if at < 0:  # the next turn begins with the stop
-            stop = self._stop_before_tool(planted, spelling, prompt + answer) if calls else self.stop
+            stop = self._stop_before_tool(marked, layout, prompt + answer) if calls else self.stop
             return TurnShape(stop, True, "", answer[:begin], tail)
         return TurnShape(stop, False, tail[at + len(stop) :], answer[:begin], tail[:at])
 
@@ -473,29 +486,29 @@ class Template:
                 return stop, place - length
         if self.appended:
             return self.stop, -1
-        raise RowRefused("no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop))
+        raise RowRejected("no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop))
 
-    def _stop_before_tool(self, planted: Planted, spelling: Spelling, whole: str) -> str:
+    def _stop_before_tool(self, marked: MarkedRow, layout: MessageLayout, whole: str) -> str:
         """Return the control token that a tool's answer begins with: there the model stops after a call."""
         result = {"role": "tool", "content": SENTINEL}
         try:
-            longer = self._render([*planted.turns, result], planted.tools, spelling, False)
-        except RowRefused:
+            longer = self._render([*marked.turns, result], marked.tools, layout, False)
+        except RowRejected:
             return self.stop
         after = longer[len(whole) :].lstrip() if longer.startswith(whole) else ""
         return max((token for token in self.special if token and after.startswith(token)), key=len, default=self.stop)
 
     def _check_values(self, turns: list[Turn], prompt: str, answer: str) -> None:
-        """Raise RowRefused unless the render shows the values of this row: a template may cut some, such as text before
+        """Raise RowRejected unless the render shows the values of this row: a template may cut some, such as text before
         `</think>`."""
         if not turns[-1]["content"].strip() and not turns[-1].get("tool_calls"):
-            raise RowRefused("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
+            raise RowRejected("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
         at = 0
         for number, turn in enumerate(turns, 1):
             last = number == len(turns)
             for kind, value in values_of(turn):
                 if last:
-                    shown = shows(answer, kind, value)
+                    shown = contains_value(answer, kind, value)
                 elif kind == "thinking":
                     shown = True
                 elif kind == "content" and turn["role"] == "assistant":
@@ -503,29 +516,29 @@ class Template:
                     found = prompt.find(value, at)
                     shown, at = found >= 0, max(at, found)
                 else:
-                    shown = shows(prompt, "call", value)
+                    shown = contains_value(prompt, "call", value)
                 if not shown:
-                    raise RowRefused(
+                    raise RowRejected(
                         "part_lost",
                         _(
                             "turn {turn}: the template does not render {text!r} as the row has it; choose another `template`, or change the text"
                         ).format(turn=number, text=value.strip()[:40]),
                     )
 
-    def _check_answer_unchanged(self, turns: list[Turn], tools: Tools, spelling: Spelling, answer: str) -> None:
-        """Check that the render has the answer unchanged (or trimmed), exactly where a sentinel would be. Raises RowRefused
+    def _check_answer_unchanged(self, turns: list[Turn], tools: Tools, layout: MessageLayout, answer: str) -> None:
+        """Check that the render has the answer unchanged (or trimmed), exactly where a sentinel would be. Raises RowRejected
         otherwise."""
         last = turns[-1]
         content = last["content"]
         if not content.strip() or "</think>" in content or last.get("tool_calls") or last.get("reasoning_content"):
             return  # found by their own sentinels; a thinking template rearranges thinking inside the answer's own text
-        probe = self._split([*turns[:-1], {**last, "content": SENTINEL}], tools, spelling)[1]
+        probe = self._split([*turns[:-1], {**last, "content": SENTINEL}], tools, layout)[1]
         head, found, tail = probe.partition(SENTINEL)
         if found and any(
             answer.startswith(head + text) and tail.startswith(answer[len(head + text) :]) for text in _trims(content)
         ):
             return
-        raise RowRefused(
+        raise RowRejected(
             "answer_changed",
             _(
                 "the template changes the text of an answer, so the model would not learn what the data says: {last!r}; choose another `template`"
@@ -534,7 +547,7 @@ class Template:
 
     def _check_marks(self) -> None:
         """Check that our own marks enclose exactly the learned text of the render, and leave the text unchanged."""
-        turns = [_say("user", "A"), _say("assistant", "B"), _say("user", "C"), _say("assistant", "D")]
+        turns = [_turn_of("user", "A"), _turn_of("assistant", "B"), _turn_of("user", "C"), _turn_of("assistant", "D")]
         marked = self._render(turns, (), self.usual, False, marks=True)
         unmarked = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
         inside = [part.split(LEARN_TO)[0] for part in marked.split(LEARN_FROM)[1:]]
@@ -549,7 +562,7 @@ class Template:
             )
 
     def _refuse_control_tokens(self, dialogue: Dialogue) -> None:
-        """Raise RowRefused for control tokens in a row: they would end the answer, or open a turn, in the middle."""
+        """Raise RowRejected for control tokens in a row: they would end the answer, or open a turn, in the middle."""
         firsts, forbidden = forbidden_in_text(self.special)
         for text in _texts(dialogue):
             for first in firsts:  # a search for one character is much cheaper than the pattern
@@ -560,11 +573,11 @@ class Template:
             if not (found := forbidden.search(text)):
                 continue
             if found[0] in self.special:
-                raise RowRefused(
+                raise RowRejected(
                     "control_token_in_text",
                     _("the text contains the control token {found!r}").format(found=found[0]),
                 )
-            raise RowRefused(
+            raise RowRejected(
                 "noncharacter_in_text",
                 _("the text contains a Unicode noncharacter"),
             )
@@ -572,15 +585,15 @@ class Template:
     def _with_stop(self) -> Template:
         """Find the stop token: the special token after the last answer, or the one after an earlier answer if the template
         writes none after the last (the next turn begins with it)."""
-        ask, reply = _say("user", "A"), _say("assistant", SENTINEL)
+        ask, reply = _turn_of("user", "A"), _turn_of("assistant", SENTINEL)
         one, two, usual = "", "", self.usual
-        for content in OTHERS["content"]:
+        for content in LAYOUT_OPTIONS["content"]:
             usual = replace(self.usual, content=content)
             try:
                 one = self._render([ask, reply], (), usual, False)
                 two = self._render([ask, reply, ask, reply], (), usual, False)
-                plain = self._render([ask, _say("assistant", PLAIN)], (), usual, False)
-            except RowRefused as error:
+                plain = self._render([ask, _turn_of("assistant", PLAIN)], (), usual, False)
+            except RowRejected as error:
                 refusal = error
                 continue
             if two.count(SENTINEL) == 2 and one.count(SENTINEL) == 1:
@@ -619,7 +632,7 @@ class Template:
 
     def _check_expressible(self) -> None:
         """Raise ModelError unless all control tokens that the template writes are single tokens of this tokenizer."""
-        text = self._render([_say("user", "A"), _say("assistant", "B")], (), self.usual, False)
+        text = self._render([_turn_of("user", "A"), _turn_of("assistant", "B")], (), self.usual, False)
         missing = sorted({found for found in re.findall(r"<\|[A-Za-z_]+\|>", text) if found not in self.special})
         if missing:
             raise ModelError(
@@ -630,7 +643,7 @@ class Template:
 
 
 @lru_cache(maxsize=16)
-def _words_read(source: str) -> frozenset[str]:
+def _names_used(source: str) -> frozenset[str]:
     """Return the variables, attributes and keys that a template reads."""
     tree = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(
         source
@@ -642,7 +655,7 @@ def _words_read(source: str) -> frozenset[str]:
     )
 
 
-def _say(role: str, content: str) -> Turn:
+def _turn_of(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
 
 
@@ -672,7 +685,7 @@ def _texts(dialogue: Dialogue) -> Iterator[str]:
 
 
 def _outline(turns: Sequence[Turn], tools: Tools) -> tuple[Any, ...]:
-    """Return what decides in which spelling a template reads a row."""
+    """Return what decides in which layout a template reads a row."""
     return bool(tools), frozenset(
         (turn["role"], bool(turn["content"]), bool(turn.get("reasoning_content")), len(turn.get("tool_calls") or ()))
         for turn in turns
@@ -742,27 +755,27 @@ def _after_empty_block(prompt: str, whole: str, thinking: str) -> str | None:
     return whole[len(shared) :] if EMPTY_BLOCK.fullmatch(prompt[len(shared) :]) else None
 
 
-def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[Rendered]:
+def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[RenderedSample]:
     """Return one sample if each turn's text begins with the turns before it, else one sample per learned turn."""
     spans: list[Span] = []
     text = ""
     for turn, index in zip(turns, answers, strict=True):
         if not turn.prompt.startswith(text):
             return [
-                Rendered((Span(turn.prompt, False), *turn.spans(True)))
+                RenderedSample((Span(turn.prompt, False), *turn.spans(True)))
                 for turn, index in zip(turns, answers, strict=True)
                 if index in learned
             ]
         spans += [Span(turn.prompt[len(text) :], False), *turn.spans(index in learned)]
         text = turn.prompt + turn.answer + turn.stop
-    return [Rendered(tuple(spans))]
+    return [RenderedSample(tuple(spans))]
 
 
 def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
     if thinking == "off":
         return [replace(message, thinking=None) for message in messages]
     if thinking == "on" and any(message.role == "assistant" and not message.thinking for message in messages[-1:]):
-        raise RowRefused(
+        raise RowRejected(
             "no_thinking",
             _("`thinking: on`, but the last answer has no thinking"),
         )

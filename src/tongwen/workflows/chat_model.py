@@ -13,7 +13,7 @@ from typing import Any
 
 from tongwen.core import console
 from tongwen.core.chat_template import Template, separate_control_tokens
-from tongwen.core.errors import DataError, ModelError, RowRefused
+from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Message
@@ -68,7 +68,7 @@ class ChatModel:
         sampling = self._sampling(options)
         left = max(self.context - len(ids), 1)
         yield from self.generator.stream(
-            ids, sampling.with_(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
+            ids, sampling.override(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
         )
 
     def ended(self, ids: Sequence[int]) -> bool:
@@ -120,11 +120,11 @@ class ChatModel:
     def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:
             return self.prompt_ids(messages)
-        except RowRefused as error:
+        except RowRejected as error:
             raise DataError(error.rule, place=_("prompt {number}").format(number=number)) from None
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        return Sampling().with_(**options)
+        return Sampling().override(**options)
 
 
 def open_chat_model(

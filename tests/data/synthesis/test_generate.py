@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRefused
+from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRejected
 from tongwen.data.synthesis import client, generate
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
@@ -85,9 +85,9 @@ def rows_of(folder: Path, name: str = "dialogues") -> list[dict[str, Any]]:
 # -- what a reply holds --------------------------------------------------------------------------------------------
 
 
-def found(items: Iterator[ParsedTask | RowRefused]) -> list[Any]:
+def found(items: Iterator[ParsedTask | RowRejected]) -> list[Any]:
     return [
-        item.reason if isinstance(item, RowRefused) else (item.instruction, item.input, item.output) for item in items
+        item.reason if isinstance(item, RowRejected) else (item.instruction, item.input, item.output) for item in items
     ]
 
 

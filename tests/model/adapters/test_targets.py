@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tongwen.core.errors import ModelError
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.recipe.training import AdapterConfig
 
 SHAPE: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -36,7 +36,7 @@ def wrapped() -> Any:
 
 def adapted_modules(model: Any, **settings: Any) -> tuple[set[str], list[str]]:
     """Return (the modules with an adapter, the notices)."""
-    adapted = adapt(model, AdapterConfig(rank=2, **settings), [])
+    adapted = make_trainable(model, AdapterConfig(rank=2, **settings), [])
     names = {name.split(".lora_A.")[0] for name, _ in adapted.model.named_parameters() if ".lora_A." in name}
     return {name.removeprefix("base_model.model.") for name in names}, adapted.notices
 
@@ -74,7 +74,7 @@ def test_a_wrapped_model_is_adapted_in_its_text_alone(targets: Any) -> None:
 
 
 def test_full_training_of_a_wrapped_model_leaves_the_tower() -> None:
-    adapted = adapt(wrapped(), AdapterConfig(method="full"), [])
+    adapted = make_trainable(wrapped(), AdapterConfig(method="full"), [])
     learned = {name for name, part in adapted.model.named_parameters() if part.requires_grad}
     assert "model.language_model.layers.0.mlp.up_proj.weight" in learned
     assert not [name for name in learned if "vision" in name or "projector" in name]
@@ -97,4 +97,4 @@ def test_names_under_exclude_get_no_adapter() -> None:
 )
 def test_names_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        adapt(wrapped(), AdapterConfig(rank=2, **settings), [])
+        make_trainable(wrapped(), AdapterConfig(rank=2, **settings), [])

@@ -19,8 +19,8 @@ from tongwen.core.errors import ModelError
 from tongwen.model.adapters.chain import open_adapter, open_adapter_chain
 from tongwen.model.loading.load import ModelRef, load_model
 
-Tensors = dict[str, torch.Tensor]
-LOST: dict[str, Callable[[Tensors], Tensors]] = {
+TensorSource = dict[str, torch.Tensor]
+LOST: dict[str, Callable[[TensorSource], TensorSource]] = {
     "empty": lambda tensors: {},
     "half": lambda tensors: {name: one for name, one in tensors.items() if "lora_A" in name},
     "half of one": lambda tensors: {
@@ -40,7 +40,7 @@ LOST: dict[str, Callable[[Tensors], Tensors]] = {
 }
 
 
-def damage(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
+def damage(folder: Path, change: Callable[[TensorSource], TensorSource]) -> None:
     file = folder / "adapter_model.safetensors"
     left = {name: tensor.clone() for name, tensor in change(load_file(file)).items()}
     save_file(left, file, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tongwen.model.loading import load
 from tongwen.model.loading.names import names_of
-from tongwen.model.merging.carry import carry_from_base
+from tongwen.model.merging.carry import restore_unchanged_tensors
 
 SHAPE: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -37,7 +37,7 @@ def test_a_model_saved_in_fp32_keeps_the_tower_and_what_it_did_not_load(tmp_path
     with torch.no_grad():
         model.get_parameter(changed).add_(0.01)
     model.save_pretrained(out, max_shard_size="20KB")
-    carry_from_base(model, place, out)
+    restore_unchanged_tensors(model, place, out)
     before, after = (
         {name: part for file in folder.glob("*.safetensors") for name, part in load_file(file).items()}
         for folder in (base, out)

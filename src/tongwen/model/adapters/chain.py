@@ -96,12 +96,12 @@ def merge_adapter(adapted: Any, folder: str) -> Any:
         raise ModelError(
             _("peft cannot merge this adapter: {said}").format(said=first_line(error)), place=folder
         ) from error
-    if not settle_tie(model):
+    if not retie_if_equal(model):
         model.config.tie_word_embeddings = False
     return model
 
 
-def settle_tie(model: Any) -> bool:
+def retie_if_equal(model: Any) -> bool:
     """Make head and embedding one matrix where they are equal. Return whether no head of its own is left."""
     inside, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is inside.weight:

@@ -15,9 +15,9 @@ from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import read_rowless
-from tongwen.core.safetensors_io import Tensors
+from tongwen.core.safetensors_io import TensorSource
 from tongwen.model.adapters.read import Adapter
-from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_of, order_that_fits
+from tongwen.model.loading.fingerprint import combine, digests_of, fingerprint_chain, order_that_fits
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def read_link(adapter: Adapter) -> AdapterLink:
     return AdapterLink(adapter, stage, recorded, fingerprint)
 
 
-def fingerprint_of(folder: Path, tensors: Tensors) -> str:
+def fingerprint_of(folder: Path, tensors: TensorSource) -> str:
     """Return the fingerprint of an adapter's tensors. Raises ArtifactError when its manifest records another."""
-    fingerprint, stage = combine(lines_of(tensors)), _stage_of(folder)
+    fingerprint, stage = combine(digests_of(tensors)), _stage_of(folder)
     if stage and stage.fingerprint != fingerprint:
         raise ArtifactError(
             _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(

@@ -17,7 +17,7 @@ import numpy as np
 
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, blocks, read_header
+from tongwen.core.safetensors_io import TensorSource, blocks, read_header
 from tongwen.model.adapters.config import CHANGES_BASE, is_inside, is_target, read_config
 from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
@@ -49,7 +49,7 @@ class AdapterChange:
     """One adapter's change of one tensor. parts: role -> key in the adapter's file; transposed: the base stores this
     matrix as (in, out)."""
 
-    source: Tensors
+    source: TensorSource
     place: str
     scale: float = 1.0
     rank: int = 1
@@ -98,7 +98,7 @@ class Adapter:
 
     folder: Path
     config: dict[str, Any]
-    tensors: Tensors
+    tensors: TensorSource
     changes: dict[str, AdapterChange]
     whole_model: str = ""
 
@@ -145,7 +145,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors, changes)
 
 
-def check_not_empty(tensors: Tensors, folder: Path) -> None:
+def check_not_empty(tensors: TensorSource, folder: Path) -> None:
     if not tensors.facts:
         raise ArtifactError(
             _("the adapter is empty: the merged model would equal the base"),
@@ -234,7 +234,7 @@ def same_change(one: AdapterChange, other: AdapterChange) -> bool:
     return role in ("whole", "rows") and same_numbers(one.source, name, other.source, other_name)
 
 
-def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bool:
+def same_numbers(one: TensorSource, name: str, other: TensorSource, other_name: str) -> bool:
     """Whether two tensors are bitwise equal, compared block by block."""
     facts = one.facts[name]
     if other.facts[other_name] != facts:
@@ -242,7 +242,7 @@ def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bo
     return all(np.array_equal(one.raw(name, *rows), other.raw(other_name, *rows)) for rows in blocks(facts[1]))
 
 
-def same_fp32(one: Tensors, other: Tensors, name: str) -> bool:
+def same_fp32(one: TensorSource, other: TensorSource, name: str) -> bool:
     """Whether two tensors of this name have the same numbers, whatever their types."""
     shape = one.facts[name][1]
     return shape == other.facts[name][1] and all(
@@ -250,7 +250,7 @@ def same_fp32(one: Tensors, other: Tensors, name: str) -> bool:
     )
 
 
-def open_tensors(folder: Path) -> Tensors:
+def open_tensors(folder: Path) -> TensorSource:
     """Open an adapter's tensors. Raises ArtifactError when it has no file of them."""
     safe, old = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():

@@ -1,6 +1,6 @@
 """Choose the weights that an adapter is attached to, by properties of the model instead of its family's name.
 
-Only the text part counts: a tower for pictures or sound never sees a text, so its weights would get no gradient. In a
+Only the text part counts: a vision or audio encoder never sees a text, so its weights would get no gradient. In a
 mixture of experts `all-linear` takes in the dense layers, the shared experts and the fused experts, but no router.
 """
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, blocks
-from tongwen.model.adapters.chain import merge_adapter, open_adapter, settle_tie
+from tongwen.core.safetensors_io import TensorSource, blocks
+from tongwen.model.adapters.chain import merge_adapter, open_adapter, retie_if_equal
 from tongwen.model.adapters.read import AdapterChange, same_fp32
 from tongwen.model.loading.load import ModelRef, explain_errors, load_config, load_model, quiet
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, read_fp32, torch_name
@@ -38,13 +38,13 @@ class PeftMerge:
 
     ids: list[int]
     logits: Any
-    tensors: Tensors
+    tensors: TensorSource
     tied: bool
     dtype: str
     rows: int
 
 
-def merge_with_peft(ref: ModelRef, base: Tensors, adapters: Sequence[Path]) -> PeftMerge:
+def merge_with_peft(ref: ModelRef, base: TensorSource, adapters: Sequence[Path]) -> PeftMerge:
     """Merge all adapters in order, in fp32.
 
     Raises ArtifactError when peft loads only a part of an adapter, NumbersError when what it merged does not compute what
@@ -63,11 +63,11 @@ def merge_with_peft(ref: ModelRef, base: Tensors, adapters: Sequence[Path]) -> P
         parity.check_difference(live, logits_of(model, ids), parity.LIMITS["F32"])
     rows = model.get_input_embeddings().weight.shape[0]
     tensors = TorchTensors(_file_tensors(model, base))
-    return PeftMerge(ids, live, tensors, settle_tie(model), torch_name(dtype), rows)
+    return PeftMerge(ids, live, tensors, retie_if_equal(model), torch_name(dtype), rows)
 
 
 def plan_from_peft(
-    base: Tensors, config: dict[str, Any], made: PeftMerge, folder: Path, dtype: str | None
+    base: TensorSource, config: dict[str, Any], made: PeftMerge, folder: Path, dtype: str | None
 ) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
     """Like `plan_targets`, for what peft merged: each tensor that it changed is brought whole, all others stay.
 
@@ -130,7 +130,7 @@ def logits_of_folder(folder: Path, ids: Sequence[int]) -> Any:
         return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids)
 
 
-def _file_tensors(model: Any, base: Tensors) -> dict[str, Any]:
+def _file_tensors(model: Any, base: TensorSource) -> dict[str, Any]:
     """Return a model's float tensors under the names that transformers writes. Tied tensors have those of the base."""
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -25,7 +25,7 @@ from tongwen.workflows.tokenized_data import (
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
 
-def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
+def make_dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
     """Encode the dialogues for the `sft` stage. tokens: the folder for the encoded data."""
     section, base = recipe.sft, base_of_stage(recipe, "sft")
     assert section

@@ -14,7 +14,7 @@ from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ArtifactError, RecipeError
 from tongwen.core.i18n import _
 from tongwen.model.loading import chat_setup, load
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.tensors import open_model
 from tongwen.model.merging import chat_vector
 
@@ -40,7 +40,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     tokenizer, instruct_tokenizer = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
     _check_control_tokens(tokenizer, instruct_tokenizer, instruct)
     parents = {
-        role: {"path": names[role], "fingerprint": combine(model_lines(model))} for role, model in opened.items()
+        role: {"path": names[role], "fingerprint": combine(tensor_digests(model))} for role, model in opened.items()
     }
     settings = {**names, "scale": scale}
     with artifact.create(folder, "model", parents, settings, remove_on_error=True) as draft:
