@@ -470,7 +470,7 @@ def test_offline_uses_what_is_here(server: Hub, call: Any, monkeypatch: pytest.M
 
 def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     code, said = call(MODEL, "m", kind="model")
     assert code == 5 and "1.02 MB needed, 1 MB free" in said and not server.asked("resolve")
 

@@ -13,14 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
+from tongwen.core.journal import check_journal
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.generation import Sampling
 from tongwen.recipe.data import SourceConfig
 from tongwen.workflows.chat_model import choose_engine, open_chat_model
 from tongwen.workflows.eval_prompts import EvalPrompt, read_questions
+
+SETTINGS = "generation_config.json"  # beside the answers, as the script of Chinese-LLaMA-Alpaca wrote it
+ANSWERED_WITH = {"model", "sampling", "prompts"}  # keys of the first line of a journal
+ROW_KEYS = ({"prompt", "messages", "answer"}, {"input", "predict", "target"}, {"Input", "Output"})  # of each form
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,18 @@ def run(
     source: AnswerSource, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool
 ) -> int:
     """Answer every row that has no answer yet, then write all answers."""
-    file = Path(out)
+    file, inputs = Path(out), [prompts, *([] if source.endpoint else [source.model]), *source.adapters]
+    journal_file, settings_file = file.with_name(file.name + ".answers"), file.with_name(SETTINGS)
+    originals.check_output(file, inputs, moves=again)
     questions = read_questions(SourceConfig(path=prompts))
-    if file.exists():
-        artifact.clear_path(file, again=again)
+    if form == "chinese-llama-alpaca":
+        originals.check_new(settings_file, artifact.as_json(sampling))
+    check_journal(journal_file, ANSWERED_WITH)
+    originals.clear_path(file, inputs, again=again, is_ours=_is_answers)
     digest = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
     if source.engine == "auto" and not source.endpoint:
         source = replace(source, engine=choose_engine(source.model, source.adapters))
     settings = {**vars(source), "sampling": sampling, "prompts": f"{len(questions)} · {digest[:16]}"}
-    journal_file = file.with_name(file.name + ".answers")
     if again:
         journal_file.unlink(missing_ok=True)
     journal = AnswerJournal(journal_file, settings, _("--again starts over"))
@@ -129,5 +137,15 @@ def _write(
     else:
         table = [{"Input": prompt(one.messages), "Output": answer} for one, answer in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=2)
-        artifact.write_json(file.with_name("generation_config.json"), sampling)
-    artifact.write_text(file, text)
+        originals.write_new(file.with_name(SETTINGS), artifact.as_json(sampling))
+    originals.write_new(file, text)
+
+
+def _is_answers(file: Path) -> bool:
+    """Whether a file has the first row of a file of answers, in any form."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        first = json.loads(text)[0] if text.startswith("[") else json.loads(text.partition("\n")[0])
+    except (OSError, ValueError, LookupError, RecursionError):
+        return False
+    return isinstance(first, dict) and any(keys <= first.keys() for keys in ROW_KEYS)

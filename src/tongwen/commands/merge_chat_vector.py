@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ArtifactError, RecipeError
 from tongwen.core.i18n import _
 from tongwen.model.loading import chat_setup, load
@@ -22,8 +22,8 @@ from tongwen.model.merging import chat_vector
 def run(target: str, instruct: str, base: str, scale: float, out: str, *, again: bool) -> int:
     """target + scale x (instruct - base)"""
     folder = Path(out)
-    artifact.clear_path(folder, again=again)
     names = {"target": target, "instruct": instruct, "base": base}
+    originals.clear_path(folder, names.values(), again=again)
     opened = {role: load.ensure_local(load.locate(name)) for role, name in names.items()}
     for role, model in opened.items():
         if model.adapters:

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.console import human_bytes, human_time
 from tongwen.core.errors import ArtifactError, RecipeError, first_line
 from tongwen.core.html import curves, render
@@ -78,7 +78,7 @@ def run(paths: Sequence[str], html: str) -> int:
     if html:
         title = _("Runs compared")
         page = render("commands/compare.html.jinja", title=title, summary=" · ".join(paths), kinds=kinds)
-        Path(html).write_text(page, encoding="utf-8")
+        originals.write_sealed(Path(html), page, originals.HTML, paths)
         console.success(html)
     console.emit(
         {

@@ -10,9 +10,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
+JOURNAL = re.compile(r"[0-9a-f]{16}\.jsonl")  # a file of answers
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def keep_answers(out: Path) -> Iterator[Path]:
     """A folder for the answers beside the result; it is removed when the result is complete."""
     folder = out.with_name(out.name + ".answers")
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    for file in folder.glob("*.jsonl"):
+        if JOURNAL.fullmatch(file.name):
+            file.unlink()
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def evaluate_models(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -43,6 +44,7 @@ from tongwen.workflows.prepared_data import find_prepared
 from tongwen.workflows.stage_inputs import inputs
 
 ROUND_TRIP = "round_trip.json"  # in the folder of the tokens
+STORE = re.compile(r"[0-9a-f]{16}(\.partial)?")  # a folder of tokens, by its key
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
 TOLERANCE = 0.1  # share of its tokens by which a source may fall short without a notice
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
@@ -345,7 +347,7 @@ def cache_key(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str
 def _encode(file: Path, record_encoder: RecordEncoder, store_folder: Path) -> None:
     """Encode a file into the store, continuing an interrupted run; tokens of earlier settings are deleted."""
     for other in store_folder.parent.glob("*") if store_folder.parent.is_dir() else ():
-        if other not in (store_folder, artifact.partial_of(store_folder)):
+        if STORE.fullmatch(other.name) and other not in (store_folder, artifact.partial_of(store_folder)):
             shutil.rmtree(other)
     if store_folder.exists():
         console.notice(_("{place} has changed since it was written: encoding it again").format(place=store_folder))

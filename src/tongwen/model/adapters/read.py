@@ -106,7 +106,7 @@ class Adapter:
 def whole_rows(folder: Path) -> dict[str, int]:
     """Return base tensor -> row count for the embedding and head that an adapter of any type brings in full."""
     out: dict[str, int] = {}
-    for key, (_unused, shape) in _open(folder).facts.items():
+    for key, (_unused, shape) in open_tensors(folder).facts.items():
         name, role = _place_of({}, key)
         if role == "whole" and name.endswith((*EMBEDDINGS, *HEADS)) and ".original_module." not in key:
             out[name] = shape[0]
@@ -117,13 +117,8 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter. Raises ArtifactError or ModelError when the folder has none that can be merged into weights."""
     folder = adapter_folder(folder)
     config = read_config(folder)
-    tensors = _open(folder)
-    if not tensors.facts:
-        raise ArtifactError(
-            _("the adapter is empty: the merged model would equal the base"),
-            place=str(folder),
-            remedy=_("saving went wrong (a 443-byte file is this case): train and save it again"),
-        )
+    tensors = open_tensors(folder)
+    check_not_empty(tensors, folder)
     if reason := _needs_the_model(config):
         return Adapter(folder, config, tensors, {}, reason)
     changes: dict[str, AdapterChange] = {}
@@ -148,6 +143,15 @@ def read_adapter(folder: Path) -> Adapter:
         changes[name].parts[role] = key
     _check_kind(config, changes)
     return Adapter(folder, config, tensors, changes)
+
+
+def check_not_empty(tensors: TensorSource, folder: Path) -> None:
+    if not tensors.facts:
+        raise ArtifactError(
+            _("the adapter is empty: the merged model would equal the base"),
+            place=str(folder),
+            remedy=_("saving went wrong (a 443-byte file is this case): train and save it again"),
+        )
 
 
 def _needs_the_model(config: Mapping[str, Any]) -> str:
@@ -246,7 +250,8 @@ def same_fp32(one: TensorSource, other: TensorSource, name: str) -> bool:
     )
 
 
-def _open(folder: Path) -> TensorSource:
+def open_tensors(folder: Path) -> TensorSource:
+    """Open an adapter's tensors. Raises ArtifactError when it has no file of them."""
     safe, old = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():
         return FileTensors(read_header(safe))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.core.errors import ArtifactError, NumbersError
+from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks
 from tongwen.model.adapters.chain import merge_adapter, open_adapter, retie_if_equal
@@ -56,7 +56,6 @@ def merge_with_peft(ref: ModelRef, base: TensorSource, adapters: Sequence[Path])
     model = load_model(ref, torch.float32)
     for folder in adapters:
         adapted = open_adapter(model, str(folder), None).eval()
-        _check_whole(folder, adapted)
         ids = parity.fixed_ids(adapted.get_input_embeddings().weight.shape[0], TOKENS)
         with explain_errors(ModelRef(str(folder), str(folder))):
             live = logits_of(adapted, ids)
@@ -147,26 +146,3 @@ def _file_tensors(model: Any, base: TensorSource) -> dict[str, Any]:
         seen.add(place)
         out[name] = tensor
     return out
-
-
-def _check_whole(folder: Path, adapted: Any) -> None:
-    """Raise ArtifactError when peft leaves a tensor of an adapter out, or has one that the adapter lacks."""
-    from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    state = load_peft_weights(str(folder), device="cpu")
-    # peft saves a resized module three times: before training, and under two names after it
-    again = {name for name in state if name.replace(".modules_to_save.", ".") in state.keys() - {name}}
-    with quiet():
-        found = set_peft_model_state_dict(adapted, state)
-    odd = [name for name in found.unexpected_keys if name not in again and ".original_module." not in name]
-    parts = dict(adapted.named_parameters(remove_duplicate=False))
-    lacks = {name for name in found.missing_keys if ".default" in name}
-    loaded = {id(part) for name, part in parts.items() if name not in lacks}  # a tied one may have two names
-    odd += [name for name in lacks if id(parts.get(name)) not in loaded]
-    if odd:
-        raise ArtifactError(
-            _("{count} tensors do not fit this base, the first: {odd}").format(count=len(odd), odd=min(odd)),
-            place=str(folder),
-            remedy=_("this adapter was trained on another base"),
-        )
