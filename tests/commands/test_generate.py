@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import write_rows
+from tests.conftest import byte_level_tokenizer, tiny_llama, write_rows
 from tongwen.cli.main import main
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.generation import PAGE, Sampling, cache_tokens, make_batches
@@ -204,6 +204,62 @@ def test_an_endpoint_is_asked_by_the_official_client(
     assert code == 5 and "OPENAI_API_KEY" in err and "wrong" not in err
     server.shutdown()
     server.server_close()
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "查天气",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def test_the_tools_of_a_row_are_in_its_prompt(tongwen: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_llama(model, len(byte_level_tokenizer(model)), max_position_embeddings=1024)
+    rows = [{"prompt": "北京的天气？", "tools": [TOOL], "level": 3}, {"prompt": "你好"}]
+    data, out = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out.json"
+    words = ["generate", "--model", model, "--prompts", data, "--max-new-tokens", 2]
+    code, said, err = tongwen(*words, "--template", "chatml", "--form", "belle", "--out", out)
+    assert code == 0 and "level (1 rows)" in said + err, err
+    asked = [row["input"] for row in read(out)]
+    assert "查天气" in asked[0] and asked[0].index("get_weather") < asked[0].index("北京") and "查" not in asked[1]
+    code, _, err = tongwen(*words, "--template", "completion", "--out", tmp_path / "c.jsonl")
+    assert code == 3 and "tools" in err, "a text that is continued has no place for them"
+    assert tongwen(*words, "--template", "chatml", "--out", tmp_path / "o.jsonl")[0] == 0
+    assert [row.get("tools") for row in read(tmp_path / "o.jsonl")] == [[TOOL], None]
+
+
+def test_an_endpoint_gets_the_tools_and_its_calls_are_kept(
+    tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}
+    asked: list[dict[str, Any]] = []
+
+    class Caller(FakeEndpoint):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message = {"role": "assistant", "content": None, "tool_calls": [call]}
+            choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps({"id": "1", "object": "x", "choices": [choice]}).encode())
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Caller)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "北京？", "tools": [TOOL]}])
+    words = ["generate", "--prompts", data, "--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m"]
+    code, _, err = tongwen(*words, "--out", tmp_path / "out.jsonl")
+    server.shutdown()
+    server.server_close()
+    assert code == 0, err
+    assert asked[0]["tools"] == [TOOL]
+    said = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n</tool_call>'
+    assert read(tmp_path / "out.jsonl")[0]["answer"] == said
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/json"])

@@ -22,7 +22,11 @@ class MessageLayout:
     """How a row is written for a template. The first value of each field is the usual one.
 
     content:     text, or the list of parts of multimodal templates
-    thinking:    the key of an answer's thinking; `part` of its content; `inline` in its text as `<think>`
+    system:      a turn, or the beginning of the first question where the template has no such turn
+    thinking:    the key of an answer's thinking; `part` of its content; `inline` in its text as `<think>`; `blocks`: the
+                 content of every answer is an object of blocks
+    ahead:       whether the thinking of an answer without calls stands ahead of it in the form that the template gives
+                 it before a call
     empty:       the content of a turn that only calls tools: "", no key, or null
     arguments:   of a call: an object, or its JSON text
     definitions: of tools: as the row has them, inside {"type": "function"}, or bare
@@ -31,7 +35,9 @@ class MessageLayout:
     """
 
     content: str = "text"
+    system: str = "turn"
     thinking: str = "reasoning_content"
+    ahead: bool = False
     empty: str = "empty"
     arguments: str = "object"
     definitions: str = "row"
@@ -40,9 +46,10 @@ class MessageLayout:
 
 
 DEFAULT_LAYOUT = MessageLayout()
-LAYOUT_OPTIONS = {
+LAYOUT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "content": ("text", "parts"),
-    "thinking": ("reasoning_content", "thinking", "reasoning", "part", "inline"),
+    "thinking": ("reasoning_content", "thinking", "reasoning", "part", "inline", "blocks"),
+    "ahead": (False, True),
     "empty": ("empty", "absent", "null"),
     "arguments": ("object", "text"),
     "definitions": ("row", "wrapped", "bare"),
@@ -55,8 +62,10 @@ def layouts(turns: Sequence[Turn], tools: Tools, usual: MessageLayout) -> Iterat
     """Yield the layouts in which this row can be written, those with the fewest unusual words first."""
     calls = any(turn.get("tool_calls") for turn in turns)
     asked = {
-        "content": False,  # the same for all rows: found when the template is bound
+        "content": False,  # the same for all rows, like `system`: found when the template is bound
+        "system": False,
         "thinking": any(turn.get("reasoning_content") for turn in turns),
+        "ahead": any(turn.get("reasoning_content") and not turn.get("tool_calls") for turn in turns),
         "empty": any(turn.get("tool_calls") and not turn["content"] for turn in turns),
         "arguments": calls,
         "definitions": bool(tools),
@@ -81,6 +90,8 @@ def apply_layout(
     """Return (messages, tools) as the template gets them."""
     definitions = [_definition(tool, layout.definitions) for tool in tools]
     ids = _CallIds(layout.ids)
+    if layout.system == "question":
+        turns = _system_in_question(turns)
     out = [_spell_turn(turn, layout, ids) for turn in turns]
     if not definitions:
         return out, None
@@ -152,6 +163,11 @@ def _spell_turn(turn: Turn, layout: MessageLayout, ids: _CallIds) -> Turn:
         out = ids.answer(out)
     if thinking and layout.thinking == "inline":
         out["content"] = f"<think>\n{thinking.strip()}\n</think>\n\n{out['content']}"
+    if layout.thinking == "blocks" and out["role"] == "assistant":
+        blocks = [("thoughts", thinking), ("response", out.pop("content"))]
+        if any(text for _type, text in blocks):
+            out["content"] = {"blocks": [{"type": type_, "text": text} for type_, text in blocks if text]}
+        return out
     if layout.content == "parts" or (thinking and layout.thinking == "part"):
         out["content"] = [{"type": "text", "text": out["content"]}]
     if thinking and layout.thinking == "part":
@@ -164,6 +180,42 @@ def _spell_turn(turn: Turn, layout: MessageLayout, ids: _CallIds) -> Turn:
         else:
             out["content"] = None
     return out
+
+
+def _system_in_question(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Return the turns with the system text at the beginning of the first question, which follows it."""
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return turns
+    return [{**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}, *turns[2:]]
+
+
+def one_call_each(turns: Sequence[Turn]) -> list[Turn] | None:
+    """Return the turns with one call in each, followed by its result, for templates that render one call a turn. None when no
+    turn has several, or when a call has no result."""
+    out: list[Turn] = []
+    rest = list(turns)
+    while rest:
+        turn = rest.pop(0)
+        calls = turn.get("tool_calls") or ()
+        if len(calls) < 2:
+            out.append(turn)
+            continue
+        results = [rest.pop(0) for call in calls if rest and rest[0]["role"] == "tool"]
+        ids = [result.get("tool_call_id") for result in results]
+        names = [call.get("id") for call in calls]
+        if len(results) < len(calls) or (rest and rest[0]["role"] == "tool"):
+            return None
+        if None not in ids and None not in names:
+            if {*ids} != {*names} or len({*ids}) < len(ids):
+                return None
+            results.sort(key=lambda result: names.index(result["tool_call_id"]))
+        for number, (call, result) in enumerate(zip(calls, results, strict=True)):
+            one = {**turn, "tool_calls": [call]}
+            if number:
+                one["content"] = ""
+                one.pop("reasoning_content", None)
+            out += [one, result]
+    return out if len(out) > len(turns) else None
 
 
 def read_arguments(arguments: Any) -> Any:

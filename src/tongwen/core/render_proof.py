@@ -151,16 +151,18 @@ def find_missing_part(marked: MarkedRow, prompt: str, answer: str) -> Part | Non
     """Return the first part that the render of (prompt, answer of the last turn) lacks, or has at another place.
 
     The answer shows the parts of the last turn, its texts once each, its arguments as JSON writes them; the prompt shows
-    the rest in the order of the turns. Thinking of earlier turns may be cut, as it is at inference.
+    the rest in the order of the turns. Thinking of earlier turns may be cut, as it is at inference. A call with keywords,
+    `f(city='…')`, is written in Python's notation throughout (LFM2).
     """
     last = len(marked.turns) - 1
+    keywords = any(part.kind == "call" and f"{part.sentinel}=" in answer for part in marked.of(last))
     at = 0
     for part in marked.parts:
         text = answer if part.turn == last else prompt
         if part.turn != last and part.kind == "thinking":
             continue
         found = text.find(part.sentinel, at if part.turn != last and part.kind == "content" else 0)
-        if found < 0 or (part.turn == last and _is_misspelt(part, text)):
+        if found < 0 or (part.turn == last and not keywords and _is_misspelt(part, text)):
             return part
         if part.turn == last and part.kind != "call" and text.count(part.sentinel) > 1:
             return part
@@ -207,7 +209,11 @@ def contains_value(text: str, kind: str, value: str) -> bool:
     stripped = value.strip()
     if not stripped or stripped in text:
         return True
-    return kind == "call" and (json.dumps(value, ensure_ascii=False)[1:-1] in text or json.dumps(value)[1:-1] in text)
+    if kind != "call":
+        return False
+    quoted = json.dumps(value, ensure_ascii=False)[1:-1]
+    forms = quoted, json.dumps(value)[1:-1], quoted.replace('\\"', '"').replace("'", "\\'")
+    return any(form in text for form in forms)
 
 
 def shape_of(turns: Sequence[Turn], tools: Tools) -> tuple[Any, ...]:

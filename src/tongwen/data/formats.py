@@ -221,11 +221,17 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
     return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
 
 
-def read_question(row: dict[str, Any], source: SourceConfig) -> Read:
-    """Return (messages, tools) of a row that ends with a question: turns, or one question after a system text and a
-    history. Raises RowRejected."""
+def read_question(row: dict[str, Any], source: SourceConfig, origin: Origin) -> Dialogue:
+    """Convert a row that ends with a question: turns, or one question after a system text and a history. Raises RowRejected."""
     fields = Fields(row, source)
     check_media(fields)
+    messages, tools = _read_question(fields, source)
+    tools = without_padding(tools, messages)
+    check_data(tools, "tools")
+    return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
+
+
+def _read_question(fields: Fields, source: SourceConfig) -> Read:
     if fields.has("messages"):
         return _read_messages(fields, source)
     question = next(name for name in ("prompt", "instruction", "question", "query") if fields.has(name))

@@ -91,7 +91,7 @@ class DialogueEncoder(RecordEncoder):
     @property
     def decides(self) -> dict[str, Any]:
         return {
-            "template": fingerprint_text(self.template.source),
+            "template": fingerprint_text(self.template.texts),
             "settings": self.section.model_dump(
                 mode="json", include={"learn", "thinking", "max_length", "too_long", "legacy"}
             ),
