@@ -523,3 +523,11 @@ def test_a_fork_is_not_shorter_than_what_is_done(chat_model: Path, tmp_path: Pat
     assert code == 2 and "6 steps are done, but the recipe now has only 4" in err
     assert tongwen("run", recipe, "--fork")[0] == 0
     assert (tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6-mine").is_dir(), "a copy is nobody's to delete"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "adalora"])
+def test_a_card_names_the_rank_of_every_method(method: str) -> None:
+    from tongwen.export.card import _method
+
+    manifest = {"kind": "sft", "settings": {"sft": {"adapter": {"method": method, "rank": 8}}}}
+    assert f"{method}, rank 8" in _method(manifest)

@@ -39,7 +39,7 @@ def make_combination(
             weights_count=len(weights), adapters_count=len(adapters)
         )
     elif not 0 < density <= 1:
-        problem = _("density {density:g} is not a share").format(density=density)
+        problem = _("density {density:g} must be above 0 and at most 1").format(density=density)
     if problem:
         raise RecipeError(
             problem, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"

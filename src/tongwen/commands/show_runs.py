@@ -115,7 +115,7 @@ def _report(stage: Path) -> dict[str, Any]:
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8")))
         lacks = {"held_out", "throughput", "trainable", "peak_memory_bytes"} - {*report}
-        problem = _("it lacks {lacks}").format(lacks=_(", ").join(sorted(lacks))) if lacks else ""
+        problem = _("it lacks {missing}").format(missing=_(", ").join(sorted(lacks))) if lacks else ""
     except (OSError, ValueError, TypeError) as error:
         problem = _("it cannot be read: {error}").format(error=first_line(error))
     if problem:

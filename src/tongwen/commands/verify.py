@@ -34,8 +34,8 @@ class VerifyReport:
             self.sources[name].append(source)
         else:
             self.add_problem(
-                _("its hash is {found}…, {witness} says {expected}…").format(
-                    found=found[:16], witness=source, expected=expected[:16]
+                _("its hash is {found}…, {source} says {expected}…").format(
+                    found=found[:16], source=source, expected=expected[:16]
                 ),
                 place,
             )
@@ -65,7 +65,7 @@ def run(path: str, against: str) -> int:
             found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
             verdicts.compare(name, expected, found, source, str(file))
         elif target.is_dir():
-            verdicts.add_problem(_("{witness} lists this file, but it is missing").format(witness=source), str(file))
+            verdicts.add_problem(_("{source} lists this file, but it is missing").format(source=source), str(file))
     _compare_published(hashes, verdicts, strict=against == "known")
     if stage and not verdicts.problems:
         _compare_stage(stage, verdicts)

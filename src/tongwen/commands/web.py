@@ -146,8 +146,8 @@ def _vocabulary_backend(workspace: Workspace) -> VocabularyBackend:
 
 def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
     pieces = measure.pieces_of(coder, text)
-    facts = _("{pieces_count:,} tokens · {count_highest:.2f} characters each").format(
-        pieces_count=len(pieces), count_highest=len(text) / max(len(pieces), 1)
+    facts = _("{count:,} tokens · {characters_per_token:.2f} characters each").format(
+        count=len(pieces), characters_per_token=len(text) / max(len(pieces), 1)
     )
     return render("commands/tokens.html.jinja", name=name, facts=facts, pieces=pieces)
 

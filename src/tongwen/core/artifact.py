@@ -182,7 +182,7 @@ class Draft:
         write_json(self.path / MANIFEST, manifest)
         if os.path.lexists(path):
             raise ArtifactError(
-                _("the place of the finished stage is already taken"),
+                _("the finished stage cannot be moved here: the path exists"),
                 place=str(path),
                 remedy="--again",
             )

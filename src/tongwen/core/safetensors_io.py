@@ -93,7 +93,7 @@ def find_tensors(folder: Path) -> dict[str, TensorLocation]:
         if name not in found or found[name].file.name != file_name:
             raise _broken(index, _("{name} is not in {file_name}").format(name=name, file_name=file_name))
     if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
-        raise _broken(index, _("the index does not list {strange}").format(strange=strange[0]))
+        raise _broken(index, _("the index does not list {name}").format(name=strange[0]))
     return found
 
 

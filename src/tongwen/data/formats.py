@@ -396,7 +396,7 @@ def _with_thinking(messages: list[Message], row: Fields) -> list[Message]:
         return messages
     last = messages[answers[-1]]
     if last.thinking not in (None, thinking):
-        raise RowRejected("ambiguous", _("the row has thinking, and its answer has another"))
+        raise RowRejected("ambiguous", _("the row's thinking field and the thinking in its answer differ"))
     messages[answers[-1]] = replace(last, thinking=thinking)
     return messages
 
@@ -565,7 +565,7 @@ def _split_thinking(message: Message, turn: int) -> Message:
         return message
     thinking = found[1].strip()
     if message.thinking is not None and thinking and thinking != message.thinking.strip():
-        raise RowRejected("ambiguous", _("turn {number} has two kinds of thinking").format(number=turn))
+        raise RowRejected("ambiguous", _("turn {number} has two different thinking texts").format(number=turn))
     content = message.content[found.end() :]
     if is_blank(content) and not message.tool_calls:
         raise RowRejected(

@@ -128,7 +128,7 @@ def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[
         found = parse_inside(text, _("turn {number}").format(number=number))
         calls, text = found if isinstance(found, list) else [found], ""
     if thinking and more_thinking and thinking != more_thinking:
-        raise RowRejected("ambiguous", _("turn {number} has two kinds of thinking").format(number=number))
+        raise RowRejected("ambiguous", _("turn {number} has two different thinking texts").format(number=number))
     made = tuple(read_call(call, turn, number) for call in (*calls, *more_calls))
     message = Message(
         role,

@@ -236,7 +236,7 @@ def _names(tensors: TensorSource, config: Mapping[str, Any]) -> dict[str, str]:
     gguf = _library()
     kind = str(config["model_type"])
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
-        raise ModelError(_("weights of type {odd}").format(odd=odd[0]), place="--to gguf", remedy="--to hf")
+        raise ModelError(_("weights of type {dtype}").format(dtype=odd[0]), place="--to gguf", remedy="--to hf")
     arch = gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()]
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}

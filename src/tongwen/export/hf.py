@@ -30,7 +30,7 @@ def check_same(source: TensorSource, written: TensorSource, place: str) -> None:
     """Raise NumbersError unless the two have bitwise equal tensors."""
     if source.facts != written.facts:
         odd = sorted(source.facts.items() ^ written.facts.items())[0][0]
-        raise NumbersError(_("read back from the file, {odd} differs from the original").format(odd=odd), place=place)
+        raise NumbersError(_("read back from the file, {name} differs from the original").format(name=odd), place=place)
     for name, (_unused, shape) in source.facts.items():
         for rows in blocks(shape):
             if not np.array_equal(source.raw(name, *rows), written.raw(name, *rows)):

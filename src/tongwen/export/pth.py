@@ -97,7 +97,7 @@ class PthTensors:
             self._at[hf_name] = (llama_name, axis)
         spare = parts[0].facts.keys() - {llama_name for llama_name, _ in self._at.values()}
         if odd := sorted(name for name in spare if not name.endswith("rope.freqs")):
-            raise ModelError(_("{odd} does not belong to a LLaMA model").format(odd=odd[0]), place=str(folder))
+            raise ModelError(_("{name} does not belong to a LLaMA model").format(name=odd[0]), place=str(folder))
 
     def raw(self, name: str, begin: int, end: int) -> Any:
         if not name.endswith(PERMUTED):

@@ -92,7 +92,7 @@ class EndpointBackend:
             ) from None
         except UnreadableReply as error:
             raise ModelError(
-                _("what comes from there is no answer: {error!r}").format(error=str(error)),
+                _("the endpoint's reply contains no answer: {error!r}").format(error=str(error)),
                 place=self.url,
                 remedy=_("the address ends with /v1 for most endpoints"),
             ) from None

@@ -219,8 +219,8 @@ def advise(
     if best.seen_enough < 0.9 * best.pieces:
         reasons.append(
             _(
-                "only {enough:,} of the {pieces:,} pieces occur at least {enough_2} times in the corpus: use more text or fewer pieces"
-            ).format(enough=best.seen_enough, pieces=best.pieces, enough_2=SEEN_ENOUGH)
+                "only {enough:,} of the {pieces:,} pieces occur at least {min_count} times in the corpus: use more text or fewer pieces"
+            ).format(enough=best.seen_enough, pieces=best.pieces, min_count=SEEN_ENOUGH)
         )
     bearable = damage is None or damage <= longer - 1
     if damage is not None:

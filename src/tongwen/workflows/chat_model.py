@@ -259,8 +259,8 @@ def _open_with_engine(
     if backend.context < context:
         console.notice(
             _(
-                "it sees at most {voice_context:,} tokens here, of the model's {context:,}: more need too much memory"
-            ).format(voice_context=backend.context, context=context)
+                "the context is limited to {available:,} of the model's {context:,} tokens: more do not fit in memory"
+            ).format(available=backend.context, context=context)
         )
     return backend
 

@@ -96,7 +96,7 @@ def _report_ledger(tables: dict[str, Any], changed: dict[str, int]) -> None:
     for name, table in tables.items():
         rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            label = _("of which held out") if table["from_training"] else _("held out: a file")
+            label = _("of which held out") if table["from_training"] else _("held out, from a file")
             rows.append((f"    {label}", table["held_out"], ""))
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:

@@ -200,7 +200,7 @@ def _distance(
     original: TensorSource, seen: quantized.QuantizedTensors, merged: MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure and print the distance between the merged model and the trained one, whose base was quantised."""
-    with console.waiting(_("measuring the difference that {kind} makes").format(kind=seen.kind)):
+    with console.waiting(_("comparing the {kind} base with the original").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
         sides = parity.logits_of_both(seen, merged, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
@@ -230,7 +230,7 @@ def _compare(
     """
     of_peft = options.mix is None and options.onto == "original"
     if options.parity == "full" and not of_peft:
-        console.notice(_("peft has no live model of such a merge; its logits are compared layer by layer"))
+        console.notice(_("peft cannot run this combination unmerged; logits are compared layer by layer"))
     if made is None and options.parity == "full" and of_peft:
         made = _with_peft(place, base, links)
     if made is not None:

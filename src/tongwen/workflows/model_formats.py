@@ -28,7 +28,6 @@ from tongwen.model.loading import chat_setup, load, sentencepiece
 from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, load_bin, open_model
 
-FORMATS = ("hf", "pth", "gguf")
 SENTENCEPIECE = {  # tokenizer_config.json for LLaMA's tokenizer.model, which does not contain these settings
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "<s>",

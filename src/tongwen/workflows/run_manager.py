@@ -63,7 +63,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
         time.sleep(0.05)
     if process.poll():
         output = (out / LOG).read_bytes()[log_start:].decode("utf-8", "replace").strip()
-        raise MachineError(_("it ended immediately: {said}").format(said=output), place=str(out))
+        raise MachineError(_("it ended immediately: {reason}").format(reason=output), place=str(out))
 
 
 def stop(out: Path) -> None:

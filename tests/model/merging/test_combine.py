@@ -97,7 +97,7 @@ def test_what_cannot_be_combined_is_refused(chat_model: Path, tmp_path: Path, to
         (["--adapter", one], "at least two adapters", "--adapter A2"),
         (["--adapter", one, "--adapter", one], "each once", "--adapter A2"),
         (["--adapter", one, "--adapter", other, "--weight", 1], "1 weights given for 2", "--weight"),
-        (["--adapter", one, "--adapter", other, "--density", 0], "density 0 is not a share", ""),
+        (["--adapter", one, "--adapter", other, "--density", 0], "density 0 must be above 0 and at most 1", ""),
         (["--adapter", one, "--adapter", tmp_path / "grown"], "its own vocabulary", "first"),
     ):
         code, _, err = tongwen(*command, *words)

@@ -241,7 +241,7 @@ def _with_adapter(
     except (ValueError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise ModelError(
-            _("peft cannot place this adapter: {said}").format(said=reason),
+            _("peft cannot place this adapter: {reason}").format(reason=reason),
             place="adapter",
         ) from error
     adapted.notices += [*targets.notices(), *experts]

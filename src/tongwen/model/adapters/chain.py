@@ -94,7 +94,7 @@ def merge_adapter(adapted: Any, folder: str) -> Any:
             model = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ModelError(
-            _("peft cannot merge this adapter: {said}").format(said=first_line(error)), place=folder
+            _("peft cannot merge this adapter: {reason}").format(reason=first_line(error)), place=folder
         ) from error
     if not retie_if_equal(model):
         model.config.tie_word_embeddings = False
@@ -139,8 +139,8 @@ def resize_for_adapter(model: Any, adapter: Path) -> None:
     elif len(rows) < 2 and not is_tied(model):
         alone = next(iter(rows))
         lacks = _("the head") if alone.endswith(EMBEDDINGS) else _("the embedding")
-        problem = _("it brings {wanted} rows and the model has only {held}, but it lacks {lacks}").format(
-            wanted=wanted, held=held, lacks=lacks
+        problem = _("it brings {wanted} rows and the model has only {held}, but it lacks {missing}").format(
+            wanted=wanted, held=held, missing=lacks
         )
     else:
         model.resize_token_embeddings(wanted, mean_resizing=False)

@@ -82,8 +82,8 @@ class AdapterChange:
         (rank, inside), (outside, other) = self.shape_of(pair[0]), self.shape_of(pair[1])
         if not rank == other == self.rank:
             raise self.refuse(
-                _("its config has rank {rank}, but its tensors have {rank_2} and {other}").format(
-                    rank=self.rank, rank_2=rank, other=other
+                _("its config has rank {rank}, but its tensors have {tensor_rank} and {other}").format(
+                    rank=self.rank, tensor_rank=rank, other=other
                 )
             )
         return (inside, outside) if self.transposed or pair[0] == "embedding_a" else (outside, inside)

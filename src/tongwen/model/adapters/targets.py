@@ -302,7 +302,7 @@ def no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
     """Return the error for a bad target. unfit: class of a module with this name that cannot have an adapter."""
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
-        _("{name!r} is a {unfit}; an adapter cannot be attached to it").format(name=name, unfit=unfit)
+        _("{name!r} is a {module_type}; an adapter cannot be attached to it").format(name=name, module_type=unfit)
         if unfit
         else _("there is no module named {name!r}").format(name=name),
         place=f"adapter.{key}",

@@ -62,7 +62,7 @@ def check_loaded(folder: Path, adapted: Any) -> None:
     lost = [name for name in lacks if id(parts.get(name)) not in loaded]
     if odd:
         raise ArtifactError(
-            _("{count} tensors do not fit this base, the first: {odd}").format(count=len(odd), odd=min(odd)),
+            _("{count} tensors do not fit this base, the first: {name}").format(count=len(odd), name=min(odd)),
             place=str(folder),
             remedy=_("this adapter was trained on another base"),
         )

@@ -491,7 +491,7 @@ class explain_errors:  # noqa: N801
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
         if not self.ref.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                _("cannot get this model from the hub: {said}").format(said=reason[:160]),
+                _("cannot get this model from the hub: {reason}").format(reason=reason[:160]),
                 place=self.ref.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
                 + _("   or write   base: modelscope:{place}").format(place=self.ref.name),
@@ -507,7 +507,7 @@ class explain_errors:  # noqa: N801
             or type(error).__name__ == "SafetensorError"
         ):
             raise ModelError(
-                _("the model cannot be loaded: {said}").format(said=reason[:300]),
+                _("the model cannot be loaded: {reason}").format(reason=reason[:300]),
                 place=self.ref.name,
                 remedy=_("check that the files are complete"),
             ) from error

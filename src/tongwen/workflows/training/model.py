@@ -133,7 +133,7 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         ) as error:
             if is_out_of_memory(error):
                 raise
-            reason = _("packed documents break its own code: {said}").format(said=first_line(error)[:160])
+            reason = _("packed documents break its own code: {reason}").format(reason=first_line(error)[:160])
     if not reason:
         console.success(_("audit passed: documents in a pack cannot see each other"))
         prepared = replace(prepared, packed=True)
