@@ -107,7 +107,7 @@ def tiny_llama(folder: Path, vocabulary: int, seed: int = 0, **config: Any) -> A
     return model
 
 
-def tiny_mixture(**config: Any) -> Any:
+def tiny_moe(**config: Any) -> Any:
     """A Qwen3 with four fused experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

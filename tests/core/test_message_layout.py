@@ -18,14 +18,14 @@ TURNS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_usual_spelling_comes_first_and_each_once() -> None:
+def test_spellings_start_with_the_usual_one_without_repeats() -> None:
     found = list(layouts(TURNS, [TOOL], DEFAULT_LAYOUT))
     assert found[0] == DEFAULT_LAYOUT
     assert len(set(found)) == len(found)
     assert list(layouts(TURNS[:1], [], DEFAULT_LAYOUT)) == [DEFAULT_LAYOUT], "a plain row has one"
 
 
-def test_arguments_are_an_object_or_its_text() -> None:
+def test_arguments_are_an_object_or_json_text() -> None:
     messages, tools = apply_layout(TURNS, [TOOL], DEFAULT_LAYOUT)
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"城市": "北京", "n": 2}
     assert messages[1]["tool_calls"][0]["id"] == "call_1" and messages[2]["tool_call_id"] == "call_1"
@@ -36,13 +36,13 @@ def test_arguments_are_an_object_or_its_text() -> None:
     assert json.loads(text) == {"城市": "北京", "n": 2} and "北京" in text
 
 
-def test_a_flat_call_is_wrapped_and_a_text_that_is_no_object_stays() -> None:
+def test_flat_call_is_wrapped_and_plain_text_is_kept() -> None:
     turns = [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "北京"}]}]
     (call,) = apply_layout(turns, [], DEFAULT_LAYOUT)[0][0]["tool_calls"]
     assert call == {"type": "function", "function": {"name": "f", "arguments": "北京"}}
 
 
-def test_where_thinking_content_and_tools_stand() -> None:
+def test_placement_of_thinking_content_and_tools() -> None:
     def turn(index: int = 1, **words: str) -> dict[str, Any]:
         return apply_layout(TURNS, [TOOL], replace(DEFAULT_LAYOUT, **words))[0][index]
 
@@ -57,7 +57,7 @@ def test_where_thinking_content_and_tools_stand() -> None:
     assert apply_layout(TURNS, [TOOL], replace(DEFAULT_LAYOUT, definitions="bare"))[1] == [TOOL["function"]]
 
 
-def test_ids_that_a_template_asks_for_are_made_and_answers_follow_them() -> None:
+def test_required_call_ids_are_generated_and_answers_match() -> None:
     calls = [{"function": {"name": name, "arguments": {}}} for name in ("f", "g")]
     turns = [
         {"role": "assistant", "content": "", "tool_calls": calls},

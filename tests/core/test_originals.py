@@ -79,7 +79,7 @@ def test_nothing_is_written_into_a_models_folder(out: str, home: Path) -> None:
     assert seen(home) == before
 
 
-def test_a_configuration_of_something_else_marks_no_model(home: Path) -> None:
+def test_configuration_of_something_else_marks_no_model(home: Path) -> None:
     originals.clear_path(home / "project" / "x", [], again=False)
     originals.write_new(home / "project" / "x.json", "{}")
 
@@ -127,7 +127,7 @@ def test_relative_names_and_hard_links_are_the_same_files(home: Path, monkeypatc
         originals.clear_path(Path("a\0b"), [], again=False)
 
 
-def test_a_result_of_ours_is_kept_under_another_name(home: Path) -> None:
+def test_result_of_ours_is_kept_under_another_name(home: Path) -> None:
     (home / "made").mkdir()
     (home / "made/manifest.json").write_text('{"kind": "model", "fingerprint": "1"}')
     with pytest.raises(RecipeError, match="--again"):
@@ -140,7 +140,7 @@ def test_a_result_of_ours_is_kept_under_another_name(home: Path) -> None:
         originals.clear_path(home / "app", [], again=True)
 
 
-def test_the_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
+def test_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
     base, adapter = home / "base", home / "adapter"
     base.mkdir()
     (base / "manifest.json").write_text('{"kind": "model", "fingerprint": "1"}')
@@ -151,7 +151,7 @@ def test_the_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
     assert (base / "manifest.json").is_file()
 
 
-def test_a_page_is_written_again_until_somebody_changes_it(home: Path) -> None:
+def test_page_is_written_again_until_somebody_changes_it(home: Path) -> None:
     page = home / "page.html"
     originals.write_sealed(page, "one\n", originals.HTML)
     originals.write_sealed(page, "two\n", originals.HTML)
@@ -164,7 +164,7 @@ def test_a_page_is_written_again_until_somebody_changes_it(home: Path) -> None:
         assert seen(home) == before
 
 
-def test_a_new_file_takes_no_name_that_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_file_takes_no_name_that_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     originals.write_new(home / "new/x.json", "text")
     originals.write_new(home / "new/x.json", "text")
     for file in (home / "new/x.json", home / "notes.txt", home / "data", home / "nowhere"):
@@ -179,7 +179,7 @@ def test_a_new_file_takes_no_name_that_is_taken(home: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("resumable", [False, True])
-def test_a_working_folder_of_somebody_else_is_left_alone(resumable: bool, home: Path) -> None:
+def test_working_folder_of_somebody_else_is_left_alone(resumable: bool, home: Path) -> None:
     out = home / "x"
     artifact.partial_of(out).mkdir()
     (artifact.partial_of(out) / "thesis.txt").write_text("mine")
@@ -192,7 +192,7 @@ def test_a_working_folder_of_somebody_else_is_left_alone(resumable: bool, home: 
 
 
 @pytest.mark.parametrize("resumable", [False, True])
-def test_a_working_folder_of_ours_goes_on_or_starts_over(resumable: bool, home: Path) -> None:
+def test_working_folder_of_ours_goes_on_or_starts_over(resumable: bool, home: Path) -> None:
     out = home / "x"
     with pytest.raises(ArtifactError), artifact.create(out, "k", {}, {}, resumable=resumable) as draft:
         (draft.path / "half").write_text("half")
@@ -262,7 +262,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("again", [[], ["--again"]])
 @pytest.mark.parametrize("file", FOREIGN)
-def test_a_run_leaves_what_is_not_its_own(
+def test_run_leaves_what_is_not_its_own(
     file: str, again: list[str], chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     data = write_rows(tmp_path / "data.jsonl", dialogues(6))

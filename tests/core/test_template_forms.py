@@ -71,7 +71,7 @@ def test_thinking_that_is_written_before_calls_alone_is_written_so_before_answer
 
 
 @pytest.mark.parametrize(("thinking", "wanted"), [("想", "想\n"), (None, "")])
-def test_a_prompt_that_begins_the_thinking_is_continued_by_it(thinking: str | None, wanted: str) -> None:
+def test_prompt_that_begins_the_thinking_is_continued_by_it(thinking: str | None, wanted: str) -> None:
     dialogue = talk("问", "答", thinking=thinking)
     (sample,) = own(OPENER).samples(dialogue)
     assert sample.text.endswith(
@@ -80,13 +80,13 @@ def test_a_prompt_that_begins_the_thinking_is_continued_by_it(thinking: str | No
     assert sample.text.startswith(own(OPENER).prompt(dialogue.messages[:1]))
 
 
-def test_an_opener_that_begins_no_thinking_is_not_passed_over() -> None:
+def test_opener_that_begins_no_thinking_is_not_passed_over() -> None:
     with pytest.raises(RowRejected) as caught:
         own(OPENER.replace("{% if m.reasoning_content and loop.last %}", "{% if false %}")).samples(talk("问", "答"))
     assert caught.value.reason == "prompt_differs"
 
 
-def test_a_turn_that_is_held_open_after_a_tool_is_asked_as_the_prompt_asks() -> None:
+def test_turn_that_is_held_open_after_a_tool_is_asked_as_the_prompt_asks() -> None:
     template = own(HELD_OPEN)
     (sample,) = template.samples(calling("北京"))
     taught = [span.text for span in sample.spans if span.learn]
@@ -96,7 +96,7 @@ def test_a_turn_that_is_held_open_after_a_tool_is_asked_as_the_prompt_asks() -> 
     assert learned(template, dialogue) == ["答一</s><|im_start|>想<|im_end|>答二</s>"]
 
 
-def test_a_header_that_differs_after_a_tool_is_refused() -> None:
+def test_header_that_differs_after_a_tool_is_refused() -> None:
     other = HELD_OPEN.replace(
         "{% elif m.content %}",
         "{% elif m.content and loop.previtem.role == 'tool' %}{{ '#' + m.content }}{% elif m.content %}",
@@ -139,7 +139,7 @@ def test_calls_with_keywords_are_calls(city: str) -> None:
     assert learned(own(KEYWORDS), calling(city)) == [f"get_weather(city='{escaped}')<|im_end|>答<|im_end|>"]
 
 
-def test_a_system_text_begins_the_question_where_there_is_no_system_turn() -> None:
+def test_system_text_begins_the_question_where_there_is_no_system_turn() -> None:
     turns = (Message("system", "系统"), Message("user", "问"), Message("assistant", "答"))
     (sample,) = own(NO_SYSTEM).samples(Dialogue(turns, HERE))
     assert sample.text == "<|im_start|>user\n系统\n\n问<|im_end|>\n<|im_start|>model\n答<|im_end|>"
@@ -182,7 +182,7 @@ def tokenizer_source() -> str:
     return LOOP.format(answer="<|im_start|>assistant\n{{ m.content }}<|im_end|>\n", prompt="<|im_start|>assistant\n")
 
 
-def test_a_broken_tool_use_refuses_rows_with_tools_alone() -> None:
+def test_broken_tool_use_refuses_rows_with_tools_alone() -> None:
     sources = {"default": tokenizer_source(), "tool_use": "{{ no_such_thing.at_all }}"}
     template = Template.make("own", sources, TOKENS, SPECIAL)
     assert learned(template, talk("问", "答")) == ["答<|im_end|>"]
@@ -206,7 +206,7 @@ def test_a_broken_tool_use_refuses_rows_with_tools_alone() -> None:
         Dialogue((*calling("北京").messages[:1], Message("assistant", "", "想", calling("北京").messages[1].tool_calls), *calling("北京").messages[2:]), HERE, (TOOL,)),
     ],
 )  # fmt: skip
-def test_the_remedy_of_a_refusal_works(dialogue: Dialogue, special: tuple[str, ...]) -> None:
+def test_remedy_of_a_refusal_works(dialogue: Dialogue, special: tuple[str, ...]) -> None:
     """The template that is named can be bound to this tokenizer, and learns the row."""
     with pytest.raises(RowRejected) as caught:
         Template.make("own", LLAMA3, TOKENS, special).samples(dialogue)
@@ -217,6 +217,6 @@ def test_the_remedy_of_a_refusal_works(dialogue: Dialogue, special: tuple[str, .
     assert all(part in taught for part in wanted if part)
 
 
-def test_a_prompt_that_cannot_show_its_tools_is_refused() -> None:
+def test_prompt_that_cannot_show_its_tools_is_refused() -> None:
     with pytest.raises(RowRejected, match="chatml"):
         own(LLAMA3).prompt([Message("user", "问")], (TOOL,))

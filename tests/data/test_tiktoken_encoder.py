@@ -1,4 +1,4 @@
-"""The faster encoder gives the ids of the tokenizers library, or stays away."""
+"""The fast encoder gives the ids of the tokenizers library, or is not used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def texts(count: int) -> list[str]:
     return ["".join(rng.choices([*ALPHABET, *WORDS], k=rng.randrange(1, 60))) for _ in range(count)]
 
 
-def test_the_ids_are_those_of_the_library(tmp_path: Path) -> None:
+def test_ids_match_the_tokenizers_library(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     fast = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert fast is not None
@@ -36,7 +36,7 @@ def test_the_ids_are_those_of_the_library(tmp_path: Path) -> None:
     assert 300 < encoded < 3000, "rare characters are left to the library"
 
 
-def test_a_split_of_its_own_is_kept(tmp_path: Path) -> None:
+def test_custom_split_is_kept(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{N}]+|\s+"), "isolated")
@@ -50,7 +50,7 @@ def test_a_split_of_its_own_is_kept(tmp_path: Path) -> None:
             assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids, text
 
 
-def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
+def test_unsupported_tokenizer_uses_the_library(tmp_path: Path) -> None:
     assert make_tiktoken_encoder(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
     whole = Tokenizer.from_str(byte_level_tokenizer(tmp_path / "b").backend_tokenizer.to_str())
     model = whole.model
@@ -75,9 +75,7 @@ def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
     assert make_tiktoken_encoder(whole) is not None
 
 
-def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fast_encoder_is_used_for_many_texts_with_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     samples = [[Span("问：", False), Span(text, True)] for text in texts(400)]
     slow = Encoder(tokenizer)
@@ -91,7 +89,7 @@ def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
 
 
 @pytest.mark.parametrize(("threads", "parallel"), [("1", ""), ("3", ""), ("0", ""), ("3", "false")])
-def test_the_number_of_threads_changes_nothing(
+def test_number_of_threads_changes_nothing(
     threads: str, parallel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYON_NUM_THREADS", threads)
@@ -106,7 +104,7 @@ def test_the_number_of_threads_changes_nothing(
         )
 
 
-def test_one_difference_and_it_is_not_used(
+def test_one_mismatch_disables_the_fast_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)

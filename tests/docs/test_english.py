@@ -60,11 +60,11 @@ def found_in(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("file", [*PAGES, *MODULES, *TABLES], ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_phrase_that_readers_stumble_over(file: Path) -> None:
+def test_no_forbidden_phrases(file: Path) -> None:
     assert not found_in(file)
 
 
-def test_the_check_finds_them(tmp_path: Path) -> None:
+def test_check_finds_forbidden_phrases(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text('"""What is\nsaid here."""\nx = "whoever stands in it"  # made anew\nanew = 1\n')
     assert found_in(file) == ["1: is said", "3: whoever", "3: stands in", "3: anew"]

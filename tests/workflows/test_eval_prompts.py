@@ -1,4 +1,4 @@
-"""A row that ends with a question is asked whole: its system text, its history, its input."""
+"""Evaluation prompts include the system text, the history and the input of a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tongwen.workflows.eval_prompts import read_questions
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "reference"),
+    ("row", "prompt", "reference"),
     [
         ({"system": "S", "prompt": "Q", "history": [["q", "a"]]}, "SqaQ", None),
         ({"instruction": "Q", "input": "I", "output": ""}, "Q\nI", None),
@@ -25,9 +25,11 @@ from tongwen.workflows.eval_prompts import read_questions
         ({"messages": [{"from": "human", "content": "Q"}]}, "Q", None),
     ],
 )
-def test_questions(row: dict[str, Any], asked: str, reference: str | None, tmp_path: Path) -> None:
+def test_questions_include_system_history_and_input(
+    row: dict[str, Any], prompt: str, reference: str | None, tmp_path: Path
+) -> None:
     (found,) = read_questions(SourceConfig(path=str(write_rows(tmp_path / "a.jsonl", [row]))))
-    assert ("".join(turn["content"] for turn in found.messages), found.reference) == (asked, reference)
+    assert ("".join(turn["content"] for turn in found.messages), found.reference) == (prompt, reference)
 
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
@@ -43,7 +45,7 @@ CALL = {"type": "function", "function": {"name": "get_weather", "arguments": "{}
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]},
     ],
 )
-def test_the_tools_of_a_row_are_asked_with_it(row: dict[str, Any], tmp_path: Path) -> None:
+def test_tools_of_a_row_are_asked_with_it(row: dict[str, Any], tmp_path: Path) -> None:
     (found,) = read_questions(SourceConfig(path=str(write_rows(tmp_path / "a.jsonl", [row]))))
     assert [turn["content"] for turn in found.messages] == ["Q"]
     assert list(found.tools) == [TOOL]
@@ -58,7 +60,7 @@ def test_unread_fields_are_named(answer: str, tmp_path: Path, capsys: pytest.Cap
     assert "difficulty (2 rows), id (2 rows)" in said.out + said.err
 
 
-def test_a_question_about_a_picture_is_refused(tmp_path: Path) -> None:
+def test_multimodal_question_is_refused(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"prompt": "Q", "images": ["a.png"]}])
     with pytest.raises(DataError, match=r"a\.jsonl:1: images"):
         read_questions(SourceConfig(path=str(file)))

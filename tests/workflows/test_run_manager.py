@@ -1,4 +1,4 @@
-"""A run that a page starts is a run like any other: it outlives who started it, stops when asked, and goes on to the bit."""
+"""A run that the page starts outlives it, stops on request and resumes bit-identically."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def steps(out: Path) -> int:
 
 
 @pytest.mark.sample()
-def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
+def test_stopped_run_resumes_to_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
     for name in ("never", "once"):
         write_recipe(tmp_path / name, chat_model, dialogues(60), sft=SAVING)
     never, once = tmp_path / "never" / "out", tmp_path / "once" / "out"
@@ -70,7 +70,7 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
         run_manager.compare([never, tmp_path])
 
 
-def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
+def test_run_that_cannot_start_reports_why(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: x\nbase: y\nsft: {learning_rat: 1}\n", encoding="utf-8")
     with pytest.raises(MachineError, match="learning_rate"):
@@ -81,7 +81,7 @@ def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
     "left",
     ["", "x", "here, process one, since", "{here}, process {dead}, since", "{here}, process {young}, since"],
 )
-def test_a_lock_that_a_killed_run_left_holds_nothing(left: str, tmp_path: Path) -> None:
+def test_lock_of_a_killed_run_is_released(left: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
@@ -96,7 +96,7 @@ HOLD = "import sys; from pathlib import Path; from tongwen.workflows.run_lock im
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux lists who took a lock")
-def test_a_number_in_a_lock_is_believed_of_the_process_that_holds_it(tmp_path: Path) -> None:
+def test_number_in_a_lock_is_believed_of_the_process_that_holds_it(tmp_path: Path) -> None:
     """Stop ends the holder of a lock, and nobody else: neither with a text from elsewhere, nor beside somebody's lock."""
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     try:
@@ -121,7 +121,7 @@ def test_a_number_in_a_lock_is_believed_of_the_process_that_holds_it(tmp_path: P
         stranger.wait()
 
 
-def test_a_look_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path: Path) -> None:
+def test_look_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(f"{platform.node()}, process 1, since", encoding="utf-8")
     looking = True
 

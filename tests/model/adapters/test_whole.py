@@ -108,7 +108,7 @@ def test_what_is_whole_answers_as_before(kind: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(model), live_logits(base, adapter), atol=1e-5)
 
 
-def test_an_empty_file_of_another_type_is_refused(tmp_path: Path) -> None:
+def test_empty_file_of_another_type_is_refused(tmp_path: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -191,7 +191,7 @@ def test_each_command_refuses_one_of_ours_that_was_changed(
     assert not (tmp_path / "o").exists() and not (tmp_path / "m").exists()
 
 
-def test_a_downloaded_adapter_has_a_manifest_of_its_files(tmp_path: Path) -> None:
+def test_downloaded_adapter_has_a_manifest_of_its_files(tmp_path: Path) -> None:
     """`fetch` records hashes of files: they say nothing about tensors, and forbid nothing here."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(base, 90)
