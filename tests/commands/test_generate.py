@@ -237,7 +237,7 @@ def test_endpoint_gets_the_tools_and_its_calls_are_kept(
 
     class Caller(FakeEndpoint):
         def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             message = {"role": "assistant", "content": None, "tool_calls": [call]}
             choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
             self.send_response(200)
@@ -253,7 +253,7 @@ def test_endpoint_gets_the_tools_and_its_calls_are_kept(
     server.shutdown()
     server.server_close()
     assert code == 0, err
-    assert asked[0]["tools"] == [TOOL]
+    assert requests[0]["tools"] == [TOOL]
     said = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n</tool_call>'
     assert read(tmp_path / "out.jsonl")[0]["answer"] == said
 

@@ -43,8 +43,8 @@ def test_flat_call_is_wrapped_and_plain_text_is_kept() -> None:
 
 
 def test_placement_of_thinking_content_and_tools() -> None:
-    def turn(index: int = 1, **words: str) -> dict[str, Any]:
-        return apply_layout(TURNS, [TOOL], replace(DEFAULT_LAYOUT, **words))[0][index]
+    def turn(index: int = 1, **options: str) -> dict[str, Any]:
+        return apply_layout(TURNS, [TOOL], replace(DEFAULT_LAYOUT, **options))[0][index]
 
     assert turn(thinking="thinking")["thinking"] == "想" and "reasoning_content" not in turn(thinking="thinking")
     assert turn(thinking="part")["content"][0] == {"type": "thinking", "thinking": "想"}
