@@ -57,14 +57,17 @@ def check_own_attention(model: Any, sample: Any, loss: Loss, own: AbstractContex
 
 
 def check_causal(model: Any, batch: dict[str, Any], loss: Loss) -> None:
-    """Raise NumbersError when the score of a token depends on a later one, which the model would learn to copy.
+    """Raise NumbersError when the score of a token depends on later ones, which the model would learn to copy.
 
-    batch: one sample. Models that fill gaps in a text (BERT) can be opened as language models, but see the whole text.
+    batch: one sample, of which all tokens behind the middle of the learned ones are replaced. Models that fill gaps in a
+    text (BERT) can be opened as language models, but see the whole text.
     """
+    middle = len(batch["rows"]) // 2
     changed = batch | {"input_ids": batch["input_ids"].clone()}
-    changed["input_ids"][0, -1] = (int(batch["input_ids"][0, -1]) + 1) % model.config.get_text_config().vocab_size
-    apart = (score(model, batch, loss) - score(model, changed, loss)).abs()
-    if len(apart) and float(apart.max()) > limit_of(model):
+    place = int(batch["rows"][middle])
+    changed["input_ids"][0, place + 1 :] = changed["input_ids"][0, place]
+    apart = (score(model, batch, loss) - score(model, changed, loss))[: middle + 1].abs()
+    if float(apart.max()) > limit_of(model):
         raise NumbersError(
             _("the score of a token depends on a later token: this model is no causal language model"),
             place="audit",

@@ -186,7 +186,9 @@ def check_trainable(ref: ModelRef) -> None:
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     architecture = str((config.get("architectures") or [""])[0])
     other = next((ending for ending in OTHER_TASKS if architecture.endswith(ending)), "")
-    if not config.get("is_encoder_decoder") and not other:
+    # A config that knows cross-attention can be an encoder's or a decoder's, and says which: BERT and its descendants.
+    sees_all = "add_cross_attention" in config and config.get("is_decoder") is False
+    if not config.get("is_encoder_decoder") and not other and not sees_all:
         return
     raise ModelError(
         _("{architecture} does not predict the next token of a text, so it cannot be trained here").format(

@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from tongwen.core import console, distributed
-from tongwen.core.errors import NumbersError, RecipeError, first_line, is_out_of_memory
+from tongwen.core.errors import ModelError, NumbersError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.data.token_store import TokenStore
@@ -37,6 +37,8 @@ from tongwen.train.try_batch import fits
 from tongwen.workflows.tokenized_data import RecordEncoder
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
+# What a model's own code raises for inputs that it was not written for.
+MODEL_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError)
 FREE_SHARE = 0.03  # share of a GPU's memory to leave free when trying a micro-batch: long runs fragment the allocator
 
 
@@ -122,15 +124,7 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
             )
         except NumbersError as error:
             reason = error.rule
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
+        except MODEL_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             reason = _("packed documents break its own code: {reason}").format(reason=first_line(error)[:160])
@@ -144,7 +138,16 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         )
     with prepared.computing():
         batch = MicroBatches(job.data.store, [(0,)], packed=prepared.packed)[0]
-        audit.check_causal(prepared.model, batch, learned_loss)
+        try:
+            audit.check_causal(prepared.model, batch, learned_loss)
+        except MODEL_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                _("the model cannot read a text alone: {said}").format(reason=first_line(error)[:300]),
+                place=job.base,
+                remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+            ) from error
     return prepared
 
 
