@@ -63,6 +63,7 @@ def main() -> int:
 def families_page() -> str:
     """Return the page of family features; tests/laws/test_families.py and tests/export/test_gguf.py verify them."""
     from tongwen.core.model_families import FAMILIES
+    from tongwen.export.gguf_architectures import ARCHITECTURES
 
     heads = (
         _("family"),
@@ -86,7 +87,11 @@ def families_page() -> str:
         merged = _("in memory") if family.experts else _("streamed")
         packed, text = ("no" if family.padded else "✓"), ("no" if family.dialogues_only else "✓")
         vllm = _("listed") if family.vllm else "no"
-        rows.append((f"`{name}`", family.models, "✓", "✓", packed, text, merged, "✓" if family.gguf else "no", vllm))
+        rows.append(
+            (f"`{name}`", family.models, "✓", "✓", packed, text, merged, "✓" if name in ARCHITECTURES else "no", vllm)
+        )
+    others = ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in FAMILIES)
+    notes.append(_("- GGUF is verified for these families, too: {others}").format(others=others))
     table = "\n".join(f"| {' | '.join(row)} |".replace("| no ", _("| no ")) for row in rows)
     return _(FAMILIES_PAGE).format(table=table, notes="\n".join(notes)) + architectures_section()
 

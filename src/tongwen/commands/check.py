@@ -84,9 +84,9 @@ def _check_export(recipe: Recipe) -> None:
     check_type(recipe.export.quantize)
     model_ref = load.ModelRef(recipe.base, recipe.base)
     with load.explain_errors(model_ref):
-        kind = load.read_model_type(model_ref)
+        kind = load.read_text_type(model_ref)
     if kind:
-        check_family(kind)
+        check_family(kind, f"{recipe.out}/merge")
 
 
 def _check_trackers(recipe: Recipe) -> None:

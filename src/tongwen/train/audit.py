@@ -11,6 +11,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -36,6 +37,32 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
                 worst=worst, limit=limit
             ),
             place=f"attention {getattr(model.config, '_attn_implementation', '?')}",
+            remedy="packing: false",
+        )
+    return worst
+
+
+def check_no_state_passes(model: Any, samples: list[Any], loss: Loss) -> float:
+    """Raise NumbersError when another first document changes the scores of a pack's second one.
+
+    Both packs have the same shape, so that kernels compute the same numbers: the limit can be far below that of
+    `check_isolation`, as a short convolution may let a little of only three tokens through. Returns the largest
+    difference in nats.
+    """
+    (ids, learn), second = _shortened(samples)
+    vocabulary = model.config.get_text_config().vocab_size
+    other = ((ids.astype(np.int64) + 1) % vocabulary, learn)
+    before, after = (
+        score(model, pack([first, second]), loss)[-(len(second[0]) - 1) :] for first in ((ids, learn), other)
+    )
+    worst = float((before - after).abs().max())
+    limit = limit_of(model) / 20
+    if not worst <= limit:
+        raise NumbersError(
+            _("documents in one pack can see each other: a score changes by {worst:.3g} nats (limit {limit:g})").format(
+                worst=worst, limit=limit
+            ),
+            place=type(model).__name__,
             remedy="packing: false",
         )
     return worst

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
-from tongwen.core.i18n import _
+from tongwen.core.i18n import _, ngettext
 from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.workflows.prepared_data import changed_files, check_prepared
 from tongwen.workflows.run_folder import check_folder, write_recipe
@@ -184,7 +184,11 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
     count = count_devices()
     if count and recipe.devices > count:
         raise MachineError(
-            _("this machine has {count} visible GPUs; each process needs one").format(count=count),
+            ngettext(
+                "this machine has {count} visible GPU; each process needs one",
+                "this machine has {count} visible GPUs; each process needs one",
+                count,
+            ).format(count=count),
             place=f"devices: {recipe.devices}",
             remedy=f"--devices {count}",
         )

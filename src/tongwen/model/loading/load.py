@@ -177,6 +177,13 @@ def read_model_type(ref: ModelRef) -> str:
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
 
 
+def read_text_type(ref: ModelRef) -> str:
+    """Return the `model_type` of a wrapped model's text part; of any other model, its own."""
+    file = Path(ref.folder) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return str((config.get("text_config") or {}).get("model_type") or config.get("model_type", ""))
+
+
 def check_trainable(ref: ModelRef) -> None:
     """Raise ModelError when a folder's config.json says that the model does not predict the next token of a text.
 

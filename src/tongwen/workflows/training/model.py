@@ -22,6 +22,7 @@ from tongwen.model.adapters.chain import open_adapter_chain, resize_for_adapter
 from tongwen.model.kernels import checkpointing, packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss, use_blockwise_head
+from tongwen.model.kernels.recurrent import carries_state, missing_packages
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model
 from tongwen.model.loading.names import unused_tensors
@@ -155,6 +156,8 @@ def _check_packing(prepared: PreparedModel, store: TokenStore) -> None:
     """Raise NumbersError unless documents of a pack keep apart and score as in the model's own attention."""
     samples = [store.sample(0), store.sample(min(1, len(store) - 1))]
     audit.check_isolation(prepared.model, samples, learned_loss)
+    if carries_state(prepared.model):
+        audit.check_no_state_passes(prepared.model, samples, learned_loss)
     own = packed_attention.own_attention(prepared.model, prepared.own_attention)
     audit.check_own_attention(prepared.model, samples[0], learned_loss, own)
 
@@ -169,9 +172,10 @@ def _reason_to_pad(model: Any, job: TrainingJob) -> str:
         return _(family.padded)
     if not getattr(model, "_supports_attention_backend", False):
         return _("it has its own attention implementation")
-    kinds = getattr(text, "layer_types", None) or ()
-    if getattr(model, "_is_stateful", False) or any("linear" in kind or "attention" not in kind for kind in kinds):
-        return _("its layers carry a state from token to token")
+    if carries_state(model) and (missing := missing_packages(model)):
+        return _(
+            "its layers carry a state from token to token, and packages that keep documents apart in them are missing: {packages}"
+        ).format(packages=" ".join(missing))
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk and int(job.data.store.lengths.max()) > chunk:
         return _("it attends in chunks of {chunk} tokens, and a sample is longer").format(chunk=chunk)
