@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,7 @@ from tongwen.core.records import Dialogue, Message, Span
 from tongwen.core.render_proof import Planted, lost_part, plant, shape_of, shows, values_of
 from tongwen.core.row_spelling import OTHERS, USUAL, Spelling, Tools, Turn, spell, spellings
 from tongwen.core.template_cache import SENTINEL, RenderCache, make_render_cache
+from tongwen.core.template_guard import GUARD, IS_POSSIBLE, TemplateFailure
 
 SHIPPED = (
     "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
@@ -123,6 +124,17 @@ def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
 def shipped_source(name: str) -> str:
     """Return the marked source of a template that ships with tongwen."""
     return (resources.files("tongwen.core") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=16)
+def shipped_forms(special: tuple[str, ...]) -> frozenset[str]:
+    """Return the sources of our own templates as they are exported with a tokenizer of these special tokens."""
+    sources = [GENERATION_TAG.sub("", shipped_source(name)) for name in SHIPPED]
+    return frozenset(_with_prefix(source, prefix) for source in sources for prefix in ("", *special[:8]))
+
+
+def _with_prefix(source: str, prefix: str) -> str:
+    return source.replace("@prefix@", prefix.replace("\\", "\\\\").replace("'", "\\'"))
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,7 @@ class Template:
             source = own_source
         else:
             text = shipped_source(name) if name in SHIPPED else _read_template(name)
-            text = text.replace("@prefix@", prefix.replace("\\", "\\\\").replace("'", "\\'"))
+            text = _with_prefix(text, prefix)
             if GENERATION_TAG.search(text):
                 marked = text
             source = GENERATION_TAG.sub("", text)
@@ -229,6 +241,11 @@ class Template:
         if marked:
             template._check_marks()
         return template
+
+    @cached_property
+    def _renders_here(self) -> bool:
+        """Whether the template is known to be harmless: then it needs no process of its own."""
+        return not IS_POSSIBLE or self.name in SHIPPED or self.source in shipped_forms(self.special)
 
     # -- rendering ------------------------------------------------------------------------------------------------
 
@@ -394,17 +411,20 @@ class Template:
         marks: bool = False,
     ) -> str:
         messages, definitions = spell(turns, tools, spelling)
+        context = {
+            "messages": messages,
+            "tools": definitions,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": thinking,
+            "thinking": thinking,  # the same word in DeepSeek's and Granite's templates
+            "show_marks": marks,
+            **self.tokens,
+        }
         try:
-            return compile_template(self.marked if marks else self.source).render(
-                messages=messages,
-                tools=definitions,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=thinking,
-                thinking=thinking,  # the same word in DeepSeek's and Granite's templates
-                show_marks=marks,
-                **self.tokens,
-            )
+            if self._renders_here:
+                return compile_template(self.marked if marks else self.source).render(context)
+            return GUARD.render(self.source, self.name, context)
         except jinja2.TemplateError as error:
             raise RowRefused(
                 "template_refuses", _("the template refuses this dialogue: {error}").format(error=error)
@@ -413,7 +433,7 @@ class Template:
             raise RowRefused(
                 "template_fails",
                 _("the template fails on this dialogue: {type}: {error}").format(
-                    type=type(error).__name__, error=error
+                    type=error.kind if isinstance(error, TemplateFailure) else type(error).__name__, error=error
                 ),
             ) from None
 

@@ -35,7 +35,7 @@ class LimitedLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}  # values in a finished node, repeated ones included
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
-        is_alias, place = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        is_alias, place = self.check_event(yaml.AliasEvent), self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self._depth == DEPTH:
             raise LimitExceeded(_("values are nested more than {depth} deep").format(depth=DEPTH), place)
         self._depth += 1

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tongwen.core import distributed
-from tongwen.core.errors import MachineError
+from tongwen.core import distributed, file_lock
 from tongwen.core.i18n import _
 
 LOCK = ".lock"  # held by the process that runs in a folder; contains its host and process id
@@ -22,32 +20,11 @@ def lock_folder(out: Path) -> Iterator[None]:
 
     Raises MachineError with the holder's name if another run has the lock.
     """
-    if not distributed.is_main_process() or distributed.is_child_process() or os.name == "nt":
+    if not distributed.is_main_process() or distributed.is_child_process():
         yield
         return
-    import fcntl
-
-    with (out / LOCK).open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            owner = stream.read().strip()
-            raise MachineError(
-                _("another tongwen is running in this folder: {owner}, or a process that it started").format(
-                    owner=owner
-                ),
-                place=str(out),
-                remedy=_("wait for it, or choose another `out`"),
-            ) from None
-        os.set_inheritable(stream.fileno(), True)  # processes that it launches may still be saving when it is killed
-        stream.truncate(0)
-        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        stream.flush()
-        try:
-            yield
-        finally:
-            stream.truncate(0)
+    with file_lock.hold(out / LOCK, str(out), _("wait for it, or choose another `out`")):
+        yield
 
 
 def lock_holder(out: Path) -> int | None:
