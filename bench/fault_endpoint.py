@@ -21,7 +21,7 @@ class Faults:
     def __init__(self, plan: Plan, answer: Callable[[str], str], seconds: float = 0.0) -> None:
         self.plan, self.answer, self.seconds = plan, answer, seconds
         self.lock = threading.Lock()
-        self.asked: Counter[str] = Counter()  # requests by prompt
+        self.requests: Counter[str] = Counter()  # requests by prompt
         self.answered: Counter[str] = Counter()  # whole answers by prompt
         self.log: list[tuple[float, str, str, dict[str, Any]]] = []  # time, prompt, fault, headers
         self.bodies: list[dict[str, Any]] = []
@@ -46,8 +46,8 @@ class Faults:
                 body = json.loads(sent)
                 prompt = body["messages"][0]["content"]
                 with faults.lock:
-                    fault = faults.plan(prompt, faults.asked[prompt])
-                    faults.asked[prompt] += 1
+                    fault = faults.plan(prompt, faults.requests[prompt])
+                    faults.requests[prompt] += 1
                     faults.log.append(
                         (time.monotonic(), prompt, fault, {name.lower(): value for name, value in self.headers.items()})
                     )

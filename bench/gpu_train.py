@@ -271,7 +271,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     """Train with tongwen, as a training stage does after loading its base."""
     import torch
 
-    from tongwen.model.adapters.attach import adapt
+    from tongwen.model.adapters.attach import make_trainable
     from tongwen.model.kernels import checkpointing, packed_attention
     from tongwen.model.kernels.fused_blocks import fuse_blocks
     from tongwen.model.kernels.loss import learned_loss
@@ -302,8 +302,8 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     )
     model = make_model(case)
     model.set_attn_implementation(packed_attention.register())
-    adapted = adapt(model, settings.adapter, [])
-    for part in adapted.learners:
+    adapted = make_trainable(model, settings.adapter, [])
+    for part in adapted.trainable:
         part.data = part.data.float()
     store = samples.store()
     plan = make_plan(

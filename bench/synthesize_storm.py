@@ -62,7 +62,7 @@ def storm(folder: Path, rows: int, kills: int, seed: int = 0) -> dict[str, int]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     made = [json.loads(line) for line in (folder / "out/synthesize/dialogues.jsonl").read_text("utf-8").splitlines()]
     journal = (folder / "out/synthesize/journal.jsonl").read_text("utf-8").splitlines()
-    wanted = {json.loads(answer(prompt))["items"][0]["instruction"] for prompt in faults.asked}
+    wanted = {json.loads(answer(prompt))["items"][0]["instruction"] for prompt in faults.requests}
     questions = [row["messages"][0]["content"] for row in made]
     faults.close()
     return {

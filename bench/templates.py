@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.chat_template import Template
-from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.records import Dialogue, Message, Origin
 
 # What looks like a control token in a template's source: only the tokenizer knows, and an archive has none.
@@ -107,7 +107,7 @@ def try_row(
 ) -> str:
     try:
         samples = template.samples(Dialogue(tuple(messages), Origin("f", 1), tuple(tools)))
-    except RowRefused as error:
+    except RowRejected as error:
         return f"refused: {error.reason}"
     spans = [span for sample in samples for span in sample.spans]
     learned = "\n".join(span.text for span in spans if span.learn)

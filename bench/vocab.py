@@ -136,7 +136,7 @@ def grow(folder: Path) -> None:
     out = folder / "out"
     out.mkdir()
     wall, cpu = time.monotonic(), time.process_time()
-    resize.widen(
+    resize.resize_vocabulary(
         base,
         {},
         names,

@@ -59,7 +59,7 @@ def byte_level_tokenizer(folder: Path) -> Any:
 
 
 def sentencepiece_tokenizer(folder: Path, legacy: bool = False) -> Any:
-    """LLaMA's kind: a dummy blank before every text, byte fallback, and `<s>` prepended by the tokenizer."""
+    """LLaMA's kind: a dummy prefix space before every text, byte fallback, and `<s>` prepended by the tokenizer."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += sorted({character for text in CORPUS for character in text if character != " "})
     merges = [("\u2581", "是"), ("\u2581", "H"), ("你", "好"), ("\u2581", "你好"), ("世", "界")]
@@ -107,7 +107,7 @@ def tiny_llama(folder: Path, vocabulary: int, seed: int = 0, **config: Any) -> A
     return model
 
 
-def tiny_mixture(**config: Any) -> Any:
+def tiny_moe(**config: Any) -> Any:
     """A Qwen3 with four fused experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -163,12 +163,18 @@ def dialogues(count: int) -> list[dict[str, str]]:
 
 
 def write_recipe(
-    folder: Path, base: Path, rows: list[Any] | None = None, sft: str = "", extra: str = "", merge: bool = True
+    folder: Path,
+    base: Path,
+    rows: list[Any] | None = None,
+    sft: str = "",
+    extra: str = "",
+    merge: bool = True,
+    samples: int = 0,
 ) -> Path:
-    """A recipe for a tiny run."""
+    """A recipe for a tiny run. samples: answers of 64 tokens before and after it; they cost more than its training."""
     data = write_rows(folder / "data.jsonl", dialogues(24) if rows is None else rows)
     text = f"name: tiny\nbase: {base}\nout: {folder / 'out'}\nprepare: {{dialogues: {data}, held_out: 4}}\n"
-    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: 1, precision: fp32{sft}}}\n"
+    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: {samples}, precision: fp32{sft}}}\n"
     text += ("merge: {}\n" if merge else "") + extra
     recipe = folder / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")

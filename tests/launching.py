@@ -22,7 +22,7 @@ from tongwen.train.trainer import PlannedTrainer
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def launched(
+def run_ranks(
     world: int, *arguments: object, before: Callable[[int], Any] | None = None, seconds: float = 90
 ) -> list[int]:
     """Run a command in `world` processes as a launcher does; return their exit codes, negative for a signal.
@@ -69,7 +69,7 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
         os._exit(99)
 
 
-def in_a_child(*arguments: object, before: Any = None) -> int:
+def run_forked(*arguments: object, before: Any = None) -> int:
     """Run a command in a forked process, so that it may be killed; return its wait status."""
     child = os.fork()
     if not child:
@@ -83,18 +83,18 @@ def in_a_child(*arguments: object, before: Any = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def die_at(step: int, phase: int = 0) -> Any:
+def kill_at_step(step: int, phase: int = 0) -> Any:
     """Return a function that makes a forked command kill itself after `step` steps, of `phase` if there are several."""
 
-    def arm() -> None:
+    def install() -> None:
         original = PlannedTrainer.training_step
 
-        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+        def step_or_kill(self: Any, *arguments: Any, **options: Any) -> Any:
             in_phase = not phase or self.job.phase.checkpoints.name == f"phase-{phase}"
             if in_phase and self.state.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
 
-        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+        PlannedTrainer.training_step = step_or_kill  # type: ignore[method-assign]
 
-    return arm
+    return install

@@ -16,9 +16,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     return Sandbox(tmp_path_factory.mktemp("sandbox"))
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.sample()
 @pytest.mark.parametrize("method", RUNS)
-def test_a_killed_training_ends_the_same(method: str, sandbox: Sandbox) -> None:
+def test_killed_training_resumes_to_the_same_result(method: str, sandbox: Sandbox) -> None:
     kills = 5 if method in ("full", "lora") else 1
     found = storm(sandbox, method, kills, random.Random(method))
     assert found["kills"] >= kills and found["inside_a_commit"] >= 1
@@ -36,18 +36,18 @@ def test_flipped_bits_are_found(sandbox: Sandbox) -> None:
 
 @pytest.mark.sample()
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_the_first_calls_of_a_save(sandbox: Sandbox) -> None:
+def test_first_system_calls_of_a_save_survive_kill_and_failure(sandbox: Sandbox) -> None:
     found = every_call(sandbox, "lora", slice(2))
     assert found["calls"] > 40, "what a save does in all"
     assert found["killed_exact"] == found["failed_exact"] == found["killed"] == found["failed"] == 2
 
 
-def test_the_harness_is_not_blind(sandbox: Sandbox) -> None:
+def test_plain_trainer_fails_the_crash_storm(sandbox: Sandbox) -> None:
     found = plain_trainer(sandbox, 2, random.Random(0))
     assert found["hand_repairs"] + found["diverged"] > 0
 
 
-def test_the_committed_result_is_clean() -> None:
+def test_committed_result_has_no_failures() -> None:
     found = json.loads((Path(__file__).parents[2] / "bench" / "results" / "crash_storm.json").read_text())
     for method in RUNS:
         one, least = found[method], 200 if method in ("full", "lora") else 50

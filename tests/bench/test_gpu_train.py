@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.sample()
-def test_the_whole_benchmark_in_small(tmp_path: Path) -> None:
+def test_tiny_benchmark_reports_all_contestants(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     out.write_text('{"runs": [{"of": "another day"}]}')
     began = time.monotonic()
@@ -57,7 +57,7 @@ def test_the_whole_benchmark_in_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("contestant", ["tongwen", "trainer, 4 x 16"])
-def test_what_is_counted_is_what_is_trained(contestant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_token_count_matches_the_trained_step(contestant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real tokens of the fourth step, in each contestant's own order."""
     samples = gpu_train.Samples("tiny")
     order = list(range(len(samples))) if contestant == "tongwen" else samples.grouped(4)
@@ -66,7 +66,7 @@ def test_what_is_counted_is_what_is_trained(contestant: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("rows", [4, 8, 16])
-def test_rows_of_like_lengths_are_padded_little_and_every_step_is_like_the_others(rows: int) -> None:
+def test_length_grouping_limits_padding_and_balances_steps(rows: int) -> None:
     samples = gpu_train.Samples("1B")
     order = samples.grouped(rows)
     assert sorted(order) == list(range(len(samples)))
@@ -81,7 +81,7 @@ def race(folder: Path, seconds: float = 60, **pythons: Any) -> Race:
 
 
 @pytest.mark.sample()
-def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_is_reported_and_trainer_is_retried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Case("trainer, 1 x 1", "no-such", "lora", 0.0)
     reason = race(tmp_path).outcome(broken, race(tmp_path).start_case(broken))["failed"]
     assert "no-such" in reason and "exit status 1" in reason
@@ -96,7 +96,7 @@ def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, m
     assert "no python" in race(tmp_path).skip_reason(Case("LLaMA-Factory, 16 x 4, Liger", "8B", "lora", 1.0))
 
 
-def test_one_that_hangs_costs_the_others_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_contestant_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may hang during imports or after writing its result; its children end with it."""
     monkeypatch.setattr(gpu_train, "IMPORT_SECONDS", 2)
     hangs = _python(tmp_path / "hangs", "exec sleep 60")
@@ -128,7 +128,7 @@ def runs(process: int) -> bool:
 
 
 @pytest.mark.sample()
-def test_peers_without_weights_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_without_weights_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = _python(tmp_path / "dead", "kill -9 $$")
     monkeypatch.setattr(gpu_train.sys, "executable", str(dead))
     now = race(tmp_path, Unsloth=str(dead))
@@ -144,9 +144,7 @@ def test_peers_without_weights_are_told_so(tmp_path: Path, monkeypatch: pytest.M
         (("--unsloth", "no/python"), "no program"),
     ],
 )
-def test_words_that_mean_nothing_are_refused(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: Any
-) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_train.sys, "argv", ["gpu_train.py", "--tiny", "--out", str(tmp_path / "out"), *arguments])
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -154,7 +152,7 @@ def test_words_that_mean_nothing_are_refused(
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_long_message_of_full_memory_is_known(tmp_path: Path) -> None:
+def test_long_out_of_memory_message_is_recognised(tmp_path: Path) -> None:
     output = "x\ntorch.OutOfMemoryError: " + "CUDA out of memory. " * 99 + "\nlast"
     now = race(tmp_path)
     found = now.wait(
@@ -163,7 +161,7 @@ def test_a_long_message_of_full_memory_is_known(tmp_path: Path) -> None:
     assert found["failed"].startswith("torch.OutOfMemoryError")
 
 
-def test_operations_are_counted_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_per_token_match_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama-3.1-8B under an adapter, documents of 500 tokens, all learned: 4 x (6.98e9 + 0.525e9) + 0.39e9 and the adapter."""
     from peft import LoraConfig, get_peft_model
 

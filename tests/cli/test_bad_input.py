@@ -30,7 +30,7 @@ GOOD = {"instruction": "问", "input": "", "output": "答"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "code", "words"),
+    ("rows", "code", "expected"),
     [
         ([], 3, ("data.jsonl", "empty")),
         ([{"instruction": "问"}], 3, ("data.jsonl:1", "instruction", "columns")),
@@ -43,13 +43,13 @@ GOOD = {"instruction": "问", "input": "", "output": "答"}
         ([GOOD], 3, ("held_out",)),
     ],
 )
-def test_bad_data(
-    rows: list[Any], code: int, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any
+def test_bad_data_is_refused(
+    rows: list[Any], code: int, expected: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     recipe = write_recipe(tmp_path, chat_model, rows)
     found, _, err = tongwen("run", recipe)
     assert found == code, err
-    for word in words:
+    for word in expected:
         assert word in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "sft").exists()
@@ -99,7 +99,7 @@ def remote_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "expected"),
     [
         (without_weights, ("no weights", "safetensors")),
         (truncated, ("cannot be loaded", "complete")),
@@ -108,18 +108,20 @@ def remote_code(folder: Path) -> None:
         (remote_code, ("needs its own code",)),
     ],
 )
-def test_bad_models(damage: Any, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_bad_models_are_refused(
+    damage: Any, expected: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
     base = model_folder(tmp_path / "base", chat_model)
     damage(base)
     code, _, err = tongwen("run", write_recipe(tmp_path, base))
     assert code == 4, err
-    for word in words:
+    for word in expected:
         assert word in err, err
     assert not (base / "canary").exists(), "foreign code ran"
     assert (tmp_path / "out" / "prepare").is_dir(), "the stage before stays"
 
 
-def test_a_token_without_a_row_matters_only_where_a_text_has_it(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_token_without_embedding_row_is_refused_only_if_used(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoTokenizer
 
     base = model_folder(tmp_path / "base", chat_model)
@@ -132,7 +134,7 @@ def test_a_token_without_a_row_matters_only_where_a_text_has_it(chat_model: Path
     assert code == 3 and "extra7, for which the embedding has no row" in err and "remove this token" in err
 
 
-def test_a_template_that_the_tokenizer_cannot_express(tmp_path: Path, tongwen: Any) -> None:
+def test_template_with_unknown_tokens_is_refused(tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
     tiny_llama(base, len(sentencepiece_tokenizer(base)))
     code, _, err = tongwen("run", write_recipe(tmp_path, base))
@@ -152,7 +154,7 @@ def test_a_template_that_the_tokenizer_cannot_express(tmp_path: Path, tongwen: A
     assert json.loads((tmp_path / "out" / "merge" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
-def test_a_family_that_cannot_pack_is_padded_and_says_so(tmp_path: Path, tongwen: Any) -> None:
+def test_family_without_packing_is_padded_with_a_notice(tmp_path: Path, tongwen: Any) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     base = tmp_path / "base"
@@ -165,7 +167,7 @@ def test_a_family_that_cannot_pack_is_padded_and_says_so(tmp_path: Path, tongwen
     assert "padded batches" in out and "ALiBi" in out
 
 
-def test_an_unreachable_hub_names_the_mirror(tmp_path: Path, tongwen: Any) -> None:
+def test_unreachable_hub_error_names_the_mirror(tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, tmp_path)
     recipe.write_text(recipe.read_text().replace(f"base: {tmp_path}\n", "base: Nobody/Nothing\n"))
     code, _, err = tongwen("run", recipe)
@@ -173,19 +175,19 @@ def test_an_unreachable_hub_names_the_mirror(tmp_path: Path, tongwen: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "words"),
+    ("name", "code", "message"),
     [
         ("./nowhere", 4, "no such folder"),
         ("x.gguf", 4, "no such file"),
         ("modelscope:a/b", 5, "tongwen[modelscope]"),
     ],
 )
-def test_models_that_are_not_there(name: str, code: int, words: str, tongwen: Any) -> None:
+def test_missing_models_are_refused(name: str, code: int, message: str, tongwen: Any) -> None:
     found, _, err = tongwen("chat", name)
-    assert found == code and words in err
+    assert found == code and message in err
 
 
-def test_a_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     (tmp_path / "a").mkdir()
     found, _, err = tongwen("chat", chat_model, "--adapter", tmp_path / "a")
     assert found == 4 and "adapter_config.json" in err
@@ -195,7 +197,7 @@ def test_a_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "message"),
     [
         (OSError(28, "No space left on device"), "disk is full"),
         (
@@ -205,8 +207,8 @@ def test_a_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen
         (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), "disk reports an error"),
     ],
 )
-def test_a_full_or_broken_disk_leaves_what_was_there(
-    error: Exception, words: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+def test_disk_error_keeps_existing_files(
+    error: Exception, message: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
     assert tongwen("run", recipe)[0] == 0
@@ -217,8 +219,8 @@ def test_a_full_or_broken_disk_leaves_what_was_there(
 
     monkeypatch.setattr("tongwen.model.merging.merge.copy_bytes", full)
     code, _, err = tongwen("run", recipe, "--from", "merge", "--again")
-    assert code == 5 and words in err
-    assert (f"{tmp_path / 'out' / 'merge'}: the disk is full" in err and "out=" in err) == ("full" in words)
+    assert code == 5 and message in err
+    assert (f"{tmp_path / 'out' / 'merge'}: the disk is full" in err and "out=" in err) == ("full" in message)
     assert sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*")) == before
     assert not (tmp_path / "out" / "merge").exists()
     assert (tmp_path / "out" / "merge.old-1" / "manifest.json").is_file()
@@ -227,7 +229,7 @@ def test_a_full_or_broken_disk_leaves_what_was_there(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_read_only_folder_exits_with_code_5(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     (tmp_path / "out").mkdir(mode=0o500)
     assert tongwen("run", write_recipe(tmp_path, chat_model))[0] == 5
 
@@ -242,7 +244,7 @@ def test_a_folder_that_may_not_be_written(chat_model: Path, tmp_path: Path, tong
         MemoryError(),
     ],
 )
-def test_out_of_memory_names_the_cures_in_order(
+def test_out_of_memory_lists_remedies_in_order(
     error: Exception, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*arguments: object, **options: object) -> None:
@@ -251,20 +253,22 @@ def test_out_of_memory_names_the_cures_in_order(
     monkeypatch.setattr("tongwen.train.trainer.PlannedTrainer.compute_loss", exhausted)
     monkeypatch.setattr("tongwen.model.loading.load.cpu_has_bf16", lambda: True)
     recipe = write_recipe(tmp_path, chat_model)
-    words = ("micro_batch_tokens=", "activation_checkpointing=on", "precision=auto", "adapter.method=qlora")
-    for told, cures in (((), words), (("sft.activation_checkpointing=on",), (words[0], *words[2:]))):
-        code, _, err = tongwen("run", recipe, *told)
+    remedies = ("micro_batch_tokens=", "activation_checkpointing=on", "precision=auto", "adapter.method=qlora")
+    for overrides, expected in (((), remedies), (("sft.activation_checkpointing=on",), (remedies[0], *remedies[2:]))):
+        code, _, err = tongwen("run", recipe, *overrides)
         assert code == 5 and "sft: out of memory" in err and "max_length" not in err  # no sample is so long
-        assert [err.index(f"sft.{cure}") for cure in cures] == sorted(err.index(f"sft.{cure}") for cure in cures)
-        assert ("activation_checkpointing" in err) == (not told)
+        assert [err.index(f"sft.{remedy}") for remedy in expected] == sorted(
+            err.index(f"sft.{remedy}") for remedy in expected
+        )
+        assert ("activation_checkpointing" in err) == (not overrides)
         changes = err.split("before: ")[1].split(";")[0].split()
-        assert tongwen("check", recipe, *told, *changes)[0] == 0
+        assert tongwen("check", recipe, *overrides, *changes)[0] == 0
     monkeypatch.setattr("tongwen.workflows.training.model.device_memory", lambda device: 1)
     monkeypatch.setattr("tongwen.workflows.training.model._fits", lambda *_: False)
     assert "activation_checkpointing" not in tongwen("run", recipe)[2], "auto has already taken to it"
 
 
-def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_diverging_learning_rate_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", adapter: {method: full}, schedule: constant, warmup: 0")
     recipe.write_text(
         recipe.read_text()
@@ -277,7 +281,7 @@ def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path
     assert not (tmp_path / "out" / "sft").exists()
 
 
-def test_two_runs_in_one_folder_do_not_meet(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_second_run_in_a_locked_folder_is_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     import fcntl
 
     (tmp_path / "out").mkdir()
@@ -289,7 +293,7 @@ def test_two_runs_in_one_folder_do_not_meet(chat_model: Path, tmp_path: Path, to
     assert code == 5 and "another tongwen" in err and "node-7, process 4711" in err
 
 
-def test_the_folder_is_taken_until_launched_processes_have_saved(tmp_path: Path) -> None:
+def test_folder_stays_locked_until_child_processes_exit(tmp_path: Path) -> None:
     """Also when the command that started them is killed."""
     child = os.fork()
     if not child:
@@ -308,7 +312,7 @@ def test_the_folder_is_taken_until_launched_processes_have_saved(tmp_path: Path)
         pass
 
 
-def test_stages_and_folders_that_are_not_there(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_missing_stages_and_folders_are_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model)
     code, _, err = tongwen("run", recipe, "--only", "vocab")
     assert code == 2 and "prepare, sft, merge" in err
@@ -329,7 +333,7 @@ def test_stages_and_folders_that_are_not_there(chat_model: Path, tmp_path: Path,
     assert not (tmp_path / "o").exists()
 
 
-def test_a_bug_of_ours_shows_its_traceback(
+def test_internal_error_keeps_its_traceback(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tongwen.stages.prepare.settings", lambda recipe: 1 / 0)
@@ -337,7 +341,7 @@ def test_a_bug_of_ours_shows_its_traceback(
         tongwen("run", write_recipe(tmp_path, chat_model))
 
 
-def test_messages_speak_chinese(tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_translated_to_chinese(tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TONGWEN_LANG", "zh")
     code, _, err = tongwen("check", write_recipe(tmp_path, tmp_path, [{"instruction": "问"}]))
     assert code == 3 and "该行不是已知格式的对话" in err

@@ -39,7 +39,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = LocalizedParser) -> argpar
     return parser
 
 
-def test_every_word_of_argparse_is_known() -> None:
+def test_every_argparse_message_is_translated() -> None:
     """Fails with a Python whose argparse has new ones."""
     found = set()
     for node in ast.walk(ast.parse(inspect.getsource(argparse))):
@@ -49,7 +49,7 @@ def test_every_word_of_argparse_is_known() -> None:
     assert found - INTERNAL <= set(ARGPARSE_MESSAGES)
 
 
-def test_help_speaks_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_is_in_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TONGWEN_LANG", "zh")
     parser = make_parser()
     text = parser.format_help()
@@ -62,7 +62,7 @@ def test_help_speaks_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("run", "p run：错误：缺少必需的参数：recipe\n"),
         ("run r --devices", "p run：错误：参数 --devices：需要一个值\n"),
@@ -73,17 +73,17 @@ def test_help_speaks_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
         ("walk", "p：错误：参数 command：无效的选择：'walk'（可选："),
     ],
 )
-def test_errors_speak_chinese(
-    line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_errors_are_in_chinese(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TONGWEN_LANG", "zh")
     with pytest.raises(SystemExit) as ended:
         make_parser().parse_args(line.split())
     err = capsys.readouterr().err
-    assert ended.value.code == 2 and err.startswith("用法：p") and said in err
+    assert ended.value.code == 2 and err.startswith("用法：p") and message in err
 
 
-def test_other_parsers_keep_their_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_parsers_stay_english(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TONGWEN_LANG", "zh")
     before = vars(argparse)["_"], vars(argparse)["ngettext"]
     with pytest.raises(SystemExit):

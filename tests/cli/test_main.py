@@ -40,7 +40,7 @@ def columns(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in line)
 
 
-def test_tongwen_alone_prints_the_help(language: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_arguments_print_the_help(language: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     alone = capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
@@ -50,7 +50,7 @@ def test_tongwen_alone_prints_the_help(language: str, capsys: pytest.CaptureFixt
     assert sorted(re.findall(r"^  ([a-z]+) +\S", alone.out, re.MULTILINE)) == COMMANDS
 
 
-def test_each_command_is_one_line_of_80_columns_in_a_group(language: str) -> None:
+def test_help_lists_each_command_on_one_line_of_80_columns(language: str) -> None:
     text = parser.make_parser().format_help()
     for line in text.splitlines():
         assert columns(line) <= 80 or str(ROOT) in line, line
@@ -73,7 +73,7 @@ def test_each_command_is_one_line_of_80_columns_in_a_group(language: str) -> Non
         (["tokenizer", "report", "--base", "a", "--text", "b", "--ohter", "c"], "--other"),
     ],
 )
-def test_a_mistyped_name_is_answered_with_the_nearest(
+def test_mistyped_name_suggests_the_nearest(
     argv: list[str], nearest: str, language: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suggestion = {"en": f"did you mean {nearest}?", "zh": f"是否想写 {nearest}？"}[language]
@@ -84,7 +84,7 @@ def test_a_mistyped_name_is_answered_with_the_nearest(
     ("argv", "help_"),
     [(["xyzzy"], "tongwen --help"), (["run", "recipe.yaml", "--xyzzy"], "tongwen run --help")],
 )
-def test_a_name_without_a_near_one_is_answered_with_the_help(
+def test_unknown_name_without_match_points_to_the_help(
     argv: list[str], help_: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(capsys, *argv)
@@ -110,11 +110,11 @@ def test_a_name_without_a_near_one_is_answered_with_the_help(
         ("tokenizer train", "--out, --corpus, --pieces"),
     ],
 )
-def test_only_what_is_required_is_asked_for(argv: str, required: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_required_arguments_are_listed(argv: str, required: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, *argv.split()) == f"the following arguments are required: {required}\n"
 
 
-def test_overrides_stand_anywhere_behind_the_recipe() -> None:
+def test_overrides_are_accepted_anywhere_after_the_recipe() -> None:
     for argv in (["r.yaml", "a.b=1", "c.d=2", "--again"], ["r.yaml", "a.b=1", "--again", "c.d=2"]):
         arguments = parser.parse(["run", *argv])
         assert arguments.again and arguments.overrides == ["a.b=1", "c.d=2"]
@@ -131,14 +131,14 @@ def in_the_wheel() -> dict[str, str]:
     return dict(re.findall(r'^"(.+)" = "(.+)"$', section, re.MULTILINE))
 
 
-def test_the_help_names_a_page_that_exists(language: str) -> None:
+def test_help_names_an_existing_readme(language: str) -> None:
     last = parser.make_parser().format_help().rstrip().splitlines()[-1]
     page = Path(re.split("[:：]", last, maxsplit=1)[1].strip())
     assert page == ROOT / {"en": "README.md", "zh": "README_zh.md"}[language]
     assert page.is_file()
 
 
-def test_the_help_names_a_page_of_the_wheel(language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_a_readme_of_the_wheel(language: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source, target in in_the_wheel().items():
         assert (ROOT / source).exists()
         (tmp_path / target).parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def test_changes_of_a_recipe_may_stand_anywhere(tongwen: Any, tmp_path: Path) -> None:
+def test_overrides_are_accepted_anywhere(tongwen: Any, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"instruction": "问", "output": "答"}\n', encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"

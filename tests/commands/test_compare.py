@@ -1,4 +1,4 @@
-"""Runs side by side: only what differs among their settings, what came out, and a curve for each."""
+"""`tongwen show RUN RUN`: differing settings, results and curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_recipe
-from tests.launching import in_a_child
+from tests.launching import run_forked
 from tongwen.core.html import curve, curves
 
 
@@ -20,12 +20,12 @@ def runs(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, rank in (("wide", 8), ("<narrow>", 2)):
         recipe = write_recipe(folder / name, chat_model, sft=", stop_after: 3 steps, evaluate_every: 1", merge=False)
-        words = [f"sft.adapter.rank={rank}", *(["sft.micro_batch_tokens=999"] if rank == 2 else [])]
-        assert in_a_child("run", recipe, *words) == 0
+        overrides = [f"sft.adapter.rank={rank}", *(["sft.micro_batch_tokens=999"] if rank == 2 else [])]
+        assert run_forked("run", recipe, *overrides) == 0
     return folder
 
 
-def test_what_differs_is_named_and_drawn(runs: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_differing_settings_and_curves_are_shown(runs: Path, tongwen: Any, tmp_path: Path) -> None:
     html = tmp_path / "compare.html"
     folders = [runs / name / "out" for name in ("wide", "<narrow>")]
     code, out, err = tongwen("show", *folders, "--html", html, "--json")
@@ -48,12 +48,12 @@ def held_out(folders: list[Path]) -> list[tuple[float, float]]:
     return [(one["bits_per_byte"]["before"], one["bits_per_byte"]["after"]) for one in reports]
 
 
-def test_a_folder_without_training_is_refused(runs: Path, tongwen: Any) -> None:
+def test_folder_without_training_is_refused(runs: Path, tongwen: Any) -> None:
     code, _, err = tongwen("show", runs / "wide" / "out", runs / "wide" / "out" / "prepare")
     assert code == 4 and "no training has finished here" in err and str(runs / "wide" / "out" / "prepare") in err
 
 
-def test_one_run_is_not_compared_with_itself(runs: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_run_named_twice_is_refused(runs: Path, tongwen: Any, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(runs / "wide" / "out")
     for again in (runs / "wide" / "out", runs / "wide" / "out" / "sft", tmp_path / "link"):
         code, _, err = tongwen("show", runs / "wide" / "out", again)
@@ -61,19 +61,19 @@ def test_one_run_is_not_compared_with_itself(runs: Path, tongwen: Any, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("{", "cannot be read"), ("[]", "lacks held_out, peak"), ("3", "cannot be read"), (None, "cannot be read")],
 )
-def test_a_report_that_is_spoilt_is_said(text: str | None, said: str, runs: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_damaged_report_is_reported(text: str | None, message: str, runs: Path, tongwen: Any, tmp_path: Path) -> None:
     file = shutil.copytree(runs / "wide" / "out", tmp_path / "spoilt") / "sft" / "report.json"
     file.unlink()
     if text:
         file.write_text(text)
     code, _, err = tongwen("show", runs / "wide" / "out", tmp_path / "spoilt")
-    assert code == 4 and f"{file}: it {said}" in err and "--again" in err
+    assert code == 4 and f"{file}: it {message}" in err and "--again" in err
 
 
-def test_one_curve_is_drawn_as_it_always_was() -> None:
+def test_single_curve_keeps_its_rendering() -> None:
     points = [(1.0, 2.0), (2.0, 1.0), (4.0, 1.5)]
     alone = curve(points, "step", "loss")
     assert alone == curves({"": points}, "step", "loss") and "names" not in alone

@@ -1,4 +1,4 @@
-"""Laws of the plan: what is rehearsed is what a real step holds, few layers tell of many, and each cure lowers the peak."""
+"""`tongwen plan`: the estimate matches a real step, extrapolates from few layers, and each remedy lowers the peak."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.conftest import byte_level_tokenizer, dialogues, tiny_mixture, write_recipe, write_rows
+from tests.conftest import byte_level_tokenizer, dialogues, tiny_moe, write_recipe, write_rows
 from tongwen.commands import plan
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import learned_loss, use_blockwise_head
 from tongwen.model.loading.load import ModelRef, load_config, load_model
 from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.checkpoints import commit
-from tongwen.train.memory import ModelShape, Sharing, token_budget
+from tongwen.train.memory import ModelShape, ShardingPlan, token_budget
 from tongwen.train.memory_trace import ROWS, LiveTensors
 from tongwen.train.packing import pack
-from tongwen.train.parallel import sharing_of
+from tongwen.train.parallel import sharding_plan
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
 LENGTHS = (40, 24)
 
 
-def setting(method: str, dtype: torch.dtype = torch.float32, **words: Any) -> TrainingSetup:
+def setting(method: str, dtype: torch.dtype = torch.float32, **options: Any) -> TrainingSetup:
     parts = frozenset({"full" if method == "full" else "lora"})
     adapter = AdapterConfig(method="full") if method == "full" else AdapterConfig(method=method, rank=4)  # type: ignore[arg-type]
-    return TrainingSetup(adapter, parts, dtype, "cpu", **words)
+    return TrainingSetup(adapter, parts, dtype, "cpu", **options)
 
 
 def real_peak(folder: Path, how: TrainingSetup) -> dict[str, int]:
     """The same count over a real step with real tensors."""
     model = load_model(ModelRef("t", str(folder)), torch.float32)
     model.set_attn_implementation(packed_attention.register())
-    model = adapt(model, how.adapter, []).model.train()
+    model = make_trainable(model, how.adapter, []).model.train()
     batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
     batch |= {"rows": torch.zeros(ROWS, dtype=torch.int64), "targets": torch.zeros(ROWS, dtype=torch.int64)}
     batch["learned"] = ROWS
@@ -56,7 +56,7 @@ def real_peak(folder: Path, how: TrainingSetup) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: Path) -> None:
+def test_estimated_memory_matches_a_real_step(method: str, chat_model: Path) -> None:
     how = setting(method)
     found = memory_estimate.estimate_memory(
         load_config(ModelRef("t", str(chat_model))), how, MicroBatch(LENGTHS, ROWS, 1)
@@ -70,7 +70,7 @@ def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: 
 
 @pytest.mark.parametrize("how", [{}, {"dtype": torch.bfloat16, "checkpointing": True}])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_few_layers_tell_of_many(
+def test_estimate_extrapolates_from_few_layers(
     method: str, how: dict[str, Any], chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch(LENGTHS, 20, 2)
@@ -82,7 +82,7 @@ def test_a_few_layers_tell_of_many(
     assert found["weights"] == pytest.approx(whole["weights"], rel=1e-3)
 
 
-def test_checkpointing_keeps_less_and_the_second_micro_batch_meets_the_gradients(chat_model: Path) -> None:
+def test_checkpointing_and_accumulation_change_the_estimate(chat_model: Path) -> None:
     config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch((256, 256), 20, 1)
 
     def parts(how: TrainingSetup, passes: int = 1) -> dict[str, int]:
@@ -99,7 +99,9 @@ def leave(*_: Any, **__: Any) -> int:
     return 0
 
 
-def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_cannot_be_simulated_falls_back_to_a_formula(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("its shapes depend on values")
 
@@ -115,7 +117,7 @@ def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch:
 
 @pytest.mark.sample("lora")
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_does_not_fit_gets_changes_that_make_it_fit(
+def test_plan_suggests_changes_that_fit(
     method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_estimate, "CUDA_CONTEXT", 0)
@@ -156,14 +158,14 @@ SHARED_BY = {
 @pytest.mark.sample("lora-ddp", "full-fsdp2", "lora-zero3")
 @pytest.mark.parametrize("engine", SHARED_BY)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_process_holds_its_part_of_what_its_engine_shares_out(
+def test_each_process_holds_its_shard(
     method: str, engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_estimate, "fuse_blocks", leave)
     config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch(LENGTHS, ROWS, 2)
     how = setting(method)
     alone = memory_estimate.estimate_memory(config, how, micro)
-    four = memory_estimate.estimate_memory(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
+    four = memory_estimate.estimate_memory(config, replace(how, sharding=ShardingPlan(engine, 4)), micro).bytes
     for purpose in ("weights", "gradients", "optimizer", "activations", "head"):
         parts = 4 if purpose in SHARED_BY[engine] else 1
         assert four[purpose] == pytest.approx(alone.bytes[purpose] / parts, abs=4), purpose
@@ -177,48 +179,48 @@ def test_a_process_holds_its_part_of_what_its_engine_shares_out(
     assert four["peak"] == sum(size for name, size in four.items() if name != "peak")
 
 
-def test_deepspeed_in_16_bits_and_offloading_are_reckoned() -> None:
+def test_deepspeed_16_bit_and_offload_memory() -> None:
     shape = ModelShape(1000, 100, 2, 8, 16, 32, of_layer=300, outside=400)
     needs = {"weights": 2 * 900 + 4 * 100, "gradients": 400, "optimizer": 800, "activations": 5, "head": 7}
-    zero = Sharing("zero2", 2, bucket=50).of(needs, shape, 2, 2)
+    zero = ShardingPlan("zero2", 2, bucket=50).of(needs, shape, 2, 2)
     # All in bf16; half of the bf16 gradients, of both moments and of the fp32 originals; a bucket.
     assert zero == {"weights": 2000, "gradients": 100, "optimizer": 600, "activations": 5, "head": 7, "gathered": 100}
-    away = Sharing("fsdp2", 2, ("weights", "gradients", "optimizer")).of(needs, shape, 2, 0.5)
+    away = ShardingPlan("fsdp2", 2, ("weights", "gradients", "optimizer")).of(needs, shape, 2, 0.5)
     # Embedding and head in bf16, two layers in four bits, one layer's gradient in bf16 and in fp32.
     assert away["gathered"] == 2 * 400 + 300 + 6 * 50 and away["weights"] == away["optimizer"] == 0
-    kept = Sharing("fsdp2", 2, reshard=False).of(needs, shape, 2, 2)
+    kept = ShardingPlan("fsdp2", 2, reshard=False).of(needs, shape, 2, 2)
     assert kept["gathered"] == 2 * 400 + 2 * 600 + 6 * 50 and kept["weights"] == 1100
 
 
-def test_what_an_engine_shares_out_is_read_from_the_recipe(tmp_path: Path) -> None:
+def test_sharding_is_read_from_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 10}}))
-    assert sharing_of(Sft(engine=str(file)), 4) == Sharing("zero1", 4, bucket=10)
-    assert sharing_of(Sft(engine="zero2"), 4) == Sharing("zero2", 4, bucket=1_000_000_000)
+    assert sharding_plan(Sft(engine=str(file)), 4) == ShardingPlan("zero1", 4, bucket=10)
+    assert sharding_plan(Sft(engine="zero2"), 4) == ShardingPlan("zero2", 4, bucket=1_000_000_000)
     away = ("optimizer", "gradients", "weights")
-    assert sharing_of(Sft(engine="zero3", offload=True), 4) == Sharing("zero3", 4, away, bucket=500_000_000)
-    assert sharing_of(Sft(engine="fsdp2"), 4) == Sharing("fsdp2", 4)
-    assert sharing_of(Sft(), 2) == Sharing("ddp", 2) and sharing_of(Sft(), 1) == Sharing()
+    assert sharding_plan(Sft(engine="zero3", offload=True), 4) == ShardingPlan("zero3", 4, away, bucket=500_000_000)
+    assert sharding_plan(Sft(engine="fsdp2"), 4) == ShardingPlan("fsdp2", 4)
+    assert sharding_plan(Sft(), 2) == ShardingPlan("ddp", 2) and sharding_plan(Sft(), 1) == ShardingPlan()
 
 
-def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_plan_for_several_gpus_reports_memory_per_gpu(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, merge=False)
-    words = ("--gpu", "24GB", "--json", "sft.engine=fsdp2", "sft.adapter={method: full}")
-    _, out, err = tongwen("plan", recipe, *words)
+    arguments = ("--gpu", "24GB", "--json", "sft.engine=fsdp2", "sft.adapter={method: full}")
+    _, out, err = tongwen("plan", recipe, *arguments)
     one = json.loads(out)["memory_bytes"]
     assert "for one GPU; fsdp2 divides among several: --devices N" in err
-    _, out, err = tongwen("plan", recipe, *words, "--devices", "4")
+    _, out, err = tongwen("plan", recipe, *arguments, "--devices", "4")
     four = json.loads(out)
     assert "per GPU: fsdp2 divides weights, gradients, optimizer among 4" in err
     assert four["engine"] == "fsdp2" and four["shared_out"] == ["weights", "gradients", "optimizer"]
     assert four["memory_bytes"]["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=4)
-    hopeless = json.loads(tongwen("plan", recipe, "--gpu", "0.01MB", *words[2:], "--devices", "4")[1])
+    hopeless = json.loads(tongwen("plan", recipe, "--gpu", "0.01MB", *arguments[2:], "--devices", "4")[1])
     for cure in hopeless["cures"]:  # each goes with the engine
-        assert tongwen("check", recipe, *words[3:], cure["change"])[0] == 0, cure
+        assert tongwen("check", recipe, *arguments[3:], cure["change"])[0] == 0, cure
 
 
 @pytest.mark.parametrize("word", ["on", "auto"])
-def test_time_is_measured_when_asked(
+def test_step_time_is_measured_on_request(
     word: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, recomputed = memory_estimate.recompute, list[bool]()
@@ -234,7 +236,7 @@ def test_time_is_measured_when_asked(
     assert (False in recomputed) == (word == "on")
 
 
-def test_fp16_is_not_taken_for_bf16(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_fp16_and_bf16_are_estimated_separately(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """All logits exist, in 16 bits and in accelerate's fp32 copy."""
     recipe = write_recipe(tmp_path, chat_model)
     for word, dtype in (("fp16", "float16"), ("auto", "bfloat16"), ("fp32", "float32")):
@@ -248,13 +250,13 @@ def test_fp16_is_not_taken_for_bf16(chat_model: Path, tmp_path: Path, tongwen: A
     assert half["head"] == pytest.approx(6 * 4000 * config.vocab_size, rel=0.01) and half["head"] > 4 * brain["head"]
 
 
-def test_memory_is_read_as_people_write_it() -> None:
+def test_parse_memory_accepts_common_units() -> None:
     assert plan.parse_memory("24GB") == 24_000_000_000 and plan.parse_memory("16 GiB") == 16 * 2**30
     assert plan.parse_memory("1.5tb") == 1_500_000_000_000
 
 
 @pytest.mark.parametrize("word", ["", "0GB", "0.0000001MB", "24", "much"])
-def test_no_amount_of_memory_is_said(word: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_invalid_memory_amount_is_refused(word: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     code, _, err = tongwen("plan", write_recipe(tmp_path, chat_model), "--gpu", word)
     assert code == 2 and f"--gpu: {word!r} is not an amount of memory" in err
 
@@ -266,15 +268,15 @@ def weights_in(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "settings",
     [
         "save_every: 2, train: full",
         "save_every: 4, train: embeddings",
         "save_every: 2, phases: [{train: embeddings}, {train: lora+embeddings}], keep_checkpoints: 1, adapter: {rank: 4}",
     ],
 )
-def test_the_disk_holds_what_was_planned(
-    words: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+def test_planned_disk_use_matches_the_run(
+    settings: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the fullest moment, too: a checkpoint is written before an older one goes. Headers are a few percent here."""
     folder, most = tmp_path / "out" / "pretrain.partial", list[int]()
@@ -288,7 +290,7 @@ def test_the_disk_holds_what_was_planned(
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["output"] * 2} for row in dialogues(24)])
     recipe.write_text(
         f"name: t\nbase: {chat_model}\nout: {tmp_path / 'out'}\nprepare: {{documents: {texts}, held_out: 4}}\n"
-        f"pretrain: {{batch_size: 4, samples: 0, stop_after: 6 steps, precision: fp32, {words}}}\n"
+        f"pretrain: {{batch_size: 4, samples: 0, stop_after: 6 steps, precision: fp32, {settings}}}\n"
     )
     found = json.loads(tongwen("plan", recipe, "--json")[1])
     assert tongwen("run", recipe)[0] == 0
@@ -298,11 +300,11 @@ def test_the_disk_holds_what_was_planned(
     assert found["disk_bytes"] == pytest.approx(max(*most, result), rel=0.12)
 
 
-def test_rows_are_those_that_prepare_has_kept(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_plan_counts_prepared_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, rows=dialogues(24) + dialogues(10))
 
-    def samples(*words: str) -> tuple[int, bool]:
-        _, out, err = tongwen("plan", recipe, "--json", *words)
+    def samples(*overrides: str) -> tuple[int, bool]:
+        _, out, err = tongwen("plan", recipe, "--json", *overrides)
         return json.loads(out)["samples"], "prepare has not run" in err
 
     assert samples() == (30, True)
@@ -313,9 +315,14 @@ def test_rows_are_those_that_prepare_has_kept(chat_model: Path, tmp_path: Path, 
     assert samples() == (19, True)
 
 
-def test_a_vocabulary_to_come_is_counted(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    recipe, words = write_recipe(tmp_path, chat_model), ("--json", "sft.adapter.method=new_rows", "sft.precision=fp32")
-    _, out, err = tongwen("plan", recipe, *words, "vocab={pieces: 90, words: [天气], pad_to_multiple: 8}", "merge=null")
+def test_plan_counts_future_vocabulary_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe, overrides = (
+        write_recipe(tmp_path, chat_model),
+        ("--json", "sft.adapter.method=new_rows", "sft.precision=fp32"),
+    )
+    _, out, err = tongwen(
+        "plan", recipe, *overrides, "vocab={pieces: 90, words: [天气], pad_to_multiple: 8}", "merge=null"
+    )
     found, config = json.loads(out), load_config(ModelRef("t", str(chat_model)))
     assert "vocab has not run yet: the plan counts at most 91 new rows" in err
     assert found["trainable"] == 91 * config.hidden_size
@@ -327,7 +334,7 @@ def test_a_vocabulary_to_come_is_counted(chat_model: Path, tmp_path: Path, tongw
 
 def test_fused_weights_are_merged_in_memory(tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
-    model = tiny_mixture(vocab_size=len(byte_level_tokenizer(base)))
+    model = tiny_moe(vocab_size=len(byte_level_tokenizer(base)))
     model.save_pretrained(str(base))
     adapter = "sft.adapter={rank: 2, target_parameters: [mlp.experts.gate_up_proj]}"
     _, out, _ = tongwen("plan", write_recipe(tmp_path, base), "--json", adapter)
@@ -336,7 +343,7 @@ def test_fused_weights_are_merged_in_memory(tmp_path: Path, tongwen: Any) -> Non
     assert found["merging"] == 8 * model.model.layers[0].mlp.experts.gate_up_proj.numel()
 
 
-def test_a_small_model_gets_more_at_once_on_a_large_gpu() -> None:
+def test_token_budget_grows_with_gpu_memory() -> None:
     def tokens(memory: int, full: bool = False, **widths: int) -> int:
         return token_budget("cuda", LlamaConfig(vocab_size=128256, **widths), memory << 30, full=full)
 
@@ -347,17 +354,15 @@ def test_a_small_model_gets_more_at_once_on_a_large_gpu() -> None:
     assert tokens(10_000, **one) == 65536 and token_budget("cpu", LlamaConfig()) == 4096
 
 
-def test_plan_for_a_gpu_that_is_not_here_packs_as_a_run_there_would(
-    chat_model: Path, tmp_path: Path, tongwen: Any
-) -> None:
+def test_plan_for_another_gpu_uses_its_token_budget(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model)
-    for words, tokens in (((), 65536), (("--devices", "2"), 8192)):
-        code, out, _ = tongwen("plan", recipe, "--gpu", "80GB", "--json", *words)
+    for arguments, tokens in (((), 65536), (("--devices", "2"), 8192)):
+        code, out, _ = tongwen("plan", recipe, "--gpu", "80GB", "--json", *arguments)
         assert code == 0 and json.loads(out)["micro_batch_tokens"] == tokens
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "adalora"])
-def test_each_method_is_rehearsed_and_not_reckoned(method: str, chat_model: Path) -> None:
+def test_each_method_is_simulated(method: str, chat_model: Path) -> None:
     config = load_config(ModelRef("t", str(chat_model)))
     needs = estimate_memory(config, setting(method), MicroBatch(LENGTHS, ROWS, 2))
     assert needs.rehearsed and needs.bytes["activations"] > 0

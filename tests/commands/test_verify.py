@@ -1,4 +1,4 @@
-"""What is known of a file is compared with it; what contradicts is named, and what nobody knows is not called verified."""
+"""`tongwen verify`: files are compared with known checksums; differences are named, unknown files are not verified."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SHARED
+from tests.conftest import SHARED, write_recipe
 from tests.export.test_pth import make_original
 from tests.model.merging.test_merge import make_adapter
 from tongwen.export import checksums
@@ -18,8 +18,8 @@ from tongwen.export import checksums
 @pytest.fixture()
 def merged(chat_model: Path, tmp_path: Path, tongwen: Any) -> Path:
     make_adapter(chat_model, tmp_path / "adapter")
-    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter")
-    assert tongwen(*words, "--out", tmp_path / "merged")[0] == 0
+    argv = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter")
+    assert tongwen(*argv, "--out", tmp_path / "merged")[0] == 0
     return tmp_path / "merged"
 
 
@@ -29,7 +29,7 @@ def flip(file: Path, at: int = -5) -> None:
     file.write_bytes(content)
 
 
-def test_the_published_lists_are_all_here() -> None:
+def test_all_published_checksums_are_included() -> None:
     rows = checksums.known_files()
     assert len(rows) == len({row.sha256 for row in rows}) == 61
     assert all(len(row.sha256) == 64 for row in rows)
@@ -55,7 +55,17 @@ def test_every_flipped_bit_of_an_artifact_is_found(merged: Path, tongwen: Any) -
     assert code == 4 and "tokenizer_config.json" in err and "missing" in err
 
 
-def test_the_changed_tensor_is_named(merged: Path, tongwen: Any) -> None:
+def test_only_outputs_of_prepare_are_compared(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    assert tongwen("run", write_recipe(tmp_path, chat_model, merge=False), "--until", "prepare")[0] == 0
+    folder = tmp_path / "out" / "prepare"
+    (tmp_path / "data.jsonl").unlink()
+    assert tongwen("verify", folder)[0] == 0
+    flip(folder / "dialogues.jsonl")
+    code, _, err = tongwen("verify", folder)
+    assert code == 4 and str(folder / "dialogues.jsonl") in err
+
+
+def test_changed_tensor_is_named(merged: Path, tongwen: Any) -> None:
     from safetensors.torch import load_file, save_file
 
     state = load_file(merged / "model.safetensors")
@@ -65,7 +75,7 @@ def test_the_changed_tensor_is_named(merged: Path, tongwen: Any) -> None:
     assert code == 4 and "model.layers.1.mlp.up_proj.weight" in err
 
 
-def test_a_list_of_ones_own(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_user_checksum_list_is_checked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     digests = {
         kind: {
             file.name: hashlib.new(kind, file.read_bytes()).hexdigest() for file in sorted(chat_model.glob("*.json"))
@@ -86,12 +96,12 @@ def test_a_list_of_ones_own(chat_model: Path, tmp_path: Path, tongwen: Any) -> N
     assert tongwen("verify", chat_model, "--against", tmp_path / "nowhere")[0] == 2
 
 
-def test_what_nobody_knows_is_not_verified(chat_model: Path, tongwen: Any) -> None:
+def test_files_without_checksums_are_not_verified(chat_model: Path, tongwen: Any) -> None:
     code, _, err = tongwen("verify", chat_model)
     assert code == 4 and "nothing was verified" in err and "--against" in err
 
 
-def test_the_checklist_beside_a_download(tmp_path: Path, tongwen: Any) -> None:
+def test_checklist_of_a_download_is_used(tmp_path: Path, tongwen: Any) -> None:
     make_original(tmp_path / "pth", "13B, 49953 rows")
     parts = sorted((tmp_path / "pth").glob("*.pth"))
     lines = [f"{hashlib.md5(part.read_bytes()).hexdigest()}  {part.name}\n" for part in parts]
@@ -102,7 +112,7 @@ def test_the_checklist_beside_a_download(tmp_path: Path, tongwen: Any) -> None:
     assert code == 4 and parts[1].name in err and parts[0].name not in err
 
 
-def test_a_published_model_is_recognised_and_its_parts_belong_together(
+def test_published_model_is_recognised_and_mixed_parts_are_refused(
     tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_original(tmp_path / "pth", "13B, 49953 rows")
@@ -123,12 +133,12 @@ def test_a_published_model_is_recognised_and_its_parts_belong_together(
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs LLaMA's tokenizer")
-def test_llamas_tokenizer_is_recognised(tongwen: Any) -> None:
+def test_llama_tokenizer_is_recognised(tongwen: Any) -> None:
     code, text, _ = tongwen("verify", SHARED / "tokenizers" / "llama.model")
     assert code == 0 and "LLaMA: tokenizer" in text
 
 
-def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_verify_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tmp_path / name for name in "abc"]
     for file in files:
         file.write_text(file.name)

@@ -1,4 +1,4 @@
-"""What is learned is the answer and its stop, for every kind of template; what cannot be proven is refused."""
+"""Chat templates: the answer and its stop token are learned; a template that cannot be checked is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tongwen.core.chat_template import SHIPPED, Template, shipped_source
-from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.records import Dialogue, Message, Origin
 
 ANYWHERE = tuple(name for name in SHIPPED if name != "chatglm")  # that one has tokens of its own: see test_chatglm
@@ -54,11 +54,11 @@ QWEN3 = (
 )
 
 
-def own(source: str, **tokens: str) -> Template:
+def own_template(source: str, **tokens: str) -> Template:
     return Template.make("own", source, TOKENS | tokens, SPECIAL)
 
 
-def talk(*contents: str, **last: Any) -> Dialogue:
+def make_dialogue(*contents: str, **last: Any) -> Dialogue:
     turns = [Message("user" if index % 2 == 0 else "assistant", content) for index, content in enumerate(contents)]
     turns[-1] = Message(turns[-1].role, turns[-1].content, **last)
     return Dialogue(tuple(turns), HERE)
@@ -71,9 +71,9 @@ def learned(template: Template, dialogue: Dialogue, **options: str) -> list[str]
 
 
 @pytest.mark.parametrize("name", ANYWHERE)
-def test_our_templates_teach_answer_and_stop(name: str) -> None:
+def test_shipped_templates_learn_answer_and_stop(name: str) -> None:
     template = Template.make(name, None, TOKENS, SPECIAL, prefix="<s>")
-    dialogue = talk("问一", "答一", "问二", " 答二 ")
+    dialogue = make_dialogue("问一", "答一", "问二", " 答二 ")
     (sample,) = template.samples(dialogue)
     assert learned(template, dialogue) == [f"答一{template.stop} 答二 {template.stop}"]
     assert sample.text.count("<s>") == 1
@@ -86,61 +86,65 @@ def test_our_templates_teach_answer_and_stop(name: str) -> None:
     ("source", "stop", "appended"),
     [(LLAMA3, "<|eot_id|>", False), (GLM4, "<|user|>", True), (MISTRAL, "</s>", False), (QWEN3, "<|im_end|>", False)],
 )
-def test_a_models_own_template_shows_its_stop(source: str, stop: str, appended: bool) -> None:
-    template = own(source)
+def test_stop_token_is_found_in_the_model_template(source: str, stop: str, appended: bool) -> None:
+    template = own_template(source)
     assert (template.stop, template.appended) == (stop, appended)
     assert template.source == source
-    (sample,) = template.samples(talk("问一", "答一"))
+    (sample,) = template.samples(make_dialogue("问一", "答一"))
     assert sample.spans[-1].text == stop
     assert sample.spans[-1].learn and sample.spans[-1].stop
 
 
 def test_glm4_learns_the_next_user_token_after_each_answer() -> None:
-    (sample,) = own(GLM4).samples(talk("问一", "答一", "问二", "答二"))
-    assert learned(own(GLM4), talk("问一", "答一", "问二", "答二")) == ["答一<|user|>答二<|user|>"]
+    (sample,) = own_template(GLM4).samples(make_dialogue("问一", "答一", "问二", "答二"))
+    assert learned(own_template(GLM4), make_dialogue("问一", "答一", "问二", "答二")) == ["答一<|user|>答二<|user|>"]
     assert sample.text == "[gMASK]<sop><|user|>\n问一<|assistant|>\n答一<|user|>\n问二<|assistant|>\n答二<|user|>"
 
 
-def test_a_trimming_template_teaches_the_trimmed_answer() -> None:
-    assert learned(own(LLAMA3), talk("问", "  答  ")) == ["答<|eot_id|>"]
+def test_trimming_template_learns_the_trimmed_answer() -> None:
+    assert learned(own_template(LLAMA3), make_dialogue("问", "  答  ")) == ["答<|eot_id|>"]
 
 
-def test_thinking_off_makes_the_empty_thought_part_of_the_prompt() -> None:
-    (sample,) = own(QWEN3).samples(talk("问", "答", thinking="想"), thinking="off")
+def test_thinking_off_puts_the_empty_block_in_the_prompt() -> None:
+    (sample,) = own_template(QWEN3).samples(make_dialogue("问", "答", thinking="想"), thinking="off")
     assert sample.spans[0].text.endswith("<think>\n\n</think>\n\n")
     assert sample.spans[1].text == "答"
 
 
-def test_thinking_is_learned_where_the_row_has_it() -> None:
-    assert learned(own(QWEN3), talk("问", "答", thinking="想")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
-    assert learned(own(QWEN3), talk("问", "答")) == ["答<|im_end|>"]
-    with pytest.raises(RowRefused) as caught:
-        own(QWEN3).samples(talk("问", "答"), thinking="on")
+def test_thinking_is_learned_if_the_row_has_it() -> None:
+    assert learned(own_template(QWEN3), make_dialogue("问", "答", thinking="想")) == [
+        "<think>\n想\n</think>\n\n答<|im_end|>"
+    ]
+    assert learned(own_template(QWEN3), make_dialogue("问", "答")) == ["答<|im_end|>"]
+    with pytest.raises(RowRejected) as caught:
+        own_template(QWEN3).samples(make_dialogue("问", "答"), thinking="on")
     assert caught.value.reason == "no_thinking"
 
 
-def test_one_sample_per_turn_where_earlier_thinking_is_dropped() -> None:
+def test_dropped_thinking_gives_one_sample_per_turn() -> None:
     turns = (
         Message("user", "问一"),
         Message("assistant", "答一", "想一"),
         Message("user", "问二"),
         Message("assistant", "答二", "想二"),
     )
-    samples = own(QWEN3).samples(Dialogue(turns, HERE))
+    samples = own_template(QWEN3).samples(Dialogue(turns, HERE))
     assert len(samples) == 2
     assert "想一" in samples[0].text
     assert "想一" not in samples[1].text, "what inference would not see, training does not see"
     for sample, end in zip(samples, (1, 3), strict=True):
-        assert sample.spans[0].text == own(QWEN3).prompt(turns[:end], thinking=True)
+        assert sample.spans[0].text == own_template(QWEN3).prompt(turns[:end], thinking=True)
 
 
-def test_thinking_is_not_lost_by_a_template_that_does_not_know_it() -> None:
-    assert learned(own(LLAMA3), talk("问", "答", thinking="想")) == ["<think>\n想\n</think>\n\n答<|eot_id|>"]
+def test_thinking_is_kept_by_a_template_without_thinking() -> None:
+    assert learned(own_template(LLAMA3), make_dialogue("问", "答", thinking="想")) == [
+        "<think>\n想\n</think>\n\n答<|eot_id|>"
+    ]
 
 
-def test_which_answers_are_learned() -> None:
+def test_learn_selects_the_trained_turns() -> None:
     template = Template.make("chatml", None, TOKENS, SPECIAL)
-    dialogue = talk("问一", "答一", "问二", "答二")
+    dialogue = make_dialogue("问一", "答一", "问二", "答二")
     assert learned(template, dialogue, learn="last_answer") == ["答二<|im_end|>"]
     assert learned(template, dialogue, learn="everything")[0].count("问") == 2
     silent = Dialogue((dialogue.messages[0], Message("assistant", "答一", learn=False), *dialogue.messages[2:]), HERE)
@@ -182,10 +186,10 @@ SYSTEM_LAST = (
         (HARMONY, "<|assistant|>analysis:想<|im_end|><|im_start|>assistant<|assistant|>final:答<|eot_id|>", "<|assistant|>final:答<|eot_id|>"),
     ],
 )  # fmt: skip
-def test_an_answer_continues_the_prompt_as_the_model_is_asked(source: str, with_thinking: str, without: str) -> None:
-    template = own(source)
+def test_answer_continues_the_inference_prompt(source: str, with_thinking: str, without: str) -> None:
+    template = own_template(source)
     for thinking, wanted in (("想", with_thinking), (None, without)):
-        dialogue = talk("问一", "答", "问", "答", thinking=thinking)
+        dialogue = make_dialogue("问一", "答", "问", "答", thinking=thinking)
         samples = template.samples(dialogue)
         last = samples[-1]
         assert learned(template, dialogue)[-1].endswith(wanted)
@@ -194,33 +198,33 @@ def test_an_answer_continues_the_prompt_as_the_model_is_asked(source: str, with_
         assert last.text == begin + wanted, "as at inference"
 
 
-def test_several_ends_of_answers_are_those_of_the_template() -> None:
-    template = own(HARMONY)
+def test_template_with_several_stop_tokens() -> None:
+    template = own_template(HARMONY)
     assert (template.stop, template.stops) == ("<|eot_id|>", ("<|eot_id|>", "<|im_end|>"))
-    first, second = template.samples(talk("问一", "答一", "问二", "答二"))
+    first, second = template.samples(make_dialogue("问一", "答一", "问二", "答二"))
     assert first.text.endswith("答一<|eot_id|>") and "答一<|im_end|>" in second.text
     assert "<|eot_id|>" not in second.text.split("问二")[0]
 
 
-def test_a_row_without_thinking_goes_on_behind_the_empty_block_of_the_prompt() -> None:
-    (sample,) = own(GEMMA4).samples(talk("问", "答"))
+def test_answer_without_thinking_follows_the_empty_block() -> None:
+    (sample,) = own_template(GEMMA4).samples(make_dialogue("问", "答"))
     assert sample.spans[0].text.endswith("<|channel>thought\n<channel|>") and sample.spans[1].text == "答"
 
 
-def test_what_the_last_question_has_more_is_in_the_prompt() -> None:
+def test_system_text_added_to_the_last_question_is_in_the_prompt() -> None:
     turns = (Message("system", "系统"), Message("user", "问"), Message("assistant", "答"))
-    (sample,) = own(SYSTEM_LAST).samples(Dialogue(turns, HERE))
+    (sample,) = own_template(SYSTEM_LAST).samples(Dialogue(turns, HERE))
     assert sample.text == "<|user|>系统\n问<|eot_id|>答</s>"
 
 
-def test_the_end_of_thinking_without_its_beginning_is_split_or_refused() -> None:
-    opened = own(
+def test_closing_think_tag_alone_is_split_or_refused() -> None:
+    opened = own_template(
         QWEN3.replace(
             "{%- set thought =",
             "{%- if '</think>' in content %}{{- raise_exception('split it') }}{%- endif %}{%- set thought =",
         )
     )
-    assert learned(opened, talk("问", "想\n</think>\n\n答")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
+    assert learned(opened, make_dialogue("问", "想\n</think>\n\n答")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
 
 
 TOOL = {
@@ -233,7 +237,7 @@ TOOL = {
 }
 
 
-def calling(*cities: str, content: str = "") -> Dialogue:
+def tool_call_dialogue(*cities: str, content: str = "") -> Dialogue:
     calls = tuple(
         {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities
     )
@@ -252,33 +256,33 @@ def calling(*cities: str, content: str = "") -> Dialogue:
 @pytest.mark.parametrize("name", ["chatml", "plain"])
 @pytest.mark.parametrize("cities", [("北京",), ("北京", '上"海')])
 @pytest.mark.parametrize("content", ["", "我查一下"])
-def test_ours_render_tools_and_learn_calls(name: str, cities: tuple[str, ...], content: str) -> None:
+def test_shipped_templates_render_tools_and_learn_calls(name: str, cities: tuple[str, ...], content: str) -> None:
     template = Template.make(name, None, TOKENS, SPECIAL)
-    (sample,) = template.samples(calling(*cities, content=content))
-    (taught,) = learned(template, calling(*cities, content=content))
+    (sample,) = template.samples(tool_call_dialogue(*cities, content=content))
+    (taught,) = learned(template, tool_call_dialogue(*cities, content=content))
     for city in cities:
         call = json.dumps({"name": "get_weather", "arguments": {"city": city}}, ensure_ascii=False)
         assert f"<tool_call>\n{call}\n</tool_call>" in taught
         assert f"<tool_response>\n{city}晴\n</tool_response>" in sample.text and f"{city}晴" not in taught
     assert taught.startswith(content) and taught.endswith(f"答{template.stop}")
     assert f"<tools>\n{json.dumps(TOOL, ensure_ascii=False)}\n</tools>" in sample.spans[0].text
-    assert sample.spans[0].text == template.prompt(calling(*cities).messages[:1], (TOOL,))
+    assert sample.spans[0].text == template.prompt(tool_call_dialogue(*cities).messages[:1], (TOOL,))
 
 
 @pytest.mark.parametrize(
     ("dialogue", "part"),
     [
-        (calling("北京"), "the tool 'get_weather'"),
-        (Dialogue(calling("北京").messages, HERE), "turn 2: the call of 'get_weather'"),
+        (tool_call_dialogue("北京"), "the tool 'get_weather'"),
+        (Dialogue(tool_call_dialogue("北京").messages, HERE), "turn 2: the call of 'get_weather'"),
         (Dialogue((Message("user", "问"), Message("assistant", "答")), HERE, (TOOL,)), "the tool 'get_weather'"),
     ],
 )
-def test_what_a_template_does_not_render_is_refused_by_name(dialogue: Dialogue, part: str) -> None:
-    template = own(LLAMA3)
-    with pytest.raises(RowRefused) as caught:
+def test_unrendered_parts_are_refused_by_name(dialogue: Dialogue, part: str) -> None:
+    template = own_template(LLAMA3)
+    with pytest.raises(RowRejected) as caught:
         template.samples(dialogue)
     assert caught.value.reason == "part_lost" and part in caught.value.rule and "chatml" in caught.value.rule
-    assert learned(template, talk("问", "答")) == ["答<|eot_id|>"], "others are learned as before"
+    assert learned(template, make_dialogue("问", "答")) == ["答<|eot_id|>"], "others are learned as before"
 
 
 @pytest.mark.parametrize(
@@ -291,46 +295,46 @@ def test_what_a_template_does_not_render_is_refused_by_name(dialogue: Dialogue, 
         ("{% if not c.id or c.id|length != 9 %}{{ raise_exception('no id') }}{% endif %}{{ c.function }}", None),
     ],
 )
-def test_calls_are_written_in_the_spelling_that_the_template_reads(call: str, wanted: str | None) -> None:
-    template = own(
+def test_tool_calls_use_the_format_of_the_template(call: str, wanted: str | None) -> None:
+    template = own_template(
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content is not none %}{{ m.content }}{% endif %}"
         "{% for c in m.tool_calls %}" + call + "{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     )
     if wanted is None:
-        with pytest.raises(RowRefused):
-            template.samples(calling("北京"))
+        with pytest.raises(RowRejected):
+            template.samples(tool_call_dialogue("北京"))
     else:
-        assert learned(template, calling("北京")) == [f"{wanted}<|im_end|>答<|im_end|>"]
+        assert learned(template, tool_call_dialogue("北京")) == [f"{wanted}<|im_end|>答<|im_end|>"]
 
 
-def test_an_empty_answer_is_never_learned() -> None:
-    for template in (own(LLAMA3), Template.make("chatml", None, TOKENS, SPECIAL)):
-        for dialogue in (talk("问", ""), talk("问", " \n"), talk("问", "", thinking="想")):
-            with pytest.raises(RowRefused) as caught:
+def test_empty_answer_is_never_learned() -> None:
+    for template in (own_template(LLAMA3), Template.make("chatml", None, TOKENS, SPECIAL)):
+        for dialogue in (make_dialogue("问", ""), make_dialogue("问", " \n"), make_dialogue("问", "", thinking="想")):
+            with pytest.raises(RowRejected) as caught:
                 template.samples(dialogue)
             assert caught.value.reason == "empty_answer"
 
 
 def test_control_tokens_in_tools_and_calls_are_refused() -> None:
-    with pytest.raises(RowRefused) as caught:
-        Template.make("chatml", None, TOKENS, SPECIAL).samples(calling("<|im_end|>"))
+    with pytest.raises(RowRejected) as caught:
+        Template.make("chatml", None, TOKENS, SPECIAL).samples(tool_call_dialogue("<|im_end|>"))
     assert caught.value.reason == "control_token_in_text"
 
 
-def test_an_answer_that_a_template_changes_is_refused() -> None:
+def test_template_that_changes_the_answer_is_refused() -> None:
     with pytest.raises(ModelError, match="changes the text") as caught:
-        own(LLAMA3.replace("| trim", "| upper")).samples(talk("hi", "yes"))
+        own_template(LLAMA3.replace("| trim", "| upper")).samples(make_dialogue("hi", "yes"))
     assert caught.value.exit_code == 4
     assert "chatml" in caught.value.remedy
 
 
-def test_a_template_without_a_stop_is_refused() -> None:
+def test_template_without_a_stop_is_refused() -> None:
     with pytest.raises(ModelError, match="never learn to stop"):
-        own("{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}")
+        own_template("{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}")
 
 
-def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused() -> None:
+def test_template_with_missing_tokens_is_refused() -> None:
     with pytest.raises(ModelError, match=r"im_end[\s\S]*alpaca"):
         Template.make("chatml", None, TOKENS, ("<s>", "</s>"))
     with pytest.raises(ModelError, match="no chat template"):
@@ -339,7 +343,7 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused() -> None:
         Template.make("chatmI", None, TOKENS, SPECIAL)
 
 
-def test_marks_that_miss_the_answer_are_refused(tmp_path: Path) -> None:
+def test_wrong_generation_marks_are_refused(tmp_path: Path) -> None:
     wrong = shipped_source("chatml").replace(
         "{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}",
         "{% generation %}{{- message['content'] }}{% endgeneration %}{{- '<|im_end|>' }}",
@@ -349,28 +353,28 @@ def test_marks_that_miss_the_answer_are_refused(tmp_path: Path) -> None:
         Template.make(str(tmp_path / "wrong.jinja"), None, TOKENS, SPECIAL)
 
 
-def test_control_tokens_in_a_rows_own_text_are_refused() -> None:
+def test_control_tokens_in_row_text_are_refused() -> None:
     template = Template.make("chatml", None, TOKENS, SPECIAL)
-    for dialogue in (talk("a<|im_end|>b", "c"), talk("a", "b<|im_start|>system")):
-        with pytest.raises(RowRefused) as caught:
+    for dialogue in (make_dialogue("a<|im_end|>b", "c"), make_dialogue("a", "b<|im_start|>system")):
+        with pytest.raises(RowRejected) as caught:
             template.samples(dialogue)
         assert caught.value.reason == "control_token_in_text"
 
 
-def test_a_templates_own_refusal_is_a_reason() -> None:
+def test_template_exception_rejects_the_row() -> None:
     template = Template.make("alpaca", None, TOKENS, SPECIAL)
-    with pytest.raises(RowRefused, match="no role tool"):
+    with pytest.raises(RowRejected, match="no role tool"):
         template.samples(Dialogue((Message("user", "a"), Message("tool", "b"), Message("assistant", "c")), HERE))
 
 
-def test_the_sandbox_holds() -> None:
+def test_sandbox_blocks_attribute_access() -> None:
     with pytest.raises(ModelError):
-        own("{{ ''.__class__.__mro__[1].__subclasses__() }}" + LLAMA3)
+        own_template("{{ ''.__class__.__mro__[1].__subclasses__() }}" + LLAMA3)
     with pytest.raises(ModelError, match="not valid Jinja"):
-        own("{% for x in %}")
+        own_template("{% for x in %}")
 
 
-def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
+def test_renders_match_transformers(chat_model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
@@ -384,7 +388,7 @@ def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
         theirs = tokenizer.apply_chat_template(
             turns[:2], chat_template=source, tokenize=False, add_generation_prompt=True
         )
-        assert theirs == own(source).prompt(messages[:2], thinking=True)
+        assert theirs == own_template(source).prompt(messages[:2], thinking=True)
 
 
 ASKS_MORE = (
@@ -395,9 +399,9 @@ ASKS_MORE = (
 
 
 @pytest.mark.parametrize("source", [LLAMA3, GLM4, MISTRAL, QWEN3, *ANYWHERE])
-def test_a_skeleton_is_what_the_template_renders(source: str) -> None:
+def test_skeleton_render_matches_the_template(source: str) -> None:
     """The fast way and the slow way agree on contents that try to tell them apart."""
-    template = own(source) if source not in SHIPPED else Template.make(source, None, TOKENS, SPECIAL)
+    template = own_template(source) if source not in SHIPPED else Template.make(source, None, TOKENS, SPECIAL)
     contents = [
         "问",
         " 前后空白 ",
@@ -411,24 +415,24 @@ def test_a_skeleton_is_what_the_template_renders(source: str) -> None:
     for question in contents:
         for answer in contents:
             for rounds in (1, 2):
-                dialogue = talk(*[question, answer] * rounds)
+                dialogue = make_dialogue(*[question, answer] * rounds)
                 outcomes = []
                 for render in (template.samples, lambda one: template._samples(one, "assistant", "mixed")):
                     try:
                         outcomes.append([sample.spans for sample in render(dialogue)])
-                    except (RowRefused, ModelError) as error:
+                    except (RowRejected, ModelError) as error:
                         outcomes.append(type(error))
                 assert outcomes[0] == outcomes[1], (question, answer)
     assert any(template.skeletons.values()), "no shape was found to be simple"
 
 
-def test_a_template_that_asks_more_of_a_content_has_no_skeleton() -> None:
-    template = own(ASKS_MORE)
-    template.samples(talk("问", "答"))
+def test_content_dependent_template_has_no_skeleton() -> None:
+    template = own_template(ASKS_MORE)
+    template.samples(make_dialogue("问", "答"))
     assert list(template.skeletons.values()) == [None]
 
 
-def test_a_jinja_whose_sandbox_can_be_left_is_not_installed_beside_us() -> None:
+def test_pyproject_excludes_jinja2_with_a_sandbox_escape() -> None:
     """Templates come with models, from anybody; up to jinja2 3.1.5 one can run code (CVE-2025-27516)."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     (jinja,) = map(Requirement, re.findall(r'"(jinja2\b[^"]*)"', project))

@@ -60,7 +60,9 @@ EXPRESSIONS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.Generato
         ({"TONGWEN_LANG": "ZH", "LANG": "de_DE"}, "zh"),
     ],
 )
-def test_the_language(variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_from_the_environment(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("TONGWEN_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -68,7 +70,7 @@ def test_the_language(variables: dict[str, str], expected: str, monkeypatch: pyt
     assert language() == expected
 
 
-def test_a_text_is_translated_when_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_translated_at_display_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TONGWEN_LANG", "en")
     marked = N_(TEXT)
     assert _(marked) == TEXT
@@ -80,7 +82,7 @@ def test_a_text_is_translated_when_it_is_shown(monkeypatch: pytest.MonkeyPatch) 
     assert _(marked) == TEXT
 
 
-def test_an_english_start_reads_no_catalogue() -> None:
+def test_english_loads_no_catalogue() -> None:
     code = f"from tongwen.core import i18n; print(i18n._({TEXT!r}), i18n._chinese.cache_info().currsize)"
     for chosen, expected in (("en", f"{TEXT} 0"), ("zh", "显示此帮助并退出 1")):
         ran = subprocess.run(
@@ -92,7 +94,7 @@ def test_an_english_start_reads_no_catalogue() -> None:
 # -- the catalogue -------------------------------------------------------------------------------------------------
 
 
-def test_the_catalogue_is_in_step_with_the_code() -> None:
+def test_catalogue_matches_the_code() -> None:
     """`make messages` mends it: every text of the code is there, no other is, and the .mo is made from the .po."""
     catalog = update_catalogue.updated()
     assert update_catalogue.PO.read_bytes() == update_catalogue.po_of(catalog)
@@ -106,7 +108,7 @@ def test_every_text_has_a_translation() -> None:
     assert not update_catalogue.saved().obsolete
 
 
-def test_a_translation_has_the_placeholders_of_its_text() -> None:
+def test_translation_has_the_same_placeholders() -> None:
     """Names, conversions and formats: {rank}, {value!r}, {share:.1%}, %(prog)s."""
     for entry in update_catalogue.saved():
         for pattern in (r"\{\w*(?:![rsa])?(?::[^{} ]*)?\}", r"%(?:\(\w+\))?[rs]"):
@@ -117,7 +119,7 @@ def test_a_translation_has_the_placeholders_of_its_text() -> None:
 # -- the code ------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_is_a_literal_and_is_formatted_after_its_translation() -> None:
+def test_texts_are_literals_formatted_after_translation() -> None:
     """An f-string, or a text that was formatted already, is in no catalogue."""
     for file, tree in trees():
         for call in calls(tree):
@@ -127,7 +129,7 @@ def test_a_text_is_a_literal_and_is_formatted_after_its_translation() -> None:
             assert not (isinstance(text, ast.Constant) and not text.value), (file, call.lineno)
 
 
-def test_the_values_of_a_text_are_those_that_it_names() -> None:
+def test_format_arguments_match_the_placeholders() -> None:
     for file, tree in trees():
         for node in ast.walk(tree):
             method = node.func if isinstance(node, ast.Call) else None
@@ -140,7 +142,7 @@ def test_the_values_of_a_text_are_those_that_it_names() -> None:
                 assert named == placeholders(text.value), (file, node.lineno)
 
 
-def test_no_variable_has_the_name_of_the_translation() -> None:
+def test_no_variable_shadows_gettext() -> None:
     """After `for _ in …` the call `_("…")` would call a number. A comprehension has a scope of its own."""
     for file, tree in trees():
         for scope in ast.walk(tree):
@@ -189,7 +191,7 @@ def placeholders(text: str) -> set[str]:
 
 
 def test_messages_in_the_code_are_english() -> None:
-    """Chinese stands in the catalogue. The modules of CHINESE_DATA handle Chinese text: its characters, prompts, columns."""
+    """Chinese is in the catalogue. The modules of CHINESE_DATA handle Chinese text: its characters, prompts, columns."""
     found = set()
     for file in SOURCES:
         tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A journal keeps what was written whole, whatever a kill left behind it, and answers to its own settings alone."""
+"""Journals: a truncated journal keeps its complete lines and belongs to its own settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(file: Path, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("options", [{}, {"settings": {"a": {"b": 1}}}, {"durable": True}])
-def test_a_journal_that_was_cut_anywhere_keeps_its_whole_lines(options: dict[str, Any], tmp_path: Path) -> None:
+def test_truncated_journal_keeps_its_complete_lines(options: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "new" / "journal.jsonl"
     whole = write(file, 1, 2, **options)
     first = len(whole.splitlines()) - 2  # lines of settings
@@ -46,14 +46,14 @@ def test_a_journal_that_was_cut_anywhere_keeps_its_whole_lines(options: dict[str
         assert read(file, **options) == [*kept, 9]
 
 
-def test_the_format_is_the_one_of_version_0_1(tmp_path: Path) -> None:
+def test_file_format_matches_version_0_1(tmp_path: Path) -> None:
     assert write(tmp_path / "a", 1, settings={"名": "值"}) == '{"名": "值"}\n{"n": 1}\n'.encode()
     with Entries(tmp_path / "b") as journal:
         journal.append({"n": "\udcff"})  # half of a surrogate pair is no UTF-8
     assert (tmp_path / "b").read_bytes() == b'{"n": "\\udcff"}\n' and read(tmp_path / "b") == ["\udcff"]
 
 
-def test_other_settings_are_refused_once_there_is_an_entry(tmp_path: Path) -> None:
+def test_other_settings_are_refused_after_the_first_entry(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
     write(file, settings={"a": 1})
     whole = write(file, 1, settings={"a": 2})

@@ -1,11 +1,11 @@
-"""A sentinel stands for every part of a row, and what a render lacks or misplaces is named."""
+"""The render proof names each part of a row that a chat template does not render."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from tongwen.core.render_proof import lost_part, plant, shape_of
+from tongwen.core.render_proof import find_missing_part, insert_sentinels, shape_of
 
 TOOL = {
     "type": "function",
@@ -33,51 +33,51 @@ TURNS: list[dict[str, Any]] = [
 ]
 
 
-def test_every_part_has_a_sentinel_and_no_value_of_the_row_is_left() -> None:
-    planted = plant(TURNS, [TOOL])
-    text = json.dumps([planted.turns, planted.tools], ensure_ascii=False)
+def test_each_part_is_replaced_by_a_sentinel() -> None:
+    marked = insert_sentinels(TURNS, [TOOL])
+    text = json.dumps([marked.turns, marked.tools], ensure_ascii=False)
     for value in ("系统", "问", "想", "get_weather", "北京", "city", "晴", "答", "查天气", "城市名"):
         assert value not in text, value
-    for part in planted.parts:
+    for part in marked.parts:
         assert part.sentinel in text, part
-    assert planted.tools[0]["function"]["name"] == planted.turns[2]["tool_calls"][0]["function"]["name"]
-    assert planted.tools[0]["function"]["parameters"]["type"] == "object", "words of the schema stay"
+    assert marked.tools[0]["function"]["name"] == marked.turns[2]["tool_calls"][0]["function"]["name"]
+    assert marked.tools[0]["function"]["parameters"]["type"] == "object", "words of the schema stay"
 
 
-def render(planted: Any, *leave: str) -> str:
-    return " ".join(part.sentinel for part in planted.parts if part.turn < 4 and part.sentinel not in leave)
+def render(marked: Any, *leave: str) -> str:
+    return " ".join(part.sentinel for part in marked.parts if part.turn < 4 and part.sentinel not in leave)
 
 
-def test_each_part_that_is_left_out_is_named() -> None:
-    planted = plant(TURNS, [TOOL])
-    answer = planted.turns[4]["content"]
-    assert lost_part(planted, render(planted), answer) is None
-    for part in planted.parts:
+def test_missing_part_is_named() -> None:
+    marked = insert_sentinels(TURNS, [TOOL])
+    answer = marked.turns[4]["content"]
+    assert find_missing_part(marked, render(marked), answer) is None
+    for part in marked.parts:
         if part.turn < 4 and part.kind != "thinking":
-            lost = lost_part(planted, render(planted, part.sentinel), answer)
+            lost = find_missing_part(marked, render(marked, part.sentinel), answer)
             assert lost is not None and lost.sentinel == part.sentinel
-    lost = lost_part(planted, render(planted), "")
+    lost = find_missing_part(marked, render(marked), "")
     assert lost is not None and lost.place == "turn 5: the content"
 
 
-def test_turns_in_another_order_and_answers_that_stand_twice_are_seen() -> None:
-    planted = plant(TURNS[:2] + TURNS[4:], [])
-    system, ask, reply = (turn["content"] for turn in planted.turns)
-    assert lost_part(planted, system + ask, reply) is None
-    assert lost_part(planted, ask + system, reply) is not None
-    assert lost_part(planted, system + ask, reply + reply) is not None
+def test_reordered_turns_and_repeated_answers_are_detected() -> None:
+    marked = insert_sentinels(TURNS[:2] + TURNS[4:], [])
+    system, ask, reply = (turn["content"] for turn in marked.turns)
+    assert find_missing_part(marked, system + ask, reply) is None
+    assert find_missing_part(marked, ask + system, reply) is not None
+    assert find_missing_part(marked, system + ask, reply + reply) is not None
 
 
-def test_a_call_in_pythons_notation_is_no_call() -> None:
-    planted = plant(TURNS[1:3], [])
-    prompt, thought = planted.turns[0]["content"], planted.turns[1]["reasoning_content"]
-    call = planted.turns[1]["tool_calls"][0]["function"]
-    assert lost_part(planted, prompt, thought + json.dumps(call)) is None
-    assert lost_part(planted, prompt, thought + str(call)) is not None
-    assert lost_part(planted, prompt, thought + json.dumps(json.dumps(call))) is not None
+def test_python_repr_is_no_tool_call() -> None:
+    marked = insert_sentinels(TURNS[1:3], [])
+    prompt, thought = marked.turns[0]["content"], marked.turns[1]["reasoning_content"]
+    call = marked.turns[1]["tool_calls"][0]["function"]
+    assert find_missing_part(marked, prompt, thought + json.dumps(call)) is None
+    assert find_missing_part(marked, prompt, thought + str(call)) is not None
+    assert find_missing_part(marked, prompt, thought + json.dumps(json.dumps(call))) is not None
 
 
-def test_rows_share_a_shape_when_one_proof_holds_for_both() -> None:
+def test_equal_structures_share_one_shape() -> None:
     def call(**arguments: Any) -> list[dict[str, Any]]:
         return [
             {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}

@@ -1,4 +1,4 @@
-"""What an interrupted run must share with itself to go on, and what may change: through the real command."""
+"""Resuming: which settings must stay the same and which may change, through the real command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
-from tests.launching import die_at, in_a_child
+from tests.launching import kill_at_step, run_forked
 from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.core import artifact, resume
@@ -35,8 +35,8 @@ def runs(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("whole", "broken"):
         recipe = write_recipe(folder / name, chat_model, sft=SFT, merge=False)
         recipe.write_text(recipe.read_text().replace("{rank: 4}", "{rank: 4, dropout: 0.1}"))
-    assert in_a_child("run", folder / "whole" / "recipe.yaml") == 0
-    assert os.WIFSIGNALED(in_a_child("run", folder / "broken" / "recipe.yaml", before=die_at(5)))
+    assert run_forked("run", folder / "whole" / "recipe.yaml") == 0
+    assert os.WIFSIGNALED(run_forked("run", folder / "broken" / "recipe.yaml", before=kill_at_step(5)))
     return folder
 
 
@@ -58,7 +58,7 @@ def assert_same(runs: Path, folder: Path) -> None:
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_free_words_change_nothing(runs: Path, broken: Path, chat_model: Path, tongwen: Any) -> None:
+def test_free_settings_do_not_change_the_result(runs: Path, broken: Path, chat_model: Path, tongwen: Any) -> None:
     """Also another place for the run and for its base."""
     shutil.copytree(chat_model, broken / "base")
     free = ("sft.log_every=3", "sft.save_every=3", "sft.keep_checkpoints=1", "sft.evaluate_every=3")
@@ -72,14 +72,14 @@ def test_free_words_change_nothing(runs: Path, broken: Path, chat_model: Path, t
     assert code == 0 and "sft: already done" in out
 
 
-def test_a_smaller_micro_batch_is_said_not_to_be_exact(runs: Path, broken: Path, tongwen: Any) -> None:
+def test_smaller_micro_batch_warns_that_resume_is_not_exact(runs: Path, broken: Path, tongwen: Any) -> None:
     code, out, _ = tongwen("run", broken / "recipe.yaml", "sft.micro_batch_tokens=64", "sft.adapter.dropout=0.1")
     assert code == 0 and "micro_batch_tokens: 4096 → " in out and "no longer bit-identical" in out
     assert losses(broken)[:4] == losses(runs / "whole")[:4]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ("sft.learning_rate=1e-3", "0.01 → 0.001"),
         ("sft.patience=2 sft.evaluate_every=2", "None → 2"),
@@ -87,32 +87,32 @@ def test_a_smaller_micro_batch_is_said_not_to_be_exact(runs: Path, broken: Path,
         ("base=OTHER", "base (fingerprint)"),
     ],
 )
-def test_what_decides_the_result_is_refused_with_both_values(
-    change: str, words: str, broken: Path, other_model: Path, tongwen: Any
+def test_changed_deciding_setting_is_refused_with_both_values(
+    change: str, message: str, broken: Path, other_model: Path, tongwen: Any
 ) -> None:
     """bench/crash_storm.py has thirteen more."""
     before = (broken / "out" / "sft.partial" / RUN).read_text()
     code, _, err = tongwen("run", broken / "recipe.yaml", *change.replace("OTHER", str(other_model)).split())
-    assert code == 2 and words in err and "--again" in err
+    assert code == 2 and message in err and "--again" in err
     assert (broken / "out" / "sft.partial" / RUN).read_text() == before
 
 
-def test_other_data_are_refused_and_may_be_forked(broken: Path, tongwen: Any) -> None:
+def test_other_data_need_a_fork(broken: Path, tongwen: Any) -> None:
     recipe = broken / "recipe.yaml"
     data = write_rows(broken / "more.jsonl", dialogues(30))
-    said = (f"prepare.dialogues={data}",)
-    assert tongwen("run", recipe, *said, "--only", "prepare", "--again")[0] == 0
-    code, _, err = tongwen("run", recipe, *said)
+    overrides = (f"prepare.dialogues={data}",)
+    assert tongwen("run", recipe, *overrides, "--only", "prepare", "--again")[0] == 0
+    code, _, err = tongwen("run", recipe, *overrides)
     assert code == 2 and "prepare (fingerprint)" in err and "--fork" in err
-    assert tongwen("run", recipe, *said, "--fork")[0] == 0
+    assert tongwen("run", recipe, *overrides, "--fork")[0] == 0
     made = manifest(broken / "out" / "sft")
     assert [one["changed"][0][0] for one in made["forks"]] == ["prepare (fingerprint)"]
     assert made["run"] != made["forks"][0]["from"]
 
 
-def test_the_new_words_of_a_fork_reach_the_optimizer(broken: Path, tongwen: Any) -> None:
-    words = ("sft.learning_rate=3e-3", "sft.schedule=constant", "sft.weight_decay=0.5", "--fork")
-    code, out, _ = tongwen("run", broken / "recipe.yaml", *words)
+def test_settings_of_a_fork_reach_the_optimizer(broken: Path, tongwen: Any) -> None:
+    overrides = ("sft.learning_rate=3e-3", "sft.schedule=constant", "sft.weight_decay=0.5", "--fork")
+    code, out, _ = tongwen("run", broken / "recipe.yaml", *overrides)
     assert code == 0 and "0.01 → 0.003" in out
     lines = [json.loads(line) for line in (broken / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] for line in lines[4:]] == [3e-3] * 4 and lines[3]["learning_rate"] != 3e-3
@@ -120,13 +120,13 @@ def test_the_new_words_of_a_fork_reach_the_optimizer(broken: Path, tongwen: Any)
     assert state["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_fork_cannot_change_the_shape_of_what_learns(broken: Path, tongwen: Any) -> None:
+def test_fork_cannot_change_trainable_shapes(broken: Path, tongwen: Any) -> None:
     for change in ("sft.adapter.rank=8", "sft.optimizer=adafactor"):
         code, _, err = tongwen("run", broken / "recipe.yaml", change, "--fork")
         assert code == 2 and "--fork cannot change it" in err
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(runs: Path, broken: Path, tongwen: Any) -> None:
+def test_damaged_checkpoint_is_named_and_the_result_is_the_same(runs: Path, broken: Path, tongwen: Any) -> None:
     file = broken / "out" / "sft.partial" / "checkpoints" / "checkpoint-4" / "optimizer.pt"
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 1
@@ -139,14 +139,14 @@ def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(runs: Path, bro
 @pytest.mark.parametrize(
     "odd", ["[]", '{"run": "a1"}', '{"run": "a1", "settings": 3, "identity": {}, "forks": []}', "{"]
 )
-def test_an_odd_record_of_the_run_is_one_message(odd: str, broken: Path, tongwen: Any) -> None:
+def test_unreadable_run_record_is_an_error(odd: str, broken: Path, tongwen: Any) -> None:
     (broken / "out" / "sft.partial" / RUN).write_text(odd)
     code, _, err = tongwen("run", broken / "recipe.yaml")
     assert code == 2 and RUN in err and "cannot be read" in err and "--again" in err
 
 
 @pytest.mark.parametrize("odd", ["[]", "{}", "{"])
-def test_an_odd_score_of_the_untrained_model_is_made_again(odd: str, broken: Path, tongwen: Any) -> None:
+def test_unreadable_baseline_score_is_recomputed(odd: str, broken: Path, tongwen: Any) -> None:
     file = broken / "out" / "sft.partial" / resume.BEFORE
     whole = json.loads(file.read_text())
     file.write_text(odd)
@@ -155,7 +155,7 @@ def test_an_odd_score_of_the_untrained_model_is_made_again(odd: str, broken: Pat
     assert json.loads((broken / "out" / "sft" / resume.BEFORE).read_text()) == whole
 
 
-def test_data_that_were_touched_after_prepare_are_refused(broken: Path, tongwen: Any) -> None:
+def test_data_edited_after_prepare_are_refused(broken: Path, tongwen: Any) -> None:
     file = broken / "out" / "prepare" / "dialogues.jsonl"
     whole = file.read_text()
     file.write_text(whole.replace("1", "7", 1))
@@ -168,10 +168,10 @@ def test_data_that_were_touched_after_prepare_are_refused(broken: Path, tongwen:
     assert not list((broken / "out").glob("*.old-*")), "before anything is moved"
     file.write_text(whole)
     (file.parent / ".DS_Store").write_text("x")
-    assert tongwen("run", broken / "recipe.yaml")[0] == 0, "what it has not written is nobody's business"
+    assert tongwen("run", broken / "recipe.yaml")[0] == 0, "files that prepare has not written are not compared"
 
 
-def test_tokens_that_have_changed_are_made_again(runs: Path, broken: Path, tongwen: Any) -> None:
+def test_changed_tokens_are_encoded_again(runs: Path, broken: Path, tongwen: Any) -> None:
     file = next((broken / "out" / "tokens" / "sft").glob("*/ids.bin"))
     whole = file.read_bytes()
     file.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
@@ -180,11 +180,12 @@ def test_tokens_that_have_changed_are_made_again(runs: Path, broken: Path, tongw
     assert_same(runs, broken)
 
 
-def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.sample()
+def test_two_processes_stop_on_signal_and_one_resumes(chat_model: Path, tmp_path: Path) -> None:
     """The same samples in the same order: losses to 1e-5. The signal goes to the command alone, which passes it on."""
     for name in ("whole", "broken"):
-        recipe = write_recipe(tmp_path / name, chat_model, sft=", stop_after: 24 steps, samples: 0", merge=False)
-        recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("1e-2", "1e-3"))
+        recipe = write_recipe(tmp_path / name, chat_model, sft=", stop_after: 24 steps", merge=False)
+        recipe.write_text(recipe.read_text().replace("1e-2", "1e-3"))
     assert main(["run", str(tmp_path / "whole" / "recipe.yaml")]) == 0
     recipe, out = tmp_path / "broken" / "recipe.yaml", tmp_path / "broken" / "out"
     child = os.fork()
@@ -201,7 +202,7 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
-def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path) -> None:
+def test_engine_file_contents_are_settings(chat_model: Path, tmp_path: Path) -> None:
     """Under the same name it was taken without a word; but for how fast it goes and what it logs. Records from before it was
     kept count as the same."""
     file = tmp_path / "mine.json"
@@ -226,7 +227,7 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
     assert resume.enter(tmp_path, now, {})["settings"] == now, "from here on it is kept"
 
 
-def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: Path) -> None:
+def test_unused_settings_are_ignored_on_resume(chat_model: Path, tmp_path: Path) -> None:
     """An adapter's rank beside `method: full`. In an older record it may stand; a word that is read is compared."""
     recipe = load_recipe(write_recipe(tmp_path, chat_model, merge=False), ["sft.adapter={method: full, rank: 7}"])[0]
     now = training_settings(recipe, "sft")
@@ -234,22 +235,22 @@ def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: P
     old = {**now, "sft": {**now["sft"], "adapter": {**now["sft"]["adapter"], "rank": 4}}}
     assert resume.differences(old, now) == []
     lora, other = (
-        training_settings(load_recipe(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
-        for words in ("{rank: 4}", "{rank: 4, alpha: 64}")
+        training_settings(load_recipe(write_recipe(tmp_path, chat_model), [f"sft.adapter={adapter}"])[0], "sft")
+        for adapter in ("{rank: 4}", "{rank: 4, alpha: 64}")
     )
     assert resume.differences(lora, other) == [("sft.adapter.alpha", None, 64.0)]
     assert [name for name, *_ in resume.differences(lora, now)] == ["sft.adapter.method"]
 
 
-def test_evaluations_of_other_data_count_for_nothing(tmp_path: Path) -> None:
+def test_evaluations_of_other_data_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text(json.dumps({"identity": {resume.DATA: "a"}, "evaluations": [[0, 1.5]]}))
     assert evaluations_of(tmp_path, {"identity": {resume.DATA: "a"}}) == [[0, 1.5]]
     assert evaluations_of(tmp_path, {"identity": {resume.DATA: "b"}}) == []
     assert evaluations_of(None, {"identity": {resume.DATA: "b"}}) == []
 
 
-def test_a_finished_run_may_lie_elsewhere(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:
-    """A stage that stands on another one knows it by its fingerprint."""
+def test_finished_run_can_be_moved(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:
+    """A stage identifies the stage below it by its fingerprint."""
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False)
     rows = write_rows(tmp_path / "text.jsonl", [{"text": f"第 {number} 天，天气很好。"} for number in range(12)])
     recipe.write_text(
@@ -266,7 +267,7 @@ def test_a_finished_run_may_lie_elsewhere(tmp_path: Path, chat_model: Path, tong
 
 
 @pytest.mark.parametrize(("engine", "passes"), [("auto", True), ("zero2", False), ("mine.json", False)])
-def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(
+def test_deepspeed_resumes_with_the_checkpoint_learning_rate(
     engine: str, passes: bool, chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     """So that a fork would say one rate and take another."""

@@ -10,14 +10,14 @@ from tongwen.core.rowless_tokens import read_rowless, split_rowless
 IDS = {"a": 0, "b": 5, "<image>": 6, "</s>": 7, "<|im_end|>": 8}
 
 
-def test_pieces_named_tokens_and_those_of_the_template_need_their_rows() -> None:
+def test_tokens_without_rows_are_split_into_unused_and_required() -> None:
     added = {"<image>", "</s>", "<|im_end|>"}
     assert split_rowless(IDS, added, ["</s>"], "…<|im_end|>…", 9) == ([], [])
     assert split_rowless(IDS, added, ["</s>"], "…<|im_end|>…", 6) == (["<image>"], ["</s>", "<|im_end|>"])
     assert split_rowless(IDS, added, [], "", 5) == (["<image>", "</s>", "<|im_end|>"], ["b"])
 
 
-def test_a_folder_is_read_without_code(tmp_path: Path) -> None:
+def test_rowless_tokens_are_read_without_remote_code(tmp_path: Path) -> None:
     assert read_rowless(tmp_path, 4) == ([], [])
     added = [{"id": index, "content": text} for text, index in IDS.items() if index > 5]
     definition = {"model": {"vocab": {"a": 0, "b": 5}}, "added_tokens": added}

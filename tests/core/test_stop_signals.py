@@ -13,7 +13,7 @@ from tongwen.core.stop_signals import STOP_SIGNALS, StopSignal, raise_on_stop_si
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_stop_signal_is_raised_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_signal_is_raised_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(number)
     with raise_on_stop_signals():
         with pytest.raises(StopSignal, match=number.name) as caught:
@@ -26,7 +26,7 @@ def test_a_stop_signal_is_raised_once(number: signal.Signals, monkeypatch: pytes
     assert signal.getsignal(number) == before
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
+def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with raise_on_stop_signals():

@@ -15,7 +15,7 @@ HOSTILE = "a\\[/b] [bold red]x[/] \\[/x] [link=http://x]y[/link] :smile: \x1b]0;
 
 
 @pytest.mark.parametrize("say", [console.info, console.notice, console.success, console.error, console.header])
-def test_a_text_of_others_is_shown_as_it_is(say: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_of_others_is_shown_as_it_is(say: object, capsys: pytest.CaptureFixture[str]) -> None:
     say(HOSTILE)  # type: ignore[operator]
     said = "".join(capsys.readouterr())
     assert visible(HOSTILE) in said
@@ -42,7 +42,7 @@ def test_tables_and_details_show_it_as_it_is(capsys: pytest.CaptureFixture[str])
         ("utf-8", "✓ 数据 😀 → ✗ · …"),
     ],
 )
-def test_an_encoding_without_our_signs_gets_others(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_without_our_signs_gets_others(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)

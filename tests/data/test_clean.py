@@ -1,4 +1,4 @@
-"""Cleaning mends what is broken, leaves what is meant, and says what it did."""
+"""Cleaning repairs defects, keeps intended text and reports what it did."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data import clean
-from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.recipe.data import Clean
 
 HERE = Origin("f", 1)
 
 
-def document(text: str, **rules) -> str | Dropped:
+def document(text: str, **rules) -> str | RejectedText:
     record = Cleaner(Clean(**rules), "documents").clean(Document(text, HERE))
     return record.text if isinstance(record, Document) else record
 
@@ -40,7 +40,7 @@ def document(text: str, **rules) -> str | Dropped:
         ("List<String> 与 <dyn T> 不是标签", "List<String> 与 <dyn T> 不是标签"),
     ],
 )
-def test_what_is_mended_and_what_is_left(before: str, after: str) -> None:
+def test_defects_are_repaired_and_good_text_is_kept(before: str, after: str) -> None:
     assert document(before) == after
 
 
@@ -56,8 +56,8 @@ def test_normalisation_is_idempotent_and_neither_nfc_nor_nfkc() -> None:
 def test_hard_wrapped_lines_are_joined_and_verse_is_not() -> None:
     line = "他们认为使用这种方法可以得到更加准确的结果而不需要花费更多的时间和精力"
     assert document(f"{line}\n{line[:20]}。") == f"{line}{line[:20]}。"
-    words = "It is a truth universally acknowledged that a single man in possession"
-    assert document(f"{words}\nof a good fortune") == f"{words} of a good fortune"
+    english = "It is a truth universally acknowledged that a single man in possession"
+    assert document(f"{english}\nof a good fortune") == f"{english} of a good fortune"
     poem = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
     for kept in (poem, f"一、{line}\n二、{line}", f"{line}。\n{line}。", f"短标题\n{line}"):
         assert document(kept) == kept
@@ -77,14 +77,14 @@ def test_hard_wrapped_lines_are_joined_and_verse_is_not() -> None:
         ("请拨打13812345678联系", {"personal_data": "drop"}, "personal_data"),
     ],
 )
-def test_what_is_dropped_says_why(text: str, rules: dict, reason: str) -> None:
+def test_dropped_text_has_a_reason(text: str, rules: dict, reason: str) -> None:
     found = document(text, **rules)
-    assert isinstance(found, Dropped)
+    assert isinstance(found, RejectedText)
     assert found.reason == reason
     assert found.rule
 
 
-def test_on_request() -> None:
+def test_optional_rules_apply_on_request() -> None:
     assert document("Ｑｗｅｎ３，好", full_width=True) == "Qwen3，好"
     card = "11010519491231002X"
     text = f"身份证{card}，手机138 1234 5678，邮箱a.b@c.com，单号11010519491231002Y 12345678901234567890"
@@ -109,7 +109,7 @@ def test_dialogues_keep_their_markup_and_their_lines() -> None:
 @pytest.mark.parametrize(
     "worst", ["<a ", "<script", "&", "</script><script>", "锛", "å", "1", "13", "@a", "a@a.a", "\n", "中\n", " "]
 )
-def test_no_rule_is_slow_on_its_worst_text(worst: str) -> None:
+def test_worst_case_text_is_cleaned_fast(worst: str) -> None:
     text = worst * (300_000 // len(worst))
     cleaner = Cleaner(Clean(personal_data="mask", min_han=0.1), "documents")
     began = time.process_time()

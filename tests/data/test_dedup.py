@@ -1,4 +1,4 @@
-"""Duplicates are found as exact similarity defines them; what will be examined is not trained on."""
+"""Deduplication matches exact similarity; evaluation data are not trained on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_similarity_is_jaccard_of_character_3_grams() -> None:
     assert dedup.jaccard(one, one) == 1 and dedup.jaccard("一二", one) == 0
 
 
-def test_folding_sees_through_width_case_blanks_and_punctuation() -> None:
+def test_fold_ignores_width_case_blanks_and_punctuation() -> None:
     assert dedup.fold("Ｑwen３，你 好！") == dedup.fold("qwen3你好") == "qwen3你好"
     assert dedup.fold("……") == "......" or dedup.fold("……"), "a text of marks alone is not nothing"
 
@@ -70,7 +70,7 @@ def ask(question: str, answer: str = "答案") -> Dialogue:
     return Dialogue((Message("user", question), Message("assistant", answer)), HERE)
 
 
-def test_what_is_examined_is_recognised() -> None:
+def test_evaluation_questions_are_recognised() -> None:
     questions = texts(40, 60, seed=3)
     examination = dedup.ContaminationIndex.from_records([ask(question, "甲") for question in questions])
 
@@ -84,7 +84,7 @@ def test_what_is_examined_is_recognised() -> None:
     assert knows(ask(questions[0][:30] + texts(1, 30, seed=98)[0])) == "", "half a question is not the question"
 
 
-def test_a_shared_instruction_is_no_contamination() -> None:
+def test_shared_instruction_is_no_contamination() -> None:
     instruction = texts(1, 80, seed=5)[0]
     examination = dedup.ContaminationIndex.from_records([ask(instruction + text) for text in texts(30, 20, seed=6)])
     for text in texts(30, 20, seed=7):
@@ -93,7 +93,7 @@ def test_a_shared_instruction_is_no_contamination() -> None:
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_an_examination_survives_the_disk(empty: bool, tmp_path) -> None:
+def test_contamination_index_survives_save_and_load(empty: bool, tmp_path) -> None:
     records = [] if empty else [ask(text) for text in texts(5, 60, seed=8)]
     examination = dedup.ContaminationIndex.from_records(records)
     examination.save(tmp_path / "e.npz")

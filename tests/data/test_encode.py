@@ -1,4 +1,4 @@
-"""Boundaries are exact for every kind of tokenizer, the prefix stands once, and the mask never looks at ids."""
+"""Boundaries are exact for every kind of tokenizer, the prefix is added once, and the mask never depends on ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tongwen.core.errors import DataError
 from tongwen.core.records import Dialogue, Document, Message, Origin, Span
 from tongwen.data import token_store
 from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_documents, token_bytes
-from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.ledger import Ledger, RejectedRow
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
 from tongwen.model.loading.chat_setup import bind_template, end_of_text
 from tongwen.recipe.training import Sft
@@ -34,9 +34,9 @@ def dialogue(*contents: str) -> Dialogue:
     )
 
 
-def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[Rejected]]:
+def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[RejectedRow]]:
     encoder = Encoder(tokenizer)
-    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
+    ledger, rejected = Ledger("rows", "tokens"), list[RejectedRow]()
     bound = bind_template(template, tokenizer, encoder.prefix)
     store = token_store.in_memory(encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append))
     ledger.check()
@@ -65,7 +65,7 @@ def test_learned_tokens_are_the_answer_and_its_stop(kind: str, answer: str, ques
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_prompt_is_encoded_as_inference_encodes_it(kind: str, tmp_path: Path) -> None:
+def test_prompt_is_encoded_as_inference_encodes_it(kind: str, tmp_path: Path) -> None:
     tokenizer = make(kind, tmp_path)
     encoder = Encoder(tokenizer)
     template = bind_template("plain", tokenizer, encoder.prefix)
@@ -78,7 +78,7 @@ def test_the_prompt_is_encoded_as_inference_encodes_it(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_prefix_stands_exactly_once(kind: str, tmp_path: Path) -> None:
+def test_prefix_is_added_exactly_once(kind: str, tmp_path: Path) -> None:
     tokenizer = make(kind, tmp_path)
     encoder = Encoder(tokenizer)
     assert encoder.prefix == ([] if kind == "bytes" else [1])
@@ -111,7 +111,7 @@ def test_too_long_samples_are_counted_never_cut(tmp_path: Path) -> None:
         check_store(store_of(tokenizer, rows, "chatml", max_length=8)[0], Sft(max_length=8), lost)
 
 
-def test_a_set_that_does_not_learn_to_stop_is_refused() -> None:
+def test_dataset_without_learned_stops_is_refused() -> None:
     samples = np.zeros(2, SAMPLE)
     samples["stop"] = [True, False]
     learn = np.array([False, True, False, True])
@@ -137,7 +137,7 @@ def turns(*contents: str) -> Dialogue:
 
 
 @pytest.mark.parametrize("policy", ["drop_turns", "cut_prompt"])
-def test_what_is_too_long_loses_its_oldest_turns_and_never_its_answer(policy: str, tmp_path: Path) -> None:
+def test_long_dialogue_loses_oldest_turns_but_keeps_the_answer(policy: str, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     long = turns("龘" * 30, "好的", "今天天气", "很好", "然后呢", "完了")
     options = {"max_length": 90, "too_long": policy}
@@ -158,7 +158,7 @@ def test_what_is_too_long_loses_its_oldest_turns_and_never_its_answer(policy: st
         assert ledger.size_lost["prompt_cut"] == ledger.size_in - len(store.ids)
 
 
-def test_a_store_on_disk_is_the_one_in_memory_also_after_a_crash(tmp_path: Path) -> None:
+def test_disk_store_equals_memory_store_after_a_crash(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     encoder = Encoder(tokenizer)
     bound = bind_template("chatml", tokenizer, encoder.prefix)
@@ -201,7 +201,7 @@ def test_a_store_on_disk_is_the_one_in_memory_also_after_a_crash(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [1, 200, 1 << 20])
-def test_documents_lose_no_token_however_they_are_split(kind: str, window: int, tmp_path: Path) -> None:
+def test_split_documents_lose_no_token(kind: str, window: int, tmp_path: Path) -> None:
     tokenizer = make(kind, tmp_path)
     encoder, end = Encoder(tokenizer), tokenizer.eos_token_id
     texts = ["今天天气很好。" * count for count in (1, 30, 7)]
@@ -219,7 +219,7 @@ def test_documents_lose_no_token_however_they_are_split(kind: str, window: int, 
 @pytest.mark.parametrize("window", [1, 200, 1 << 20])
 @pytest.mark.parametrize("arrangement", ["apart", "concatenated", "blocks"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_arrangement_balances_to_the_token(kind: str, arrangement: str, window: int, tmp_path: Path) -> None:
+def test_token_ledger_balances_for_every_arrangement(kind: str, arrangement: str, window: int, tmp_path: Path) -> None:
     tokenizer = make(kind, tmp_path)
     encoder, end = Encoder(tokenizer), tokenizer.eos_token_id
     texts = ["今天天气很好。" * count for count in (1, 30, 7, 2, 11)]
@@ -244,7 +244,7 @@ def test_every_arrangement_balances_to_the_token(kind: str, arrangement: str, wi
     assert [count > 0 for count in ends] == store.stops.tolist()
 
 
-def test_a_document_begins_and_ends_once(tmp_path: Path) -> None:
+def test_document_has_one_prefix_and_one_end(tmp_path: Path) -> None:
     """Also one that says its own prefix and its own end."""
     tokenizer = make("sentencepiece", tmp_path)
     documents = [Document(text, Origin("d", 1)) for text in ("你好", "<s>你好", "你好</s>", "<s>你好</s>")]
@@ -255,7 +255,7 @@ def test_a_document_begins_and_ends_once(tmp_path: Path) -> None:
         assert (ids[0], ids[-1]) == (1, 2) and (ids.count(1), ids.count(2)) == (1, 1)
 
 
-def test_what_ends_a_text_is_the_familys_own(tmp_path: Path) -> None:
+def test_end_of_text_token_of_the_family(tmp_path: Path) -> None:
     """An instruct tokenizer's eos ends an answer, not a document."""
     tokenizer = make("bytes", tmp_path)
     assert tokenizer.eos_token == "<|im_end|>"

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.records import Dialogue, Origin, from_dict
-from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.files import find_files
 from tongwen.data.formats import check_source, read_dialogue, recognise, recognise_row
 from tongwen.data.input_parts import list_parts
@@ -28,14 +28,14 @@ HERE, SOURCE = Origin("f", 1), SourceConfig(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
 
 
-def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple[list[Any], list[RowRefused], Ledger]:
+def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple[list[Any], list[RowRejected], Ledger]:
     """A file as `prepare` reads it: its records, what was refused, and the ledger."""
     section = Prepare(dialogues=[SourceConfig(path=str(file), **source)], fill=fill or {}, held_out=0.0)
     ledger, records, refused = Ledger("rows", "bytes"), [], []
     for part in list_parts(section, lambda path, tell: path, print):
         for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), print):
             ledger.enter(raw.size)
-            if isinstance(record, (Dropped, RowRefused)):
+            if isinstance(record, (RejectedText, RowRejected)):
                 ledger.lose(record.reason, raw.size)
                 refused.append(record)
             else:
@@ -100,7 +100,7 @@ def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple
         ),
     ],
 )
-def test_formats(row: dict[str, Any], roles: list[str], last: str) -> None:
+def test_recognised_formats_are_read(row: dict[str, Any], roles: list[str], last: str) -> None:
     format_ = recognise(row)
     assert format_
     dialogue = read_dialogue(row, format_, SOURCE, {}, HERE)
@@ -197,7 +197,7 @@ def test_thinking_and_tool_calls_are_kept() -> None:
     ],
 )
 def test_each_bad_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RowRefused) as caught:
+    with pytest.raises(RowRejected) as caught:
         read_dialogue(row, recognise(row) or "alpaca", SOURCE, {}, HERE)
     assert caught.value.reason == reason
     assert caught.value.rule
@@ -211,7 +211,7 @@ def test_placeholders_are_filled_or_refused() -> None:
     assert "fill: {name:" in caught.value.remedy
 
 
-def test_array_lines_and_text_are_told_apart(tmp_path: Path) -> None:
+def test_json_array_json_lines_and_text_are_distinguished(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps([ALPACA, ALPACA]), encoding="utf-8")
     (tmp_path / "b.txt").write_text(json.dumps(ALPACA) + "\n\n" + json.dumps(ALPACA), encoding="utf-8")
     (tmp_path / "c.txt").write_text("一段\n仍是一段\n\n二段\n", encoding="utf-8")
@@ -238,7 +238,7 @@ def test_bad_rows_are_counted_and_kept(tmp_path: Path) -> None:
     assert ledger.size_in == sum(map(len, file.read_bytes().splitlines()))
 
 
-def test_too_many_bad_rows_are_refused_with_the_first_of_them() -> None:
+def test_too_many_bad_rows_are_refused_with_examples() -> None:
     bad = [("a.jsonl:2", "not JSON"), ("a.jsonl:9", "no answer")]
     with pytest.raises(DataError, match=r"4 of 5[\s\S]*a\.jsonl:2: not JSON[\s\S]*… 2") as caught:
         check_losses(5, 1, 4, bad, None, "rows")
@@ -251,7 +251,7 @@ def test_too_many_bad_rows_are_refused_with_the_first_of_them() -> None:
         check_losses(5, 0, 5, bad, 100, "rows")
 
 
-def test_missing_files_name_the_folder_they_were_sought_in(tmp_path: Path) -> None:
+def test_missing_file_names_the_searched_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file[\s\S]*relative paths start from the current folder"):
         find_files(str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="no data file"):
@@ -264,7 +264,7 @@ def test_columns_map_names(tmp_path: Path) -> None:
     assert records[0].messages[1].content == "答"
 
 
-def test_the_ledger_refuses_when_it_does_not_add_up() -> None:
+def test_ledger_that_does_not_add_up_raises() -> None:
     ledger = Ledger("rows", "bytes")
     ledger.enter(10)
     with pytest.raises(AssertionError, match="does not add up"):
@@ -273,7 +273,7 @@ def test_the_ledger_refuses_when_it_does_not_add_up() -> None:
     assert ledger.to_dict()["lost"] == {"reason": {"rows": 1, "bytes": 10}}
 
 
-def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
+def test_prepared_dialogues_round_trip(tmp_path: Path) -> None:
     rows = [
         {
             "messages": [
@@ -288,7 +288,7 @@ def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
     assert list(load_records(file)) == before
 
 
-def test_the_shipped_dialogues_are_whole() -> None:
+def test_shipped_dialogues_are_complete() -> None:
     folder = Path(__file__).parents[2] / "src" / "tongwen" / "commands" / "demo_data"
     records, rejected, _ = read(folder / "dialogues.jsonl")
     assert not rejected
@@ -313,13 +313,13 @@ REPLY = {"role": "assistant", "content": "ANSWER"}
 PLAIN = [("user", "QUESTION"), ("assistant", "ANSWER")]
 
 
-def as_dialogue(row: dict[str, Any], **words: Any) -> Dialogue:
-    source = SourceConfig(path="f", **words)
+def as_dialogue(row: dict[str, Any], **settings: Any) -> Dialogue:
+    source = SourceConfig(path="f", **settings)
     check_source(source)
     return read_dialogue(row, source.format or recognise_row(RawRow("f", 1, row, 1), source), source, {}, HERE)
 
 
-def said_in(found: Dialogue) -> list[tuple[str, str]]:
+def role_and_text(found: Dialogue) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in found.messages]
 
 
@@ -341,7 +341,7 @@ def test_thinking_is_read_under_each_of_its_names(shape: str, name: str) -> None
         "rounds": {"conversation": [{"human": "QUESTION", "assistant": "ANSWER", name: "THOUGHT"}]},
     }
     found = as_dialogue(rows[shape])
-    assert (said_in(found), found.messages[-1].thinking, found.unread) == (PLAIN, "THOUGHT", ())
+    assert (role_and_text(found), found.messages[-1].thinking, found.unread) == (PLAIN, "THOUGHT", ())
 
 
 def test_two_kinds_of_thinking_are_refused() -> None:
@@ -351,7 +351,7 @@ def test_two_kinds_of_thinking_are_refused() -> None:
         {"instruction": "a", "output": "<think>b</think>c", "reasoning": "d"},
         {"messages": [ASK, {**REPLY, "reasoning": "a", "content": [{"type": "thinking", "thinking": "b"}, {"type": "text", "text": "c"}]}]},
     ):  # fmt: skip
-        with pytest.raises(RowRefused) as caught:
+        with pytest.raises(RowRejected) as caught:
             as_dialogue(row)
         assert caught.value.reason == "ambiguous"
     again = as_dialogue({"instruction": "a", "output": "<think>\nb\n</think>\nc", "reasoning": "b"}).messages[-1]
@@ -375,38 +375,40 @@ def test_two_kinds_of_thinking_are_refused() -> None:
         ({"question": "a", "answer": "b", "std_answer": "c"}, ("std_answer",)),
     ],
 )  # fmt: skip
-def test_what_nothing_reads_is_named(row: dict[str, Any], unread: tuple[str, ...]) -> None:
+def test_unread_fields_are_named(row: dict[str, Any], unread: tuple[str, ...]) -> None:
     assert as_dialogue(row).unread == unread
     assert as_dialogue(row, ignore=list(unread)).unread == ()
 
 
-def test_a_column_whose_name_is_mapped_to_another_is_unread() -> None:
+def test_remapped_column_is_unread() -> None:
     found = as_dialogue(
         {"ask": "QUESTION", "reply": "ANSWER", "output": "x"}, columns={"instruction": "ask", "output": "reply"}
     )
-    assert (said_in(found), found.unread) == (PLAIN, ("output",))
+    assert (role_and_text(found), found.unread) == (PLAIN, ("output",))
 
 
 def test_unread_fields_are_counted_by_file(tmp_path: Path, tongwen: Any) -> None:
     write_rows(tmp_path / "a.jsonl", [{"instruction": f"问{row}", "output": "答", "id": row} for row in range(1, 5)])
     write_rows(tmp_path / "b.jsonl", [{"instruction": f"问{row}", "output": "答", "tag": "x"} for row in range(6, 9)])
     recipe = tmp_path / "r.yaml"
-    for ignored, said in (("", True), (", ignore: [id, tag]", False)):
+    for ignored, reported in (("", True), (", ignore: [id, tag]", False)):
         recipe.write_text(
             f"name: r\nbase: {tmp_path}/none\nout: {tmp_path}/out{len(ignored)}\n"
             f"prepare: {{dialogues: {{path: '{tmp_path}/*.jsonl'{ignored}}}, held_out: 0}}\n",
             encoding="utf-8",
         )
-        for words in (("check", recipe), ("run", recipe, "--until", "prepare")):
-            code, *printed = tongwen(*words)
+        for argv in (("check", recipe), ("run", recipe, "--until", "prepare")):
+            code, *printed = tongwen(*argv)
             assert code == 0
-            assert ("id (4 rows), tag (3 rows)" in " ".join(" ".join(printed).split())) is said
+            assert ("id (4 rows), tag (3 rows)" in " ".join(" ".join(printed).split())) is reported
         manifest = json.loads((tmp_path / f"out{len(ignored)}" / "prepare" / "manifest.json").read_text())
         files = manifest["ledger"]["dialogues"]["files"]
-        assert [file.get("unread") for file in files.values()] == ([{"id": 4}, {"tag": 3}] if said else [None, None])
+        assert [file.get("unread") for file in files.values()] == (
+            [{"id": 4}, {"tag": 3}] if reported else [None, None]
+        )
 
 
-def test_ids_and_names_reach_the_template_as_the_row_has_them() -> None:
+def test_ids_and_names_reach_the_template_unchanged() -> None:
     call = {"id": "call12345", "type": "function", "function": {"name": "w", "arguments": "{}"}}
     turns = [
         {**ASK, "name": "bob"},
@@ -416,15 +418,15 @@ def test_ids_and_names_reach_the_template_as_the_row_has_them() -> None:
     ]
     found = as_dialogue({"messages": turns})
     assert found.unread == ()
-    asked, called, answered, _ = (message.to_dict() for message in found.messages)
-    assert (asked["name"], called["tool_calls"][0]["id"]) == ("bob", "call12345")
+    question, called, answered, _ = (message.to_dict() for message in found.messages)
+    assert (question["name"], called["tool_calls"][0]["id"]) == ("bob", "call12345")
     assert (answered["tool_call_id"], answered["name"]) == ("call12345", "w")
     assert from_dict(found.to_dict()) == found
-    with pytest.raises(RowRefused, match=r"turn 3: tool_call_id is a number"):
+    with pytest.raises(RowRejected, match=r"turn 3: tool_call_id is a number"):
         as_dialogue({"messages": [*turns[:2], {**turns[2], "tool_call_id": 5}, REPLY]})
 
 
-def test_columns_name_the_keys_of_turns_and_not_of_calls() -> None:
+def test_columns_rename_turn_keys_but_not_call_arguments() -> None:
     call = {"id": "x", "function": {"name": "f", "arguments": {"text": 1}}}
     turns = [
         {"who": "user", "text": "QUESTION"},
@@ -438,7 +440,7 @@ def test_columns_name_the_keys_of_turns_and_not_of_calls() -> None:
     assert (found.messages[2].name, found.unread) == ("f", ())
 
 
-def test_parts_of_a_content_are_text_thinking_and_calls() -> None:
+def test_content_parts_become_text_thinking_and_calls() -> None:
     parts = [
         {"type": "reasoning", "value": "THOUGHT"},
         {"type": "text", "value": "AN"},
@@ -460,11 +462,11 @@ def test_parts_of_a_content_are_text_thinking_and_calls() -> None:
         ("ANSWER", "THOUGHT", False), ("", None, True), ("ANSWER", None, True),
     ]  # fmt: skip
     assert answers[1].tool_calls[0]["function"] == {"name": "f", "arguments": {"x": 1}}
-    with pytest.raises(RowRefused, match=r"0\.5 does not say whether"):
+    with pytest.raises(RowRejected, match=r"0\.5 does not say whether"):
         as_dialogue({"messages": [ASK, {**REPLY, "loss_weight": 0.5}]})
 
 
-def test_calls_in_turns_of_their_own_are_one_answer() -> None:
+def test_separate_call_turns_become_one_answer() -> None:
     calls = [{"role": "tool_call", "content": json.dumps({"name": name, "arguments": {}})} for name in "fg"]
     results = [{"role": "tool_response", "content": name} for name in "fg"]
     found = as_dialogue({"messages": [ASK, *calls, *results, REPLY], "tools": "[]"})
@@ -488,13 +490,13 @@ def test_calls_in_turns_of_their_own_are_one_answer() -> None:
         ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}]}, "QA"),
     ],
 )  # fmt: skip
-def test_formats_of_other_programs(row: dict[str, Any], turns: str) -> None:
+def test_formats_of_other_tools_are_read(row: dict[str, Any], turns: str) -> None:
     found = as_dialogue(row)
     assert "".join(message.content for message in found.messages) == turns
     assert found.unread == ()
 
 
-def test_a_question_is_asked_with_its_context() -> None:
+def test_context_is_appended_to_the_question() -> None:
     found = as_dialogue({"instruction": "Q", "context": "C", "response": "A"})
     assert (found.messages[0].content, found.unread) == ("Q\nC", ())
 
@@ -511,16 +513,16 @@ def test_a_question_is_asked_with_its_context() -> None:
         ("audio_path", "a.wav", "audios"),
     ],
 )
-def test_a_row_that_needs_a_picture_is_refused_by_that_name(place: str, key: str, value: Any, reason: str) -> None:
+def test_multimodal_row_is_refused_with_its_field(place: str, key: str, value: Any, reason: str) -> None:
     row = {"messages": [ASK, REPLY], key: value} if place == "row" else {"messages": [{**ASK, key: value}, REPLY]}
-    with pytest.raises(RowRefused, match=key) as caught:
+    with pytest.raises(RowRejected, match=key) as caught:
         as_dialogue(row)
     assert caught.value.reason == reason
-    assert said_in(as_dialogue({"messages": [{**ASK, key: None}, REPLY], key: []})) == PLAIN
-    assert said_in(as_dialogue(row, ignore=[key if place == "row" else f"messages.{key}"])) == PLAIN
+    assert role_and_text(as_dialogue({"messages": [{**ASK, key: None}, REPLY], key: []})) == PLAIN
+    assert role_and_text(as_dialogue(row, ignore=[key if place == "row" else f"messages.{key}"])) == PLAIN
 
 
-def test_nulls_that_nobody_declared_are_padding() -> None:
+def test_undeclared_nulls_are_padding() -> None:
     def tool(name: str, **properties: Any) -> dict[str, Any]:
         return {
             "type": "function",
@@ -540,7 +542,7 @@ def test_nulls_that_nobody_declared_are_padding() -> None:
     ]
 
 
-def test_a_table_that_makes_objects_alike_changes_none(tmp_path: Path) -> None:
+def test_parquet_schema_padding_changes_no_object(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     def call(**arguments: Any) -> dict[str, Any]:
@@ -586,12 +588,12 @@ ADVISED = [
 
 
 @pytest.mark.parametrize("row", ADVISED)
-def test_advice_on_columns_and_roles_works_when_it_is_followed(row: dict[str, Any]) -> None:
+def test_suggested_columns_and_roles_work(row: dict[str, Any]) -> None:
     with pytest.raises(DataError) as caught:
         as_dialogue(row)
     told = re.findall(r"\b(columns|roles): (\{.*?\})(?:\}|$)", caught.value.text(), re.MULTILINE)
     found = as_dialogue(row, **{word: yaml.safe_load(value) for word, value in told})
-    assert said_in(found) == [*([("system", "SYSTEM")] if "system_prompt" in row else []), *PLAIN]
+    assert role_and_text(found) == [*([("system", "SYSTEM")] if "system_prompt" in row else []), *PLAIN]
     assert found.messages[-1].thinking == ("THOUGHT" if "Complex_CoT" in row else None)
 
 
@@ -603,6 +605,6 @@ def test_advice_on_columns_and_roles_works_when_it_is_followed(row: dict[str, An
         {"prompt_a": "x", "prompt_b": "y"},
     ],
 )
-def test_where_the_question_is_not_known_no_column_is_named(row: dict[str, Any]) -> None:
+def test_unknown_question_column_gets_a_placeholder_remedy(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"columns: \{instruction: YOUR_QUESTION, output: YOUR_ANSWER\}"):
         as_dialogue(row)

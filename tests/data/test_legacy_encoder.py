@@ -24,7 +24,7 @@ CHAT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# What each project asked with: a first question, and a second one after an answer.
+# The prompts of each project: a first question, and a second one after an answer.
 LITERAL = {
     "belle": ("Human: 问\n\nAssistant: ", "Human: 问\n\nAssistant: 答</s>Human: 又\n\nAssistant: "),
     "belle-v2": ("Human: \n问\n\nAssistant: \n", "Human: \n问\n\nAssistant: \n答</s>Human: \n又\n\nAssistant: \n"),
@@ -47,7 +47,7 @@ def bound(name: str) -> Template:
 
 
 @pytest.mark.parametrize("name", LITERAL)
-def test_templates_are_literal(name: str) -> None:
+def test_legacy_templates_match_the_originals(name: str) -> None:
     template, (first, second) = bound(name), LITERAL[name]
     ask, reply, again = Message("user", "问"), Message("assistant", "答"), Message("user", "又")
     assert template.prompt([ask]) == f"<s>{first}"
@@ -94,7 +94,7 @@ OLD: dict[str, Callable[[Any, str, str, int], tuple[list[int], int]]] = {
 
 @pytest.mark.parametrize("length", [1000, 240, 60, 20])
 @pytest.mark.parametrize("name", OLD)
-def test_legacy_tokens_are_those_of_the_old_code(name: str, length: int, tokenizer: Any) -> None:
+def test_legacy_tokens_match_the_old_code(name: str, length: int, tokenizer: Any) -> None:
     template = bind_template(name, tokenizer, Encoder(tokenizer).prefix)
     for answer in ("是", "今天天气很好。" * 3, "Hello"):
         dialogue = Dialogue((Message("user", "你好吗"), Message("assistant", answer)), Origin("f", 1))
@@ -106,12 +106,12 @@ def test_legacy_tokens_are_those_of_the_old_code(name: str, length: int, tokeniz
         assert len(prompt.ids) == masked and not prompt.learn and learned.learn
 
 
-def test_every_old_script_has_its_code_here() -> None:
+def test_every_old_script_is_covered() -> None:
     assert RULES.keys() == {*OLD, "chatglm"}
 
 
 @pytest.mark.parametrize("length", [1000, 30, 12])
-def test_chatglms_legacy_tokens_are_those_of_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
     """chinese_llm_sft: ids + `[gMASK]`, then `<sop>`, answer and `<eop>` as the target, cut from the right."""
     tokenizer = load.load_tokenizer(load.ModelRef("", str(chatglm_folder(tmp_path, small_ice))))
     template = bind_template("chatglm", tokenizer, Encoder(tokenizer).prefix)
@@ -131,14 +131,20 @@ def test_chatglms_legacy_tokens_are_those_of_the_old_code(length: int, small_ice
     assert cut == (2 if length == 12 else 0), "where <sop> was cut, the old model crashed; here the sample is rejected"
 
 
-def test_chatglms_legacy_goes_through_the_whole_run(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_chatglm_legacy_trains_end_to_end(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
     base = chatglm_folder(tmp_path / "chatglm-6b", small_ice)
     rows = dialogues(10)
     long = {"instruction": "很长的问题" * 80, "input": "", "output": "好"}
     recipe = write_recipe(tmp_path, base, rows=[*rows, long], merge=False)
-    words = ["sft.template=chatglm", "sft.legacy=true", "sft.stop_after=1 steps", "sft.samples=0", "prepare.held_out=0"]
-    code, _, said = tongwen("run", recipe, *words)
-    assert code == 0, said
+    overrides = [
+        "sft.template=chatglm",
+        "sft.legacy=true",
+        "sft.stop_after=1 steps",
+        "sft.samples=0",
+        "prepare.held_out=0",
+    ]
+    code, _, err = tongwen("run", recipe, *overrides)
+    assert code == 0, err
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     tokenizer = load.load_tokenizer(load.ModelRef("", str(base)))
     answers = [tokenizer.encode(row["output"], add_special_tokens=False) for row in rows]
@@ -146,7 +152,7 @@ def test_chatglms_legacy_goes_through_the_whole_run(small_ice: Path, tmp_path: P
     assert report["ledger"]["encode"]["lost"].keys() == {"nothing_to_learn"}
 
 
-def test_what_was_a_defect_is_mended_by_default(tokenizer: Any) -> None:
+def test_defects_are_fixed_by_default(tokenizer: Any) -> None:
     template = bind_template("belle", tokenizer, [1])
     (sample,) = template.samples(Dialogue((Message("user", "问"), Message("assistant", "是")), Origin("f", 1)))
     old, new = (one.encode([sample.spans])[0] for one in (LegacyEncoder(tokenizer, "belle", 64), Encoder(tokenizer)))
@@ -155,16 +161,16 @@ def test_what_was_a_defect_is_mended_by_default(tokenizer: Any) -> None:
     assert list(old[0].ids[:2]) == [1, 1] and list(new[0].ids[:2]) != [1, 1]
 
 
-def test_the_recipes_word(tongwen: Any, tmp_path: Path) -> None:
+def test_legacy_setting_of_the_recipe(tongwen: Any, tmp_path: Path) -> None:
     base = tmp_path / "llama"
     tiny_llama(base, len(sentencepiece_tokenizer(base, legacy=True)))
-    words = ["sft.template=alpaca-cla", "sft.legacy=true", "sft.stop_after=1 steps", "--only", "sft"]
+    overrides = ["sft.template=alpaca-cla", "sft.legacy=true", "sft.stop_after=1 steps", "--only", "sft"]
     recipe = write_recipe(tmp_path, base, merge=False)
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
-    code, _, said = tongwen("run", recipe, *words, "sft.max_length=160")
-    assert code == 3 and "min_stop_learned" in said  # the cut takes ends along, and that is not silent
-    code, _, said = tongwen("run", recipe, *words, "sft.max_length=400")
-    assert code == 0, said
+    code, _, err = tongwen("run", recipe, *overrides, "sft.max_length=160")
+    assert code == 3 and "min_stop_learned" in err  # the cut takes ends along, and that is not silent
+    code, _, err = tongwen("run", recipe, *overrides, "sft.max_length=400")
+    assert code == 0, err
     mask = json.loads((tmp_path / "out/sft/report.json").read_text())["mask"]
     assert mask["stop_learned_share"] == 1, mask
     with pytest.raises(RecipeError, match="chatml"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.data.test_formats import ASK, PLAIN, REPLY, as_dialogue, said_in
+from tests.data.test_formats import ASK, PLAIN, REPLY, as_dialogue, role_and_text
 from tongwen.core.errors import DataError
 
 BAD = {"role": "assistant", "content": "REJECTED"}
@@ -35,11 +35,11 @@ def settings_of(remedy: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", PAIRS)
 @pytest.mark.parametrize("format_", [None, "messages"])
-def test_a_remedy_teaches_the_chosen_answer(row: dict[str, Any], format_: str | None) -> None:
+def test_suggested_remedy_learns_the_chosen_answer(row: dict[str, Any], format_: str | None) -> None:
     with pytest.raises(DataError, match="this is preference data") as caught:
         as_dialogue(row, format=format_)
     found = as_dialogue(row, **settings_of(caught.value.remedy))
-    assert said_in(found) == PLAIN
+    assert role_and_text(found) == PLAIN
     assert not any("rejected" in message.content.lower() for message in found.messages)
 
 
@@ -49,16 +49,16 @@ def test_a_remedy_teaches_the_chosen_answer(row: dict[str, Any], format_: str | 
     "row",
     [{"messages": [ASK, REPLY]}, {"prompt": "QUESTION", "completion": "ANSWER"}, {"instruction": "QUESTION", "output": "ANSWER"}],
 )  # fmt: skip
-def test_a_bad_verdict_is_refused_and_a_good_one_learned(row: dict[str, Any], key: str, value: Any) -> None:
+def test_bad_label_is_refused_and_good_label_is_learned(row: dict[str, Any], key: str, value: Any) -> None:
     if key == "chosen" and not isinstance(value, bool):
         pytest.skip("a text or a number there is no verdict")
     with pytest.raises(DataError, match=rf"preference data \({key}\)") as caught:
         as_dialogue({**row, key: value})
-    assert said_in(as_dialogue({**row, key: value}, **settings_of(caught.value.remedy))) == PLAIN
+    assert role_and_text(as_dialogue({**row, key: value}, **settings_of(caught.value.remedy))) == PLAIN
     good = as_dialogue({**row, key: True})
-    assert (said_in(good), good.unread) == (PLAIN, ())
+    assert (role_and_text(good), good.unread) == (PLAIN, ())
 
 
-def test_names_that_only_look_like_it_are_unread() -> None:
+def test_similar_column_names_are_unread() -> None:
     row = {"messages": [ASK, REPLY], "preferred_language": "zh", "label": "news", "chosen": None, "rejected": ""}
     assert as_dialogue(row).unread == ("preferred_language", "label")

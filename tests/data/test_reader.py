@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_rows
-from tongwen.core.errors import DataError, RecipeError, RowRefused
+from tongwen.core.errors import DataError, RecipeError, RowRejected
 from tongwen.core.records import Dialogue, Document, Origin
 from tongwen.data import files, formats
 from tongwen.data.charset import choose, recognise
@@ -41,23 +41,23 @@ TRADITIONAL = [
 
 
 def take(
-    file: Path, tell: Callable[[str], None] = lambda text: None, documents: bool = False, **words: Any
-) -> tuple[list[Any], list[tuple[RawRow, RowRefused]]]:
-    """A file as whoever prepares data reads it: its records, and its bad rows with why."""
-    source = SourceConfig(path=str(file), **words)
+    file: Path, tell: Callable[[str], None] = lambda text: None, documents: bool = False, **settings: Any
+) -> tuple[list[Any], list[tuple[RawRow, RowRejected]]]:
+    """Read a file as the data preparation does: its records, and its bad rows with the reason."""
+    source = SourceConfig(path=str(file), **settings)
     good: list[Any] = []
-    bad: list[tuple[RawRow, RowRefused]] = []
+    bad: list[tuple[RawRow, RowRejected]] = []
     for raw in read_rows(file, source, tell):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:
-                raise RowRefused(raw.reason, raw.problem)
+                raise RowRejected(raw.reason, raw.problem)
             if documents:
                 good.append(formats.read_document(raw.value, source, origin))
             else:
                 format_ = source.format or formats.recognise_row(raw, source)
                 good.append(formats.read_dialogue(raw.value, format_, source, {}, origin))
-        except RowRefused as refused:
+        except RowRejected as refused:
             bad.append((raw, refused))
     return good, bad
 
@@ -70,8 +70,8 @@ def contents_of(records: list[Any]) -> list[Any]:
     ]
 
 
-def dialogue(row: dict[str, Any], **words: Any) -> Dialogue:
-    source = SourceConfig(path="f", **words)
+def dialogue(row: dict[str, Any], **settings: Any) -> Dialogue:
+    source = SourceConfig(path="f", **settings)
     format_ = source.format or formats.recognise_row(RawRow("f", 1, row, 1), source)
     return formats.read_dialogue(row, format_, source, {}, HERE)
 
@@ -196,7 +196,7 @@ def test_every_encoding_gives_the_same_records(container: str, codec: str, tmp_p
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 64])
 @pytest.mark.parametrize("codec", ["utf-8", "utf-16", "gb18030"])
 @pytest.mark.parametrize("container", ["a.jsonl", "a.json", "a.csv"])
-def test_where_a_block_ends_changes_nothing(
+def test_block_boundaries_change_nothing(
     container: str, codec: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(tmp_path, container, SIMPLIFIED, lambda data: data.decode().encode(codec))
@@ -205,7 +205,7 @@ def test_where_a_block_ends_changes_nothing(
     assert list(read_rows(file)) == whole
 
 
-def test_sizes_add_up_to_the_text_of_the_file(tmp_path: Path) -> None:
+def test_row_sizes_add_up_to_the_file(tmp_path: Path) -> None:
     data = as_lines(SIMPLIFIED)
     for name, content in (("a.jsonl", data), ("b.jsonl", data.decode().encode("gb18030"))):
         (tmp_path / name).write_bytes(content)
@@ -241,14 +241,14 @@ TEXT = "第一章\n\n春天来了，\n花都开了。\n   \n夏天也来了。\n
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.dat"])
-def test_records_of_a_text(name: str, records: str | None, found: list[Any], tmp_path: Path) -> None:
+def test_text_is_split_into_records(name: str, records: str | None, found: list[Any], tmp_path: Path) -> None:
     (tmp_path / name).write_text(TEXT, encoding="utf-8")
     good, bad = take(tmp_path / name, documents=True, records=records)
     assert [(record.origin.row, record.text) for record in good] == found
     assert not bad
 
 
-def test_a_text_without_blank_lines_is_read_by_line_and_says_so(tmp_path: Path) -> None:
+def test_text_without_blank_lines_is_read_by_line_with_a_notice(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("一\u2028二\x0b三\x85四\n\u3000五\n\n", encoding="utf-8")
     told: list[str] = []
     good, _ = take(tmp_path / "a.txt", told.append, documents=True)
@@ -256,7 +256,7 @@ def test_a_text_without_blank_lines_is_read_by_line_and_says_so(tmp_path: Path) 
     assert "each line is a record" in told[0] and "records:" in told[0]
 
 
-def test_a_text_that_begins_with_a_bracket_stays_text(tmp_path: Path) -> None:
+def test_text_starting_with_a_bracket_stays_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("[注]本文\n{大括号}\n", encoding="utf-8")
     assert contents_of(take(tmp_path / "a.txt", documents=True)[0]) == ["[注]本文", "{大括号}"]
 
@@ -270,7 +270,7 @@ def sentences() -> list[str]:
 
 
 @pytest.mark.parametrize("codec", ["gb18030", "utf-16-le", "utf-8"])
-def test_a_single_sentence_shows_its_encoding(codec: str) -> None:
+def test_encoding_is_detected_from_one_sentence(codec: str) -> None:
     texts = [text for text in sentences() if len(text) >= 6]
     found = [recognise(text.encode(codec)).codec for text in texts]
     assert len(texts) > 500
@@ -286,17 +286,17 @@ def test_a_single_sentence_shows_its_encoding(codec: str) -> None:
         "問：什麼是人工智慧？\n答：機器的智慧。",
     ],
 )
-def test_traditional_characters_in_both_encodings(text: str) -> None:
+def test_traditional_text_encoding_is_detected(text: str) -> None:
     assert recognise(text.encode("big5hkscs")).codec == "big5hkscs"
     assert recognise(text.encode("gb18030")).codec == "gb18030"
 
 
-def test_four_byte_gb18030(tmp_path: Path) -> None:
+def test_four_byte_gb18030_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("我在𠮷野家吃饭\n".encode("gb18030"))
     assert contents_of(take(tmp_path / "a.txt", documents=True, encoding="GB18030")[0]) == ["我在𠮷野家吃饭"]
 
 
-def test_a_utf8_file_with_one_foreign_line_stays_utf8(tmp_path: Path) -> None:
+def test_utf8_file_with_one_foreign_line_stays_utf8(tmp_path: Path) -> None:
     text = "这是一行很普通的文字，没有什么特别。\n"
     (tmp_path / "a.txt").write_bytes(text.encode() * 2 + text.encode("gb18030") + text.encode())
     told: list[str] = []
@@ -307,7 +307,7 @@ def test_a_utf8_file_with_one_foreign_line_stays_utf8(tmp_path: Path) -> None:
     assert not any("read as" in line for line in told)
 
 
-def test_unknown_names_of_encodings_are_refused() -> None:
+def test_unknown_encodings_are_refused() -> None:
     for name in ("utf-99", "base64", "rot13", ""):
         with pytest.raises(DataError, match="is not known"):
             choose(b"text", name, whole=True)
@@ -316,7 +316,7 @@ def test_unknown_names_of_encodings_are_refused() -> None:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_all_its_data_in_order(tmp_path: Path) -> None:
+def test_folder_lists_its_data_files_in_order(tmp_path: Path) -> None:
     wanted = ["a.jsonl.gz", "b/c.CSV", "b/d/e.parquet", "f.txt", "g.json.zst"]
     others = [
         "README.md",
@@ -339,7 +339,7 @@ def test_a_folder_gives_all_its_data_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["[1] 数据*.jsonl", "a\nb.jsonl", os.fsdecode(b"\xd6\xd0.jsonl")])
-def test_strange_names(name: str, tmp_path: Path) -> None:
+def test_unusual_file_names_are_read(name: str, tmp_path: Path) -> None:
     file = write(tmp_path, "a.jsonl", SIMPLIFIED).rename(tmp_path / name)
     assert find_files(str(file)) == [file]
     for raw in read_rows(file):
@@ -447,32 +447,32 @@ def test_rows_of_several_formats_in_one_file(tmp_path: Path) -> None:
     assert not bad
 
 
-def test_names_inside_turns_and_roles() -> None:
+def test_turn_keys_and_roles_are_mapped() -> None:
     row = {"turns": [{"who": "客户", "says": ASKED}, {"who": "Agent", "says": ANSWERED}]}
-    words = {
+    settings = {
         "columns": {"conversations": "turns", "from": "who", "value": "says"},
         "roles": {"客户": "user", "Agent": "assistant"},
     }
-    assert contents_of([dialogue(row, **words)]) == [TURNS]
+    assert contents_of([dialogue(row, **settings)]) == [TURNS]
     row = {"messages": [{"who": "user", "says": ASKED}, {"who": "assistant", "says": ANSWERED}]}
     assert contents_of([dialogue(row, columns={"role": "who", "content": "says"})]) == [TURNS]
-    with pytest.raises(RowRefused, match=r"客户.*roles: \{客户: user\}"):
+    with pytest.raises(RowRejected, match=r"客户.*roles: \{客户: user\}"):
         dialogue({"conversations": [{"from": "客户", "value": ASKED}]})
     with pytest.raises(RecipeError, match=r"columns: 'outptu'"):
         formats.check_source(SourceConfig(path="f", columns={"outptu": "answer"}))
     with pytest.raises(RecipeError, match=r"roles: 'bot'"):
         formats.check_source(SourceConfig(path="f", roles={"x": "bot"}))
-    formats.check_source(SourceConfig(path="f", **words))
+    formats.check_source(SourceConfig(path="f", **settings))
 
 
-def test_a_mapped_name_means_no_other_column() -> None:
+def test_mapped_name_excludes_the_default_column() -> None:
     row = {"instruction": ASKED, "output": "draft"}
-    with pytest.raises(RowRefused, match=r"output \(final\)"):
+    with pytest.raises(RowRejected, match=r"output \(final\)"):
         dialogue(row, format="alpaca", columns={"output": "final"})
     assert contents_of([dialogue({**row, "final": ANSWERED}, columns={"output": "final"})]) == [TURNS]
 
 
-def test_calls_thinking_and_switches_are_kept() -> None:
+def test_calls_thinking_and_learn_flags_are_kept() -> None:
     turns: list[dict[str, Any]] = [
         {"role": "user", "content": "天气？", "weight": None},
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": CALL}}]},
@@ -494,13 +494,13 @@ def test_control_tokens_and_placeholders_stay_text() -> None:
     assert contents_of([dialogue(row)]) == [[("user", "<|im_start|>system"), ("assistant", "</s>[INST]{{x}}")]]
 
 
-def test_documents_by_their_column() -> None:
-    def read(row: Any, **words: Any) -> str:
-        return formats.read_document(row, SourceConfig(path="f", **words), HERE).text
+def test_documents_are_read_from_their_column() -> None:
+    def read(row: Any, **settings: Any) -> str:
+        return formats.read_document(row, SourceConfig(path="f", **settings), HERE).text
 
     assert read({"text": "文", "content": "x"}) == "文"
     assert read({"text": "x", "content": "文"}, columns={"text": "content"}) == "文"
-    with pytest.raises(RowRefused, match="'content': did you mean 'text'"):
+    with pytest.raises(RowRejected, match="'content': did you mean 'text'"):
         read({"content": "文"})
 
 
@@ -530,15 +530,15 @@ ENTRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture
 def info(tmp_path: Path) -> Iterator[Path]:
     entries = {}
-    for name, (words, row) in ENTRIES.items():
+    for name, (fields, row) in ENTRIES.items():
         (tmp_path / f"{name}.json").write_text(json.dumps([row]), encoding="utf-8")
-        entries[name] = {"file_name": f"{name}.json", **words}
+        entries[name] = {"file_name": f"{name}.json", **fields}
     entries["hub"] = {"hf_hub_url": "owner/name", "ms_hub_url": "other/name"}
-    for number, words in enumerate(
+    for number, fields in enumerate(
         ({"ranking": True}, {"num_samples": 9}, {"subset": "a"}, {"split": "test"}, {"columns": {"images": "i"}},
          {"formatting": "xml"}, {"script_url": "x"}, {"tags": []}, {"columns": {"prompt": 3}}),
     ):  # fmt: skip
-        entries[f"bad{number}"] = {"file_name": "plain.json", **words}
+        entries[f"bad{number}"] = {"file_name": "plain.json", **fields}
     entries["nothing"] = {}
     entries["list"] = []  # type: ignore[assignment]
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -546,30 +546,34 @@ def info(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_an_entry_reads_as_its_owner_meant(entry: str, info: Path) -> None:
+def test_dataset_info_entry_is_read(entry: str, info: Path) -> None:
     for path in (info, info.parent):
         (source,) = entry_source(SourceConfig(path=str(path), entry=entry, weight=0.5))
         formats.check_source(source)
         assert (source.entry, source.weight) == (None, 0.5)
         (file,) = find_files(source.path)
-        words = source.model_dump(include={"format", "columns", "roles"})
-        assert contents_of(take(file, **words)[0]) == [TURNS]
+        settings = source.model_dump(include={"format", "columns", "roles"})
+        assert contents_of(take(file, **settings)[0]) == [TURNS]
 
 
-def test_an_entry_of_a_hub_and_what_is_refused(info: Path) -> None:
+def test_dataset_info_hub_entry_and_refusals(info: Path) -> None:
     assert entry_source(SourceConfig(path=str(info), entry="hub"))[0].path == "hub:owner/name"
-    words = ["ranking: True", "num_samples: 9", "subset: 'a'", "split: 'test'", "images", "formatting: 'xml'", "script_url",
+    patterns = ["ranking: True", "num_samples: 9", "subset: 'a'", "split: 'test'", "images", "formatting: 'xml'", "script_url",
              "tags must", "columns must"]  # fmt: skip
-    for number, word in enumerate(words):
-        with pytest.raises(DataError, match=word) as caught:
+    for number, pattern in enumerate(patterns):
+        with pytest.raises(DataError, match=pattern) as caught:
             entry_source(SourceConfig(path=str(info), entry=f"bad{number}"))
         assert f"dataset_info.json: bad{number}" in caught.value.text()
-    for entry, word in (("nothing", "file_name"), ("list", "object"), ("plan", r"no entry 'plan'; the closest: plain")):
-        with pytest.raises(DataError, match=word):
+    for entry, pattern in (
+        ("nothing", "file_name"),
+        ("list", "object"),
+        ("plan", r"no entry 'plan'; the closest: plain"),
+    ):
+        with pytest.raises(DataError, match=pattern):
             entry_source(SourceConfig(path=str(info), entry=entry))
-    for content, word in ((b"{", "not JSON"), (b"[]", "one object")):
+    for content, pattern in ((b"{", "not JSON"), (b"[]", "one object")):
         info.write_bytes(content)
-        with pytest.raises(DataError, match=word):
+        with pytest.raises(DataError, match=pattern):
             entry_source(SourceConfig(path=str(info), entry="plain"))
     info.unlink()
     with pytest.raises(DataError, match="cannot be opened"):
@@ -577,7 +581,7 @@ def test_an_entry_of_a_hub_and_what_is_refused(info: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations", "conversation", "chosen", "history"])
-def test_the_only_row_of_a_file_is_no_wrapper_for_its_turns(key: str, tmp_path: Path) -> None:
+def test_single_row_is_not_taken_for_a_wrapper(key: str, tmp_path: Path) -> None:
     row = {key: [{"role": "user", "content": "问"}]}
     file = write_rows(tmp_path / "one.jsonl", [row])
     assert [raw.value for raw in read_rows(file, SourceConfig(path=str(file)))] == [row]

@@ -1,4 +1,4 @@
-"""The faster encoder gives the ids of the tokenizers library, or stays away."""
+"""The fast encoder gives the ids of the tokenizers library, or is not used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.core.records import Span
 from tongwen.data import encode
 from tongwen.data.encode import Encoder
-from tongwen.data.tiktoken_encoder import make_fast
+from tongwen.data.tiktoken_encoder import make_tiktoken_encoder
 
 ALPHABET = "天气很好。，今天我们 \n\t  \u3000  abcXYZ the of '123 don't—“”（）é😀𠮷\u200d\x85한"
 WORDS = ("你好，世界", "今天天气", "Hello", " world", "it's", "<|im_start|>", "<|im_end|>", "\n\n", "1234", "   ")
@@ -23,9 +23,9 @@ def texts(count: int) -> list[str]:
     return ["".join(rng.choices([*ALPHABET, *WORDS], k=rng.randrange(1, 60))) for _ in range(count)]
 
 
-def test_the_ids_are_those_of_the_library(tmp_path: Path) -> None:
+def test_ids_match_the_tokenizers_library(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
-    fast = make_fast(tokenizer.backend_tokenizer)
+    fast = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert fast is not None
     encoded = 0
     for text in texts(3000):
@@ -36,31 +36,31 @@ def test_the_ids_are_those_of_the_library(tmp_path: Path) -> None:
     assert 300 < encoded < 3000, "rare characters are left to the library"
 
 
-def test_a_split_of_its_own_is_kept(tmp_path: Path) -> None:
+def test_custom_split_is_kept(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{N}]+|\s+"), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    fast = make_fast(backend)
+    fast = make_tiktoken_encoder(backend)
     assert fast is not None
     for text in texts(1000):
         if (ids := fast.encode(text)) is not None:
             assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids, text
 
 
-def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
-    assert make_fast(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
+def test_unsupported_tokenizer_uses_the_library(tmp_path: Path) -> None:
+    assert make_tiktoken_encoder(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
     whole = Tokenizer.from_str(byte_level_tokenizer(tmp_path / "b").backend_tokenizer.to_str())
     model = whole.model
-    assert make_fast(whole) is not None
+    assert make_tiktoken_encoder(whole) is not None
     for pre_tokenizer in (
         pre_tokenizers.ByteLevel(add_prefix_space=True),
         pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     ):
         whole.pre_tokenizer = pre_tokenizer
-        assert make_fast(whole) is None
+        assert make_tiktoken_encoder(whole) is None
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(letters)}
@@ -70,14 +70,12 @@ def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
         vocabulary[one + other] = len(vocabulary)
     whole.model = models.BPE(vocab=vocabulary, merges=merges)
     assert whole.encode("abc").tokens == ["a", "bc"]
-    assert make_fast(whole) is None
+    assert make_tiktoken_encoder(whole) is None
     whole.model = model
-    assert make_fast(whole) is not None
+    assert make_tiktoken_encoder(whole) is not None
 
 
-def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fast_encoder_is_used_for_many_texts_with_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     samples = [[Span("问：", False), Span(text, True)] for text in texts(400)]
     slow = Encoder(tokenizer)
@@ -91,12 +89,12 @@ def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
 
 
 @pytest.mark.parametrize(("threads", "parallel"), [("1", ""), ("3", ""), ("0", ""), ("3", "false")])
-def test_the_number_of_threads_changes_nothing(
+def test_number_of_threads_changes_nothing(
     threads: str, parallel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYON_NUM_THREADS", threads)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
-    fast = make_fast(byte_level_tokenizer(tmp_path).backend_tokenizer)
+    fast = make_tiktoken_encoder(byte_level_tokenizer(tmp_path).backend_tokenizer)
     assert fast is not None
     some = texts(700)
     for text, ids in zip(some, fast.encode_all(some), strict=True):
@@ -106,16 +104,16 @@ def test_the_number_of_threads_changes_nothing(
         )
 
 
-def test_one_difference_and_it_is_not_used(
+def test_one_mismatch_disables_the_fast_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     monkeypatch.setattr(encode, "FAST_FROM", 10)
     encoder = Encoder(tokenizer)
-    wrong = make_fast(tokenizer.backend_tokenizer)
+    wrong = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert wrong is not None
     monkeypatch.setattr(wrong, "encode", lambda text: encode.np.zeros(3, encode.np.uint32))
-    monkeypatch.setattr(encode, "make_fast", lambda backend: wrong)
+    monkeypatch.setattr(encode, "make_tiktoken_encoder", lambda backend: wrong)
     ids = encoder.encode_texts(["今天天气很好"] * 20)
     assert encoder.fast is None and list(ids[0]) == tokenizer.backend_tokenizer.encode("今天天气很好").ids
     assert "using the tokenizers library instead" in capsys.readouterr().out

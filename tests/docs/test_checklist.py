@@ -28,7 +28,7 @@ def test_each_row_names_a_test_or_a_command() -> None:
                 assert exists(name), f"{number}: {name}"
 
 
-def test_the_page_for_users_of_older_projects_shows_commands_that_are_taken() -> None:
+def test_migration_page_commands_parse() -> None:
     pages = [(ROOT / "docs" / f"from-older-projects{ending}.md").read_text("utf-8") for ending in ("", "_zh")]
     blocks = [re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for page in pages]
     assert blocks[0] == blocks[1]

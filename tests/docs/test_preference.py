@@ -1,4 +1,4 @@
-"""What docs/preference.md says of TRL, done with its own script at tiny size."""
+"""The TRL script of docs/preference.md, run at tiny size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import dialogues, tensors, write_recipe
 PAGE = Path(__file__).parents[2] / "docs" / "preference.md"
 
 
-def test_a_merged_model_goes_on_in_trl(
+def test_merged_model_trains_in_trl(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")

@@ -20,7 +20,7 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_is_taken_by_the_front_door(page: str) -> None:
+def test_every_command_parses(page: str) -> None:
     lines = [line.split("  #")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("tongwen ")]
     assert len(commands) >= 6
@@ -35,7 +35,7 @@ def test_every_command_is_taken_by_the_front_door(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_recipe_shown_is_read(page: str, tmp_path: Path) -> None:
+def test_shown_recipe_loads(page: str, tmp_path: Path) -> None:
     (block,) = blocks(page, "yaml")
     file = tmp_path / "recipe.yaml"
     file.write_text(block, encoding="utf-8")
@@ -70,7 +70,7 @@ def test_links_and_paths_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", "_zh"])
-def test_the_table_of_memory_is_that_of_its_page(ending: str) -> None:
+def test_memory_table_matches_its_page(ending: str) -> None:
     page, readme = (
         (ROOT / file).read_text(encoding="utf-8") for file in (f"docs/memory{ending}.md", f"README{ending}.md")
     )

@@ -13,8 +13,8 @@ import torch
 
 import tongwen.workflows.training.documents
 import tongwen.workflows.vocab_extension  # noqa: F401 (imported here, once for all children)
-from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, tiny_mixture, write_rows
-from tests.launching import in_a_child, launched
+from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, tiny_moe, write_rows
+from tests.launching import run_forked, run_ranks
 from tongwen.commands.init import METHODS, STARTS, TRAINS, render
 from tongwen.recipe.load import load_recipe
 from tongwen.recipe.training import AdapterConfig
@@ -32,7 +32,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for base in (folder / "base", folder / "experts"):
         vocabulary = len(byte_level_tokenizer(base))
         if base.name == "experts":
-            tiny_mixture(vocab_size=vocabulary, num_experts_per_tok=2, eos_token_id=2).save_pretrained(base)
+            tiny_moe(vocab_size=vocabulary, num_experts_per_tok=2, eos_token_id=2).save_pretrained(base)
         else:
             tiny_llama(base, vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
         tokenizer = json.loads((base / "tokenizer_config.json").read_text())
@@ -49,7 +49,7 @@ def texts(words: list[str], count: int) -> list[list[str]]:
     return [chance.choices(words, k=40) for _ in range(count)]
 
 
-def test_the_recipes_are_those_of_init() -> None:
+def test_recipes_match_init() -> None:
     files = sorted(FOLDER.iterdir())
     assert [file.name for file in files] == sorted(f"{name}.yaml" for name in STARTS) and len(files) == 29
     for file in files:
@@ -104,9 +104,9 @@ def test_each_recipe_runs_on_a_tiny_model(name: str, materials: Path, tmp_path: 
         )
     command = ("run", FOLDER / f"{name}.yaml", *changes)
     if start.engine:
-        assert launched(2, *command) == [0, 0]
+        assert run_ranks(2, *command) == [0, 0]
     else:
-        assert in_a_child(*command) == 0
+        assert run_forked(*command) == 0
     last = tmp_path / ("merge" if start.leaves_adapter else stage)
     assert (last / "model.safetensors").is_file()
     if start.method == "experts":

@@ -80,7 +80,9 @@ def load_all(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_there_and_back_is_the_same(size: str, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pth_round_trip_is_bit_identical(
+    size: str, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_original(tmp_path / "pth", size)
     monkeypatch.setattr("tongwen.export.pth.FILES_BY_WIDTH", {WIDTH: SIZES[size][2]})
     assert tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "hf")[0] == 0
@@ -107,7 +109,7 @@ def test_there_and_back_is_the_same(size: str, tmp_path: Path, tongwen: Any, mon
     }
 
 
-def test_the_model_computes_what_llamas_own_code_does(tmp_path: Path, tongwen: Any) -> None:
+def test_converted_model_matches_llama_reference_code(tmp_path: Path, tongwen: Any) -> None:
     """Rotation by complex pairs, as in the published code, against transformers on the converted folder."""
     from transformers import AutoModelForCausalLM
 
@@ -151,11 +153,11 @@ def reference(state: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor
     return norm(x, state["norm.weight"]) @ state["output.weight"].T
 
 
-def test_a_merge_may_end_as_pth(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_merge_writes_pth(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
-    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter")
-    assert tongwen(*words, "--out", tmp_path / "hf")[0] == 0
-    assert tongwen(*words, "--out", tmp_path / "pth", "--to", "pth")[0] == 0
+    argv = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter")
+    assert tongwen(*argv, "--out", tmp_path / "hf")[0] == 0
+    assert tongwen(*argv, "--out", tmp_path / "pth", "--to", "pth")[0] == 0
     assert sorted(file.name for file in (tmp_path / "pth").iterdir()) == [
         "consolidated.00.pth",
         "manifest.json",
@@ -167,7 +169,7 @@ def test_a_merge_may_end_as_pth(chat_model: Path, tmp_path: Path, tongwen: Any) 
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs LLaMA's tokenizer")
-def test_llamas_tokenizer_keeps_its_marks(tmp_path: Path, tongwen: Any) -> None:
+def test_llama_tokenizer_keeps_its_special_tokens(tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoTokenizer
 
     make_original(tmp_path / "pth", "7B")
@@ -207,7 +209,7 @@ def without_a_tensor(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (without_a_part, "consolidated.00.pth"),
         (with_a_bomb, "never opens"),
@@ -217,15 +219,15 @@ def without_a_tensor(folder: Path) -> None:
         (without_a_tensor, "layers.1.attention.wk.weight is missing"),
     ],
 )
-def test_bad_files_are_refused_by_name(spoil: Any, words: str, tmp_path: Path, tongwen: Any) -> None:
+def test_bad_files_are_refused_by_name(spoil: Any, message: str, tmp_path: Path, tongwen: Any) -> None:
     make_original(tmp_path / "pth", "13B, 49953 rows")
     spoil(tmp_path / "pth")
     code, _, err = tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "out")
-    assert code == 4 and words in err, err
+    assert code == 4 and message in err, err
     assert not (tmp_path / "out").exists() and not (tmp_path / "canary").exists()
 
 
-def test_what_llamas_format_cannot_hold_is_named(tmp_path: Path, tongwen: Any) -> None:
+def test_unsupported_architecture_is_refused(tmp_path: Path, tongwen: Any) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -234,15 +236,15 @@ def test_what_llamas_format_cannot_hold_is_named(tmp_path: Path, tongwen: Any) -
     assert code == 4 and "qwen2" in err and "--to hf" in err
 
 
-def test_a_merge_onto_llamas_own_files_says_what_to_do(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_merge_onto_pth_suggests_convert(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     make_original(tmp_path / "pth", "7B")
     make_adapter(chat_model, tmp_path / "adapter")
-    words = ("merge", "--base", tmp_path / "pth", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
-    code, _, err = tongwen(*words)
+    argv = ("merge", "--base", tmp_path / "pth", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    code, _, err = tongwen(*argv)
     assert code == 4 and f"tongwen convert {tmp_path / 'pth'} --to hf" in err
 
 
-def test_old_files_hold_frequencies_that_are_no_weights(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_rotary_frequencies_of_old_files_are_ignored(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     folder = tmp_path / "old"
     shutil.copytree(chat_model, folder)
     state = {**tensors(folder), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -253,7 +255,7 @@ def test_old_files_hold_frequencies_that_are_no_weights(chat_model: Path, tmp_pa
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_tied_head_is_written_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_tied_head_is_written_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     assert tongwen("convert", chat_model, "--to", "pth", "--out", tmp_path / "pth")[0] == 0
     (state,) = load_all(tmp_path / "pth")
     assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])

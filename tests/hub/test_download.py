@@ -1,4 +1,4 @@
-"""What is fetched is what the hub says it is, to the byte, whatever happens on the way; nothing wrong is ever kept."""
+"""Downloads match the hub's hashes despite network failures; no wrong file is kept."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.log: list[dict[str, Any]] = []
         self.release = threading.Event()
 
-    def asked(self, part: str) -> list[dict[str, Any]]:
+    def requests_to(self, part: str) -> list[dict[str, Any]]:
         return [one for one in self.log if part in one["path"]]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -122,8 +122,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if what == "more":
             content += b"more"
         start, status = 0, 200
-        if (asked := re.fullmatch(r"bytes=(\d+)-", entry["range"] or "")) and what != "no ranges":
-            start, status = int(asked[1]), 206
+        if (range_match := re.fullmatch(r"bytes=(\d+)-", entry["range"] or "")) and what != "no ranges":
+            start, status = int(range_match[1]), 206
         body = content[start:]
         claimed = {"too long": len(body) + 100, "too short": len(body) // 2}.get(what, len(body))
         self.send_response(status)
@@ -201,12 +201,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Any:
         console.SCREEN.json = False
         console.SCREEN.console = Console(highlight=False, width=300)
         try:
-            code, said = fetch.run(*arguments, **options), ""
+            code, output = fetch.run(*arguments, **options), ""
         except TongwenError as error:
-            code, said = error.exit_code, error.text()
+            code, output = error.exit_code, error.text()
         out, err = capsys.readouterr()
-        assert CANARY not in out + err + said
-        return code, out + err + said
+        assert CANARY not in out + err + output
+        return code, out + err + output
 
     return run
 
@@ -218,13 +218,13 @@ def files_in(folder: Path) -> set[str]:
 # -- what arrives --------------------------------------------------------------------------------------------------
 
 
-def test_a_data_set_arrives_whole_and_a_second_call_asks_nobody(server: Hub, call: Any, tmp_path: Path) -> None:
-    code, said = call("belle-1m", "data/belle")
+def test_dataset_is_downloaded_once(server: Hub, call: Any, tmp_path: Path) -> None:
+    code, output = call("belle-1m", "data/belle")
     out = tmp_path / "data" / "belle"
-    assert code == 0, said
+    assert code == 0, output
     assert files_in(out) == {"README.md", "Belle_open_source_1M.json"}
     assert (out / "Belle_open_source_1M.json").read_bytes() == LINES
-    assert "load.py" in said and "code" in said
+    assert "load.py" in output and "code" in output
     manifest = artifact.open_artifact(out, "fetch").manifest
     assert manifest["files"]["README.md"]["sha256"] == hashlib.sha256("说明".encode()).hexdigest()
     assert manifest["source"]["commit"] == COMMIT
@@ -233,57 +233,57 @@ def test_a_data_set_arrives_whole_and_a_second_call_asks_nobody(server: Hub, cal
     assert CANARY not in json.dumps(manifest)
     assert not list(out.parent.glob("*.partial")) and not list(out.parent.glob(".*"))
 
-    asked = len(server.log)
-    code, said = call("belle-1m", "data/belle")
-    assert code == 0 and "already here" in said and len(server.log) == asked
+    request_count = len(server.log)
+    code, output = call("belle-1m", "data/belle")
+    assert code == 0 and "already here" in output and len(server.log) == request_count
 
     (out / "README.md").write_text("shortened")
-    code, said = call("belle-1m", "data/belle")
+    code, output = call("belle-1m", "data/belle")
     assert (
         code == 4
-        and "README.md" in said
-        and "the file has 9 bytes, but the download had 6" in said
-        and "--again" in said
+        and "README.md" in output
+        and "the file has 9 bytes, but the download had 6" in output
+        and "--again" in output
     )
-    code, said = call("belle-1m", "data/belle", again=True)
-    assert code == 0 and (out / "README.md").read_text() == "说明", said
-    assert len(server.asked("1M.json")) == 1, "what was whole is not fetched again"
+    code, output = call("belle-1m", "data/belle", again=True)
+    assert code == 0 and (out / "README.md").read_text() == "说明", output
+    assert len(server.requests_to("1M.json")) == 1, "what was whole is not fetched again"
     assert (out.parent / "belle.old-1" / "README.md").read_text() == "shortened"
 
 
 def test_other_settings_are_refused_with_both_values(server: Hub, call: Any, tmp_path: Path) -> None:
     assert call("belle-1m", "d")[0] == 0
-    code, said = call("belle-1m", "d", dev=0.05)
-    assert code == 2 and "dev: None → 0.05" in said and "--again" in said
-    code, said = call("belle-1m", "d", dev=0.05, again=True)
-    assert code == 0 and len(server.asked("1M.json")) == 1, said
+    code, output = call("belle-1m", "d", dev=0.05)
+    assert code == 2 and "dev: None → 0.05" in output and "--again" in output
+    code, output = call("belle-1m", "d", dev=0.05, again=True)
+    assert code == 0 and len(server.requests_to("1M.json")) == 1, output
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    code, said = call("belle-1m", "mine")
-    assert code == 4 and "--out" in said and (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    code, output = call("belle-1m", "mine")
+    assert code == 4 and "--out" in output and (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_model_comes_without_pickles_and_code(server: Hub, call: Any, tmp_path: Path) -> None:
-    code, said = call(MODEL)  # its kind is asked for, and it goes to models/
-    assert code == 0, said
+def test_model_is_fetched_without_pickles_and_code(server: Hub, call: Any, tmp_path: Path) -> None:
+    code, output = call(MODEL)  # its kind comes from the hub, and it goes to models/
+    assert code == 0, output
     assert files_in(tmp_path / "models" / "model") == {"config.json", "model.safetensors"}
-    assert "pytorch_model.bin" in said and "modeling_tiny.py" in said and "training_args.bin" in said
-    asked = len(server.log)
-    assert call(MODEL)[0] == 0 and len(server.log) == asked
+    assert "pytorch_model.bin" in output and "modeling_tiny.py" in output and "training_args.bin" in output
+    request_count = len(server.log)
+    assert call(MODEL)[0] == 0 and len(server.log) == request_count
     assert call(MODEL, "with_code", code=True)[0] == 0 and (tmp_path / "with_code" / "modeling_tiny.py").is_file()
     del server.repos["model", MODEL].files["model.safetensors"]
-    code, said = call(MODEL, "old")
-    assert code == 0 and (tmp_path / "old" / "pytorch_model.bin").is_file() and "pickles" in said
+    code, output = call(MODEL, "old")
+    assert code == 0 and (tmp_path / "old" / "pytorch_model.bin").is_file() and "pickles" in output
     assert not (tmp_path / "old" / "training_args.bin").exists()
-    code, said = call(MODEL, "some", files=["config.*"], kind="model")
+    code, output = call(MODEL, "some", files=["config.*"], kind="model")
     assert code == 0 and files_in(tmp_path / "some") == {"config.json"}
 
 
-def test_an_adapter_says_its_base_as_it_is_today(server: Hub, call: Any) -> None:
+def test_adapter_names_the_current_id_of_its_base(server: Hub, call: Any) -> None:
     config = json.dumps({"base_model_name_or_path": "decapoda-research/llama-7b-hf"}).encode()
     server.repos["model", "a/lora"] = Repo({"adapter_config.json": config, "adapter_model.bin": b"x"})
-    code, said = call("a/lora", "lora")
-    assert code == 0 and "tongwen merge --base yahma/llama-7b-hf --adapter lora" in said
+    code, output = call("a/lora", "lora")
+    assert code == 0 and "tongwen merge --base yahma/llama-7b-hf --adapter lora" in output
 
 
 # -- what breaks on the way ----------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_an_adapter_says_its_base_as_it_is_today(server: Hub, call: Any) -> None
     ],
     ids=lambda value: "-".join(str(one) for one in value).replace(" ", "_"),
 )
-def test_a_bad_line_costs_requests_and_no_byte(
+def test_unreliable_connection_resumes_without_loss(
     faults: list[str], requests: list[Any], server: Hub, tmp_path: Path
 ) -> None:
     server.faults = [("resolve/" + COMMIT + "/model.safetensors", fault) for fault in faults]
@@ -318,16 +318,16 @@ def test_a_bad_line_costs_requests_and_no_byte(
     assert not here
     assert (found.path / "model.safetensors").read_bytes() == WEIGHTS
     assert found.manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
-    asked = [one for one in server.asked("model.safetensors") if not one["path"].startswith("/cdn")]
-    assert [int(one["range"][6:-1]) if one["range"] else None for one in asked] == requests
+    sent = [one for one in server.requests_to("model.safetensors") if not one["path"].startswith("/cdn")]
+    assert [int(one["range"][6:-1]) if one["range"] else None for one in sent] == requests
     assert not server.faults
     if faults == ["429"]:
         assert waited == [7.0] and any("429" in text for text in told)
     if faults == ["redirect"]:
-        assert server.asked("/cdn/")[0]["auth"] is None, "the token stays with the hub"
+        assert server.requests_to("/cdn/")[0]["auth"] is None, "the token stays with the hub"
 
 
-def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
+def test_retry_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
     for headers, seconds in (
         ({"Retry-After": "7"}, 7),
         ({"Retry-After": "-5"}, 0),
@@ -359,7 +359,7 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "count", "requests", "words"),
+    ("fault", "count", "requests", "expected"),
     [
         ("wrong", 9, 3, ("tiny/model/model.safetensors", "but the hub lists", hashlib.sha256(WEIGHTS).hexdigest())),
         ("500", 99, 5, ("HTTP 500", "5 tries", "HF_ENDPOINT=https://hf-mirror.com", "modelscope:")),
@@ -370,27 +370,27 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
         ("418", 1, 1, ("the hub refused: HTTP 418",)),
     ],
 )
-def test_what_cannot_be_had_is_said_and_never_kept(
-    fault: str, count: int, requests: int, words: tuple[str, ...], server: Hub, call: Any, tmp_path: Path
+def test_failed_download_is_reported_and_leaves_no_file(
+    fault: str, count: int, requests: int, expected: tuple[str, ...], server: Hub, call: Any, tmp_path: Path
 ) -> None:
     server.faults = [("model.safetensors", fault)] * count
-    code, said = call(MODEL, "m", kind="model")
-    assert code == 5, said
-    for word in words:
-        assert word in said
-    assert len(server.asked("model.safetensors")) == requests
+    code, output = call(MODEL, "m", kind="model")
+    assert code == 5, output
+    for word in expected:
+        assert word in output
+    assert len(server.requests_to("model.safetensors")) == requests
     assert not (tmp_path / "m").exists()
     assert not (tmp_path / "m.partial" / "model.safetensors").exists()
     if fault == "wrong":
         flipped = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
-        assert hashlib.sha256(flipped).hexdigest() in said
+        assert hashlib.sha256(flipped).hexdigest() in output
         assert not list((tmp_path / "m.partial").rglob("*.part"))
     server.faults = []
     assert call(MODEL, "m", kind="model")[0] == 0, "the same command continues"
-    assert len(server.asked("/config.json")) == 1
+    assert len(server.requests_to("/config.json")) == 1
 
 
-def test_killed_in_the_middle_the_rest_alone_is_fetched(server: Hub, call: Any, tmp_path: Path) -> None:
+def test_killed_download_fetches_only_the_rest(server: Hub, call: Any, tmp_path: Path) -> None:
     server.faults = [("model.safetensors", "stalled")]
     code = f"from tongwen.commands import fetch; fetch.run({MODEL!r}, 'm', kind='model')"
     source = str(Path(fetch.__file__).parents[2])
@@ -415,7 +415,7 @@ def test_killed_in_the_middle_the_rest_alone_is_fetched(server: Hub, call: Any, 
     assert files_in(tmp_path / "m") == {"config.json", "model.safetensors"}
 
 
-def test_a_commit_that_is_gone_is_replaced_by_todays(server: Hub, call: Any, tmp_path: Path) -> None:
+def test_deleted_commit_is_replaced_by_the_current_one(server: Hub, call: Any, tmp_path: Path) -> None:
     server.faults = [("model.safetensors", "500")] * 5
     assert call(MODEL, "m", kind="model")[0] == 5
     repo = server.repos["model", MODEL]
@@ -426,56 +426,58 @@ def test_a_commit_that_is_gone_is_replaced_by_todays(server: Hub, call: Any, tmp
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/x", "C:\\x", "a//x", "a/./x", "a\nx", ""])
-def test_a_path_that_leaves_the_folder_is_refused(path: str, server: Hub, call: Any, tmp_path: Path) -> None:
+def test_path_outside_the_folder_is_refused(path: str, server: Hub, call: Any, tmp_path: Path) -> None:
     server.repos["model", MODEL].files[path] = b"evil"
-    code, said = call(MODEL, "m", kind="model")
-    assert code == 3 and "outside the folder" in said
-    assert not server.asked("resolve") and not (tmp_path / "m").exists()
+    code, output = call(MODEL, "m", kind="model")
+    assert code == 3 and "outside the folder" in output
+    assert not server.requests_to("resolve") and not (tmp_path / "m").exists()
 
 
-def test_a_listing_without_hashes_or_without_sense(server: Hub, call: Any) -> None:
+def test_invalid_listing_is_refused(server: Hub, call: Any) -> None:
     server.repos["model", MODEL].claims["model.safetensors"] = {"lfs": None, "blobId": None}
-    code, said = call(MODEL, "m", kind="model")
-    assert code == 5 and "downloads cannot be verified" in said and "model.safetensors" in said
+    code, output = call(MODEL, "m", kind="model")
+    assert code == 5 and "downloads cannot be verified" in output and "model.safetensors" in output
     server.faults = [("/api/", "page")] * 99
-    code, said = call(MODEL, "n", kind="model")
-    assert code == 5 and "login page" in said and len(server.asked("/api/")) == 1 + 5
+    code, output = call(MODEL, "n", kind="model")
+    assert code == 5 and "login page" in output and len(server.requests_to("/api/")) == 1 + 5
 
 
-def test_no_network_is_one_clear_message(
+def test_missing_network_gives_one_message(
     server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")  # nobody listens there
-    code, said = call("chatglm-6b", "m")
+    code, output = call("chatglm-6b", "m")
     assert code == 5
-    assert "export HF_ENDPOINT=https://hf-mirror.com" in said and "tongwen fetch modelscope:ZhipuAI/ChatGLM-6B" in said
-    assert "3 tries" in said and "secret" not in said and "http://127.0.0.1:9" in said
+    assert (
+        "export HF_ENDPOINT=https://hf-mirror.com" in output and "tongwen fetch modelscope:ZhipuAI/ChatGLM-6B" in output
+    )
+    assert "3 tries" in output and "secret" not in output and "http://127.0.0.1:9" in output
     monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
-    code, said = call("chatglm-6b", "m")
-    assert code == 5 and "'hf-mirror.com' is not a URL" in said
+    code, output = call("chatglm-6b", "m")
+    assert code == 5 and "'hf-mirror.com' is not a URL" in output
 
 
-def test_offline_uses_what_is_here(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_uses_local_files(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     assert call("belle-1m")[0] == 0
-    asked = len(server.log)
+    request_count = len(server.log)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    code, said = call("belle-1m")
-    assert code == 0 and "data/train_1M_CN" in said
-    code, said = call("belle-0.5m")
-    assert code == 5 and "HF_HUB_OFFLINE" in said and "unset" in said
-    assert len(server.log) == asked
+    code, output = call("belle-1m")
+    assert code == 0 and "data/train_1M_CN" in output
+    code, output = call("belle-0.5m")
+    assert code == 5 and "HF_HUB_OFFLINE" in output and "unset" in output
+    assert len(server.log) == request_count
 
 
-def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_detected_before_download(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
-    code, said = call(MODEL, "m", kind="model")
-    assert code == 5 and "1.02 MB needed, 1 MB free" in said and not server.asked("resolve")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    code, output = call(MODEL, "m", kind="model")
+    assert code == 5 and "1.02 MB needed, 1 MB free" in output and not server.requests_to("resolve")
 
 
-def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
+def test_full_disk_during_download_is_not_retried(
     server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     real = transfer.HubClient._stream
@@ -489,20 +491,20 @@ def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
     monkeypatch.setattr(transfer.HubClient, "_stream", fill)
     with pytest.raises(OSError, match="No space left") as error:  # the front door says it, with exit code 5
         call(MODEL, "m", kind="model")
-    assert error.value.errno == errno.ENOSPC and len(server.asked("model.safetensors")) == 1
+    assert error.value.errno == errno.ENOSPC and len(server.requests_to("model.safetensors")) == 1
     assert not (tmp_path / "m").exists()
     monkeypatch.setattr(transfer.HubClient, "_stream", real)
     assert call(MODEL, "m", kind="model")[0] == 0
-    assert server.asked("model.safetensors")[1]["range"], "the same command continues"
+    assert server.requests_to("model.safetensors")[1]["range"], "the same command continues"
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
-def test_old_names_are_substituted_and_said(server: Hub, call: Any) -> None:
+def test_old_names_are_replaced_with_a_notice(server: Hub, call: Any) -> None:
     server.repos["model", "yahma/llama-7b-hf"] = Repo({"config.json": b"{}"})
-    code, said = call("decapoda-research/llama-7b-hf", "m")
-    assert code == 0 and "decapoda-research/llama-7b-hf has moved: fetching yahma/llama-7b-hf instead" in said
+    code, output = call("decapoda-research/llama-7b-hf", "m")
+    assert code == 0 and "decapoda-research/llama-7b-hf has moved: fetching yahma/llama-7b-hf instead" in output
     for old, new in (
         ("THUDM/chatglm-6b", "zai-org/chatglm-6b"),
         ("ziqingyang/chinese-llama-plus-lora-7b", "hfl/chinese-llama-plus-lora-7b"),
@@ -517,29 +519,29 @@ def test_old_names_are_substituted_and_said(server: Hub, call: Any) -> None:
     assert names.resolve("BelleGroup/train_1M_CN", told.append).kind == "dataset" and not told
 
 
-def test_the_hubs_own_renaming_is_said(server: Hub, call: Any) -> None:
+def test_hub_rename_is_reported(server: Hub, call: Any) -> None:
     server.repos["model", "old/name"] = server.repos["model", MODEL] = Repo({"config.json": b"{}"}, id=MODEL)
-    code, said = call("old/name", "m", kind="model")
-    assert code == 0 and "old/name is now called tiny/model" in said
+    code, output = call("old/name", "m", kind="model")
+    assert code == 0 and "old/name is now called tiny/model" in output
 
 
-def test_unknown_words_name_the_nearest_three(server: Hub, call: Any) -> None:
-    code, said = call("bele-1m")
-    assert code == 2 and "'bele-1m'" in said
-    near = said.split("→")[1].split(";")[0]
+def test_unknown_name_suggests_the_nearest_three(server: Hub, call: Any) -> None:
+    code, output = call("bele-1m")
+    assert code == 2 and "'bele-1m'" in output
+    near = output.split("→")[1].split(";")[0]
     assert "belle-1m" in near and near.count(",") == 2
-    code, said = call("nobody/nothing")
-    assert code == 2 and "no model or data set nobody/nothing" in said and "HF_TOKEN" in said
-    code, said = call("BelleGroup/train_1M_CN@nowhere", "d")
-    assert code == 2 and "train_1M_CN@nowhere" in said
+    code, output = call("nobody/nothing")
+    assert code == 2 and "no model or data set nobody/nothing" in output and "HF_TOKEN" in output
+    code, output = call("BelleGroup/train_1M_CN@nowhere", "d")
+    assert code == 2 and "train_1M_CN@nowhere" in output
     for bad in ("../etc/passwd", "a/b/c", "a b/c", "-rf/x", "owner/..", "好/的"):
         assert call(bad)[0] == 2
     server.repos["dataset", MODEL] = Repo({"a.jsonl": b"{}"})
-    code, said = call(MODEL)
-    assert code == 2 and "--kind" in said
+    code, output = call(MODEL)
+    assert code == 2 and "--kind" in output
 
 
-def test_forms_of_a_name() -> None:
+def test_repository_name_formats() -> None:
     def silent(text: str) -> None:
         raise AssertionError(text)
 
@@ -558,15 +560,15 @@ def test_forms_of_a_name() -> None:
         names.resolve("modelscope:belle-1m", silent)
 
 
-def test_the_table_is_whole(call: Any) -> None:
+def test_name_table_is_consistent(call: Any) -> None:
     seen: dict[str, str] = {}
     for key, entry in names.names().items():
         assert entry["kind"] in ("dataset", "model") and names.is_id(entry["hub"])
         assert set(entry) <= {"kind", "hub", "modelscope", "moved_from", "also", "files"}
         for word in {word.lower() for word in names._all_names(key)}:
             assert seen.setdefault(word, key) == key, f"{word} means two things"
-    code, said = call("")
-    assert code == 0 and "belle-1m" in said and "zai-org/chatglm-6b" in said
+    code, output = call("")
+    assert code == 0 and "belle-1m" in output and "zai-org/chatglm-6b" in output
 
 
 # -- splitting -----------------------------------------------------------------------------------------------------
@@ -576,15 +578,15 @@ def rows_of(file: Path) -> list[Any]:
     return [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_split_is_seeded_and_loses_no_row(server: Hub, call: Any, tmp_path: Path) -> None:
-    code, said = call("belle-1m", "d", dev=0.1, seed=3)
-    assert code == 0, said
+def test_split_is_seeded_and_loses_no_row(server: Hub, call: Any, tmp_path: Path) -> None:
+    code, output = call("belle-1m", "d", dev=0.1, seed=3)
+    assert code == 0, output
     train, dev = (rows_of(tmp_path / "d" / f"Belle_open_source_1M.{part}.jsonl") for part in ("train", "dev"))
     assert (len(train), len(dev)) == (180, 20)
     key = lambda row: int(row["instruction"][1:])  # noqa: E731
     assert sorted(train + dev, key=key) == ROWS
     assert [key(row) for row in dev] != sorted(key(row) for row in dev)
-    assert "held_out: d/Belle_open_source_1M.dev.jsonl" in said
+    assert "held_out: d/Belle_open_source_1M.dev.jsonl" in output
     manifest = artifact.open_artifact(tmp_path / "d", "fetch").manifest
     assert manifest["made"]["Belle_open_source_1M.dev.jsonl"]["rows"] == 20
     assert manifest["fingerprint"] == artifact.fingerprint_files(tmp_path / "d")
@@ -597,7 +599,7 @@ def test_the_split_is_seeded_and_loses_no_row(server: Hub, call: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("form", ["array", "pretty", "one line", "crlf and bom", "no last line break"])
-def test_every_form_of_rows_is_split(form: str, tmp_path: Path) -> None:
+def test_every_row_format_is_split(form: str, tmp_path: Path) -> None:
     rows = [
         {"instruction": 'a "quoted" \\ [x], {y}', "output": "一\n二", "n": n, "list": [1, {"a": []}], "number": 1e-5}
         for n in range(9)
@@ -620,7 +622,7 @@ def test_every_form_of_rows_is_split(form: str, tmp_path: Path) -> None:
         assert facts["sha256"] == artifact.hash_file(tmp_path / name)
 
 
-def test_what_cannot_be_split_is_said(server: Hub, call: Any, tmp_path: Path) -> None:
+def test_unsplittable_file_is_refused(server: Hub, call: Any, tmp_path: Path) -> None:
     for name, content in (
         ("cut.json", '[{"a": 1}, {"a": '),
         ("two.json", '[{"a": 1}] [1]'),
@@ -638,29 +640,29 @@ def test_what_cannot_be_split_is_said(server: Hub, call: Any, tmp_path: Path) ->
     assert call("belle-1m", "d", old_names=True)[0] == 2
     assert call(MODEL, "m", dev=0.1)[0] == 2
     server.repos["dataset", DATA].files["Belle_open_source_1M.json"] = b'{"one": "row"}\n'
-    code, said = call("belle-1m", "d", dev=0.1)
-    assert code == 3 and "held_out" in said and not (tmp_path / "d").exists()
+    code, output = call("belle-1m", "d", dev=0.1)
+    assert code == 3 and "held_out" in output and not (tmp_path / "d").exists()
     assert call("belle-1m", "d")[0] == 0, "what was fetched is used without the split"
-    assert len(server.asked("1M.json")) == 1
+    assert len(server.requests_to("1M.json")) == 1
 
 
 # -- from a recipe, and ModelScope ---------------------------------------------------------------------------------
 
 
-def test_a_recipes_source_lies_in_the_cache(server: Hub, tmp_path: Path) -> None:
+def test_recipe_source_is_cached(server: Hub, tmp_path: Path) -> None:
     told: list[str] = []
     folder = Path(download.local_copy(f"hub:{DATA}", told.append))
     assert folder == tmp_path / "cache" / "tongwen" / "data" / "BelleGroup--train_1M_CN"
     assert files_in(folder) == {"Belle_open_source_1M.json"}, "rows, and nothing that could be taken for rows"
-    asked = len(server.log)
-    assert download.local_copy(f"hub:{DATA}", told.append) == str(folder) and len(server.log) == asked
+    request_count = len(server.log)
+    assert download.local_copy(f"hub:{DATA}", told.append) == str(folder) and len(server.log) == request_count
     server.repos["dataset", "a/pictures"] = Repo({"cat.png": b"x", "LICENSE.txt": b"x", "dataset_infos.json": b"{}"})
     with pytest.raises(TongwenError, match=r"cat\.png") as error:
         download.local_copy("hub:a/pictures", told.append)
     assert error.value.exit_code == 3
 
 
-def test_two_at_a_time_fetch_once(server: Hub, tmp_path: Path) -> None:
+def test_concurrent_calls_fetch_once(server: Hub, tmp_path: Path) -> None:
     found: list[str] = []
     threads = [
         threading.Thread(target=lambda: found.append(download.local_copy(f"hub:{DATA}", lambda text: None)))
@@ -670,18 +672,18 @@ def test_two_at_a_time_fetch_once(server: Hub, tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 3 and len(set(found)) == 1 and len(server.asked("1M.json")) == 1
+    assert len(found) == 3 and len(set(found)) == 1 and len(server.requests_to("1M.json")) == 1
 
 
-def test_modelscope_goes_through_its_own_package(
+def test_modelscope_uses_its_own_package(
     server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("modelscope", "modelscope.hub", "modelscope.hub.api", "modelscope.hub.snapshot_download"):
         monkeypatch.setitem(sys.modules, name, None)
-    code, said = call("modelscope:a/b", "m")
-    assert code == 5 and "pip install 'tongwen[modelscope]'" in said
+    code, output = call("modelscope:a/b", "m")
+    assert code == 5 and "pip install 'tongwen[modelscope]'" in output
 
-    asked: list[Any] = []
+    snapshots: list[Any] = []
     content = {"config.json": b"{}", "model.safetensors": b"tensors", "model.bin": b"pickle", "code.py": b"x"}
 
     class Api:
@@ -689,7 +691,7 @@ def test_modelscope_goes_through_its_own_package(
             return [{"Path": path, "Size": len(data)} for path, data in content.items()]
 
     def snapshot(id_: str, *, local_dir: str, allow_patterns: list[str], **options: Any) -> str:
-        asked.append((id_, allow_patterns))
+        snapshots.append((id_, allow_patterns))
         for path in allow_patterns:
             (Path(local_dir) / path).write_bytes(content[path])
         (Path(local_dir) / ".msc").write_bytes(b"bookkeeping")
@@ -704,14 +706,14 @@ def test_modelscope_goes_through_its_own_package(
     modules["modelscope.hub.snapshot_download"].dataset_snapshot_download = snapshot  # type: ignore[attr-defined]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    code, said = call("modelscope:a/b", "m")
-    assert code == 0, said
-    assert asked == [("a/b", ["config.json", "model.safetensors"])]
+    code, output = call("modelscope:a/b", "m")
+    assert code == 0, output
+    assert snapshots == [("a/b", ["config.json", "model.safetensors"])]
     assert files_in(tmp_path / "m") == {"config.json", "model.safetensors"}
     assert artifact.open_artifact(tmp_path / "m", "fetch").manifest["source"]["where"] == "modelscope"
     assert not server.log
     content["model.safetensors"] = b"tensors and more"
     real = Api.get_model_files
     monkeypatch.setattr(Api, "get_model_files", lambda self, id_, **o: [{**one, "Size": 3} for one in real(self, id_)])
-    code, said = call("modelscope:a/b", "n")
-    assert code == 5 and "lists 3 bytes" in said and not (tmp_path / "n").exists()
+    code, output = call("modelscope:a/b", "n")
+    assert code == 5 and "lists 3 bytes" in output and not (tmp_path / "n").exists()

@@ -1,4 +1,4 @@
-"""A folder that goes to a hub arrives whole, private, and without the manifest; what the hub does not take is said."""
+"""Uploads are complete, private and without the manifest; failures are reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tongwen.hub import upload
 _ = server  # the fixture
 
 
-class Takes(Handler):
+class UploadHandler(Handler):
     """The hub's answers to what huggingface_hub sends when it uploads small files."""
 
     def do_POST(self) -> None:  # noqa: N802
@@ -31,8 +31,8 @@ class Takes(Handler):
             return self.answer(int(refused[1]), f"you sent {self.headers.get('Authorization')}".encode(), {})
         found: dict[str, Any] = {}
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             self.server.repos.setdefault(("model", name), Repo({}))
             found = {"url": f"{self.server.url}/{name}"}
         elif "/preupload/" in self.path:
@@ -52,7 +52,7 @@ class Takes(Handler):
 
 @pytest.fixture()
 def hub(server: Hub) -> Iterator[Hub]:
-    server.RequestHandlerClass = Takes
+    server.RequestHandlerClass = UploadHandler
     yield server
 
 
@@ -67,7 +67,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_arrives_whole_private_and_without_the_manifest(hub: Hub, model: Path) -> None:
+def test_upload_is_complete_private_and_without_manifest(hub: Hub, model: Path) -> None:
     assert upload.push(model, "me/mine", print) == f"{hub.url}/me/mine"
     assert set(hub.repos["model", "me/mine"].files) == {"config.json", "README.md"}
     created = next(json.loads(one["body"]) for one in hub.log if one["path"] == "/api/repos/create")
@@ -75,17 +75,17 @@ def test_it_arrives_whole_private_and_without_the_manifest(hub: Hub, model: Path
     assert upload.push(model, "me/mine", print, public=True)
 
 
-def test_the_command_converts_and_sends(hub: Hub, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_convert_pushes_to_the_hub(hub: Hub, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     out = tmp_path / "out"
-    code, said, _ = tongwen("convert", chat_model, "--to", "hf", "--out", out, "--push", "me/tiny", "--json")
-    assert code == 0 and json.loads(said)["pushed"] == f"{hub.url}/me/tiny"
+    code, stdout, _ = tongwen("convert", chat_model, "--to", "hf", "--out", out, "--push", "me/tiny", "--json")
+    assert code == 0 and json.loads(stdout)["pushed"] == f"{hub.url}/me/tiny"
     assert hub.repos["model", "me/tiny"].files["model.safetensors"] == (out / "model.safetensors").read_bytes()
-    for words, remedy in ((("--push", "tiny"), "OWNER/NAME"), (("--push", "me/tiny", "--to", "gguf"), "--to hf")):
-        code, _, err = tongwen("convert", chat_model, "--to", "hf", "--out", tmp_path / "no", *words)
+    for arguments, remedy in ((("--push", "tiny"), "OWNER/NAME"), (("--push", "me/tiny", "--to", "gguf"), "--to hf")):
+        code, _, err = tongwen("convert", chat_model, "--to", "hf", "--out", tmp_path / "no", *arguments)
         assert code == 2 and remedy in err and not (tmp_path / "no").exists()
 
 
-def test_what_the_hub_refuses_or_spoils_is_said_without_the_token(hub: Hub, model: Path, tongwen: Any) -> None:
+def test_failed_upload_is_reported_without_the_token(hub: Hub, model: Path, tongwen: Any) -> None:
     for fault, wanted in (
         (("create", "403"), "HTTP 403"),
         (("commit", "spoil"), "differs from the file that was sent"),
@@ -96,7 +96,7 @@ def test_what_the_hub_refuses_or_spoils_is_said_without_the_token(hub: Hub, mode
         assert CANARY not in error.value.text() and error.value.exit_code == 5
 
 
-def test_modelscope_goes_through_its_own_package(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_uses_its_own_package(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
 
     class Api:

@@ -1,4 +1,4 @@
-"""500 answers a tokenizer, streamed token by token: the pieces are whole characters, and together exactly the decoded text."""
+"""StreamDecoder: streamed pieces are whole characters and join to the decoded text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tokenizer_of(kind: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2", "llama.model", "chinese_sp.model"])
-def test_what_is_streamed_is_what_is_decoded(kind: str, tmp_path: Path) -> None:
+def test_streamed_text_matches_decoded_text(kind: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(kind, tmp_path)
     rng = random.Random(1)
     for number, text in enumerate(answers(500, seed=0)):

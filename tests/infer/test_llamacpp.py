@@ -1,4 +1,4 @@
-"""A .gguf file is answered by llama.cpp, word by word and all at once, with the ids and the text of the other engine."""
+"""The llama.cpp backend answers a GGUF file: streamed and in batches, with the prompt ids of the transformers backend."""
 
 from __future__ import annotations
 
@@ -28,66 +28,66 @@ def file(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speaker(file: Path) -> ChatModel:
+def gguf_chat(file: Path) -> ChatModel:
     return open_chat_model(str(file), template="chatml")
 
 
-def test_what_is_streamed_is_what_is_said_at_once(speaker: ChatModel) -> None:
+def test_streamed_text_matches_the_batch_text(gguf_chat: ChatModel) -> None:
     """A model of random weights says bytes that are no characters, too: no id of them is lost."""
     for text in ("你好", "👍🏽 龘靐", "x = 1"):
-        ids = speaker.prompt_ids([{"role": "user", "content": text}])
+        ids = gguf_chat.prompt_ids([{"role": "user", "content": text}])
         whole: dict[int, list[int]] = {}
-        speaker.generator.answer_all([ids], Sampling(max_new_tokens=40), whole.__setitem__)
+        gguf_chat.generator.answer_all([ids], Sampling(max_new_tokens=40), whole.__setitem__)
         heard: list[int] = []
-        pieces = list(speaker.generator.stream(ids, Sampling(max_new_tokens=40), heard.append))
-        assert speaker.generator._until_stop(heard) == whole[0]
-        assert "".join(pieces) == speaker.generator.decode(whole[0]) and len(pieces) > 1
-        assert len(heard) == 40 or speaker.ended(heard)
+        pieces = list(gguf_chat.generator.stream(ids, Sampling(max_new_tokens=40), heard.append))
+        assert gguf_chat.generator._until_stop(heard) == whole[0]
+        assert "".join(pieces) == gguf_chat.generator.decode(whole[0]) and len(pieces) > 1
+        assert len(heard) == 40 or gguf_chat.ended(heard)
 
 
-def test_words_about_sampling_are_obeyed(speaker: ChatModel) -> None:
-    def said(**words: Any) -> str:
-        return "".join(speaker.stream(ASK, max_new_tokens=24, **words))
+def test_sampling_settings_are_applied(gguf_chat: ChatModel) -> None:
+    def generate(**settings: Any) -> str:
+        return "".join(gguf_chat.stream(ASK, max_new_tokens=24, **settings))
 
-    greedy = said()
-    assert said(temperature=1.5, seed=1) == said(temperature=1.5, seed=1) != said(temperature=1.5, seed=2)
-    assert said(temperature=1.5, seed=1) != greedy == said(temperature=1.5, seed=1, top_k=1)
-    assert said(repetition_penalty=10.0) != greedy
+    greedy = generate()
+    assert generate(temperature=1.5, seed=1) == generate(temperature=1.5, seed=1) != generate(temperature=1.5, seed=2)
+    assert generate(temperature=1.5, seed=1) != greedy == generate(temperature=1.5, seed=1, top_k=1)
+    assert generate(repetition_penalty=10.0) != greedy
     heard: list[int] = []
-    list(speaker.stream(ASK, heard.append, max_new_tokens=24, repetition_penalty=10.0))
-    assert len(set(heard)) == len(heard), "nothing is said twice under such a penalty"
+    list(gguf_chat.stream(ASK, heard.append, max_new_tokens=24, repetition_penalty=10.0))
+    assert len(set(heard)) == len(heard), "no token repeats under such a penalty"
     drawn: list[int] = []
-    list(speaker.stream(ASK, drawn.append, max_new_tokens=24, temperature=2.0, seed=3))
+    list(gguf_chat.stream(ASK, drawn.append, max_new_tokens=24, temperature=2.0, seed=3))
     assert len(set(drawn)) > 12, "each token is drawn by a number of its own"
-    assert speaker.chat(ASK, max_new_tokens=24) == greedy
+    assert gguf_chat.chat(ASK, max_new_tokens=24) == greedy
 
 
-def test_an_answer_that_is_given_up_leaves_its_slot(speaker: ChatModel) -> None:
-    assert isinstance(speaker.generator, LlamaCppBackend)
-    for _ in range(speaker.generator.slots + 1):
-        pieces = speaker.stream(ASK, max_new_tokens=40)
+def test_abandoned_answer_frees_its_slot(gguf_chat: ChatModel) -> None:
+    assert isinstance(gguf_chat.generator, LlamaCppBackend)
+    for _ in range(gguf_chat.generator.slots + 1):
+        pieces = gguf_chat.stream(ASK, max_new_tokens=40)
         assert next(pieces)
         pieces.close()  # type: ignore[attr-defined]
-    assert "".join(speaker.stream(ASK, max_new_tokens=4)) == speaker.chat(ASK, max_new_tokens=4)
+    assert "".join(gguf_chat.stream(ASK, max_new_tokens=4)) == gguf_chat.chat(ASK, max_new_tokens=4)
 
 
-def test_it_takes_no_more_memory_than_it_may(
+def test_cache_memory_is_limited(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = open_chat_model(str(file), template="chatml", rows=3).generator
     assert isinstance(whole, LlamaCppBackend) and whole.slots == 3
     monkeypatch.setattr(llamacpp, "CACHE", 1 << 12)
     monkeypatch.setattr(llamacpp, "MIN_CONTEXT", 100)
-    speaker = open_chat_model(str(file), template="chatml")
-    assert isinstance(speaker.generator, LlamaCppBackend)
-    assert (speaker.generator.slots, speaker.context) == (1, 100) and speaker.context < whole.context
+    gguf_chat = open_chat_model(str(file), template="chatml")
+    assert isinstance(gguf_chat.generator, LlamaCppBackend)
+    assert (gguf_chat.generator.slots, gguf_chat.context) == (1, 100) and gguf_chat.context < whole.context
     assert "sees at most 100 tokens here" in capsys.readouterr().out
     heard: list[int] = []
-    list(speaker.stream(ASK, heard.append, max_new_tokens=400))
-    assert len(speaker.prompt_ids(ASK)) + len(heard) == 100 or speaker.ended(heard)
+    list(gguf_chat.stream(ASK, heard.append, max_new_tokens=400))
+    assert len(gguf_chat.prompt_ids(ASK)) + len(heard) == 100 or gguf_chat.ended(heard)
 
 
-def test_the_terminal_says_who_answers(file: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_names_the_engine(file: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def chat() -> str:
         type_lines(["问"], monkeypatch)
         code, out, err = tongwen("chat", file, "--template", "chatml", "--max-new-tokens", 8)
@@ -96,17 +96,17 @@ def test_the_terminal_says_who_answers(file: Path, tongwen: Any, monkeypatch: py
 
     assert f"{file.name}: llama.cpp answers" in chat()
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
-    said = chat()
-    assert "transformers unpacks it and answers" in said and "pip install 'tongwen[llamacpp]'" in said
+    shown = chat()
+    assert "transformers unpacks it and answers" in shown and "pip install 'tongwen[llamacpp]'" in shown
 
 
-def test_without_the_wheel_transformers_answers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_is_used_without_xllamacpp(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
-    speaker = open_chat_model(str(file), template="chatml")
-    assert type(speaker.generator) is TextGenerator
-    assert isinstance(speaker.chat(ASK, max_new_tokens=4), str)
+    gguf_chat = open_chat_model(str(file), template="chatml")
+    assert type(gguf_chat.generator) is TextGenerator
+    assert isinstance(gguf_chat.chat(ASK, max_new_tokens=4), str)
 
 
-def test_the_bits_of_a_file_are_its_own(file: Path, tongwen: Any) -> None:
+def test_load_option_is_refused_for_gguf(file: Path, tongwen: Any) -> None:
     code, _, err = tongwen("chat", file, "--load", "8bit")
     assert code == 4 and f"{file} · --load 8bit" in err and "--load full" in err

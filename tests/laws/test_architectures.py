@@ -76,7 +76,7 @@ def plain(folder: Path) -> Any:
 
 @pytest.mark.sample("gpt_oss", "qwen3_5_moe_text", "gemma3", "qwen3_5_moe")
 @pytest.mark.parametrize("kind", [*CAUSAL, *WRAPPED])
-def test_an_adapter_merges_into_what_peft_computes(kind: str, tmp_path: Path, tongwen: Any) -> None:
+def test_merged_adapter_matches_peft(kind: str, tmp_path: Path, tongwen: Any) -> None:
     from peft import PeftModel
 
     base = make_base(tmp_path / "base", kind)
@@ -97,7 +97,7 @@ def test_an_adapter_merges_into_what_peft_computes(kind: str, tmp_path: Path, to
             assert torch.equal(before[name], after[name])
 
 
-def test_full_training_keeps_the_tower_and_the_architecture(tmp_path: Path, tongwen: Any) -> None:
+def test_full_training_keeps_the_vision_tower_and_architecture(tmp_path: Path, tongwen: Any) -> None:
     base = make_base(tmp_path / "base", "qwen3_5")
     recipe = write_recipe(tmp_path, base, rows=dialogues(10), sft=", stop_after: 1 steps", merge=False)
     recipe.write_text(recipe.read_text().replace("{rank: 4}", "{method: full}"))
@@ -110,24 +110,22 @@ def test_full_training_keeps_the_tower_and_the_architecture(tmp_path: Path, tong
     assert type(plain(tmp_path / "out" / "sft")) is type(plain(base))
 
 
-def test_packing_false_pads(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:
+def test_packing_false_uses_padded_batches(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:
     code, out, err = tongwen("run", write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps, packing: false"))
     assert code == 0 and "padded batches: sft.packing: false" in out + err
 
 
-@pytest.mark.parametrize(("kind", "words"), [("T5", "T5ForConditionalGeneration"), ("Bert", "BertForMaskedLM")])
-def test_a_model_that_predicts_no_next_token_is_refused_by_check(
-    kind: str, words: str, tmp_path: Path, tongwen: Any
-) -> None:
+@pytest.mark.parametrize(("kind", "architecture"), [("T5", "T5ForConditionalGeneration"), ("Bert", "BertForMaskedLM")])
+def test_non_causal_model_is_refused_by_check(kind: str, architecture: str, tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    facts = {"model_type": kind.lower(), "architectures": [words], "is_encoder_decoder": kind == "T5"}
+    facts = {"model_type": kind.lower(), "architectures": [architecture], "is_encoder_decoder": kind == "T5"}
     (base / "config.json").write_text(json.dumps(facts))
     code, _, err = tongwen("check", write_recipe(tmp_path, base))
-    assert code == 4 and words in err and "Traceback" not in err
+    assert code == 4 and architecture in err and "Traceback" not in err
 
 
-def test_a_model_that_sees_later_tokens_is_refused(tmp_path: Path, tongwen: Any) -> None:
+def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
     base = tmp_path / "base"

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import remade, tensors, without_chatml, write_recipe, write_rows
-from tests.launching import in_a_child, launched, needs_deepspeed
+from tests.launching import needs_deepspeed, run_forked, run_ranks
 from tongwen.core import distributed
 from tongwen.core.model_families import FAMILIES
 from tongwen.train.parallel import Engine
@@ -79,37 +79,37 @@ def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     made = {}
     for method in ("lora", "full", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])):
         folder = tmp_path_factory.mktemp(f"alone_{method}")
-        assert in_a_child("run", recipe_for(folder, chat_model, method)) == 0
+        assert run_forked("run", recipe_for(folder, chat_model, method)) == 0
         made[method] = folder / "out" / ("sft" if method == "full" else "merge")
     return made
 
 
-def die_at(step: int) -> Any:
+def kill_at_step(step: int) -> Any:
     """Return a function that kills rank 1 at that step."""
 
-    def arm(rank: int) -> None:
+    def install(rank: int) -> None:
         original = PlannedTrainer.training_step
 
-        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+        def step_or_kill(self: Any, *arguments: Any, **options: Any) -> Any:
             if rank == 1 and self.state.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
 
-        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+        PlannedTrainer.training_step = step_or_kill  # type: ignore[method-assign]
 
-    return arm
+    return install
 
 
-@pytest.mark.sample("ddp-lora", "fsdp2-full", "zero3-lora")
+@pytest.mark.sample("fsdp2-full", "zero3-lora")
 @pytest.mark.parametrize(("engine", "method"), CASES)
-def test_two_processes_killed_and_resumed_are_one_process(
+def test_two_killed_and_resumed_processes_match_one(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
 ) -> None:
     recipe = recipe_for(tmp_path, chat_model, method, engine)
-    first = launched(2, "run", recipe, before=die_at(5))
+    first = run_ranks(2, "run", recipe, before=kill_at_step(5))
     assert first[1] == -signal.SIGKILL and first[0] == 5, "the other process ends too, and says why"
     assert not (tmp_path / "out" / "sft").exists()
-    assert launched(2, "run", recipe) == [0, 0]
+    assert run_ranks(2, "run", recipe) == [0, 0]
     stage = tmp_path / "out" / "sft"
     assert [line["step"] for line in metrics(stage)] == list(range(1, 9))
     assert json.loads((stage / "manifest.json").read_text())["engine"] == engine
@@ -122,12 +122,12 @@ def test_two_processes_killed_and_resumed_are_one_process(
             assert found[name].shape == part.shape and torch.allclose(found[name], part, atol=1e-5), name
 
 
-def test_a_base_in_16_bits_becomes_fp32_when_it_is_shared_out(chat_model: Path, tmp_path: Path) -> None:
+def test_sharded_16_bit_base_trains_in_fp32(chat_model: Path, tmp_path: Path) -> None:
     half = {name: part.bfloat16() for name, part in tensors(chat_model).items()}
     base, made = remade(chat_model, tmp_path / "base", half, dtype="bfloat16"), {}
     for engine, world in (("auto", 1), ("fsdp2", 2)):
         recipe = recipe_for(tmp_path / engine, base, "full", engine)
-        assert launched(world, "run", recipe) == [0] * world
+        assert run_ranks(world, "run", recipe) == [0] * world
         made[engine] = tensors(tmp_path / engine / "out" / "sft")
     for name, part in made["auto"].items():
         assert part.dtype == made["fsdp2"][name].dtype == torch.float32
@@ -148,11 +148,9 @@ def pad_everything(rank: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
-    method: str, chat_model: Path, tmp_path: Path
-) -> None:
+def test_first_gradient_is_independent_of_the_batch_layout(method: str, chat_model: Path, tmp_path: Path) -> None:
     """1 x 8 = 8 x 1 = 2 processes x 4 = packed = padded, through the real command."""
-    settings = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps, samples: 0"
+    settings = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps"
     cuts = {
         "8 x 1": (1, 16, None),
         "1 x 8": (1, 4096, None),
@@ -164,10 +162,10 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
         folder = tmp_path / name.replace(" ", "-")
         recipe = recipe_for(folder, chat_model, method, sft=f"{settings}, micro_batch_tokens: {tokens}")
         text = recipe.read_text()
-        for doubled in (", batch_size: 4", ", samples: 1", ", save_every: 3", ", stop_after: 8 steps"):
+        for doubled in (", batch_size: 4", ", save_every: 3", ", stop_after: 8 steps"):
             text = text.replace(doubled, "", 1)
         recipe.write_text(text.replace("merge: {}\n", ""))
-        assert launched(world, "run", recipe, before=before) == [0] * world
+        assert run_ranks(world, "run", recipe, before=before) == [0] * world
         found[name] = first_step(folder / "out" / "sft")
     loss, gradient = found["8 x 1"]
     for name, (other_loss, other) in found.items():
@@ -175,14 +173,14 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
         assert float((other - gradient).norm() / gradient.norm()) < 1e-6, name
 
 
-def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+def test_silently_replaced_engine_is_detected(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
     """accelerate silently replaces FSDP by DDP on a CPU."""
 
     def leave_it_to_accelerate(rank: int) -> None:
         Engine.enforce = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
         Engine.shard = lambda self, model, dtype: None  # type: ignore[method-assign]
 
-    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora", "fsdp2"), before=leave_it_to_accelerate) == [
+    assert run_ranks(2, "run", recipe_for(tmp_path, chat_model, "lora", "fsdp2"), before=leave_it_to_accelerate) == [
         5,
         5,
     ]
@@ -191,7 +189,7 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
 
 @pytest.mark.sample("fsdp2-auto")
 @pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
-def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
+def test_two_stages_run_under_one_launcher(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
     """The second stage waits for the files of the first, and no state of the first engine is left. It trains single rows."""
     base, made = without_chatml(chat_model, tmp_path / "base"), {}
     for name, engines in {"one": ("auto", "auto"), "two": (first, then)}.items():
@@ -202,44 +200,48 @@ def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat
         text = text.replace("prepare: {", f"prepare: {{documents: {documents}, ")
         recipe.write_text(f"{text}pretrain: {{{settings}, engine: {word_of(engines[0], recipe.parent)}}}\n")
         world = 1 if name == "one" else 2
-        assert launched(world, "run", recipe) == [0] * world
+        assert run_ranks(world, "run", recipe) == [0] * world
         made[name] = tensors(tmp_path / name / "out" / "merge")
     for name, part in made["one"].items():
         assert torch.allclose(made["two"][name], part, atol=1e-5), name
 
 
 @pytest.mark.parametrize("flag", ["--again", "--fork"])
-def test_several_processes_do_not_rewrite_at_once(flag: str, chat_model: Path, tmp_path: Path, capfd: Any) -> None:
-    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora"), flag) == [2, 2]
+def test_again_and_fork_are_refused_under_a_launcher(flag: str, chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    assert run_ranks(2, "run", recipe_for(tmp_path, chat_model, "lora"), flag) == [2, 2]
     assert f"{flag} --devices 2" in capfd.readouterr().err
 
 
-def test_a_changed_recipe_is_refused_under_a_launcher_too(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+@pytest.mark.sample()
+def test_changed_recipe_is_refused_under_a_launcher(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
     recipe = recipe_for(tmp_path, chat_model, "lora")
-    assert launched(2, "run", recipe, before=die_at(5))[1] == -signal.SIGKILL
-    assert launched(2, "run", recipe, "sft.learning_rate=1e-3", "sft.weight_decay=0.3") == [2, 2]
+    assert run_ranks(2, "run", recipe, before=kill_at_step(5))[1] == -signal.SIGKILL
+    assert run_ranks(2, "run", recipe, "sft.learning_rate=1e-3", "sft.weight_decay=0.3") == [2, 2]
     err = capfd.readouterr().err
     assert "sft.learning_rate: 0.01 → 0.001" in err and "sft.weight_decay: 0.0 → 0.3" in err
-    assert launched(2, "run", recipe) == [0, 0]
+    assert run_ranks(2, "run", recipe) == [0, 0]
 
 
-def test_packs_of_another_number_of_processes_are_other_steps(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+def test_batch_tokens_refuse_another_number_of_processes(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", batch_tokens: 400")
     recipe.write_text(recipe.read_text().replace("batch_size: 4, ", ""))
-    assert in_a_child("run", recipe, before=lambda: die_at(5)(1)) == signal.SIGKILL
-    assert launched(2, "run", recipe) == [2, 2]
+    assert run_forked("run", recipe, before=lambda: kill_at_step(5)(1)) == signal.SIGKILL
+    assert run_ranks(2, "run", recipe) == [2, 2]
     assert "processes: 1 → 2" in (err := capfd.readouterr().err) and "--devices 1" in err
-    assert in_a_child("run", recipe) == 0
+    assert run_forked("run", recipe) == 0
 
 
-def test_a_launcher_does_not_change_precision(chat_model: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+def test_launcher_environment_does_not_change_precision(
+    chat_model: Path, tmp_path: Path, alone: dict[str, Path]
+) -> None:
     def ask(rank: int) -> None:
         os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "eager"}
 
-    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora"), before=ask) == [0, 0]
+    assert run_ranks(2, "run", recipe_for(tmp_path, chat_model, "lora"), before=ask) == [0, 0]
     assert torch.allclose(logits(tmp_path / "out" / "merge"), logits(alone["lora"]), atol=1e-5)
 
 
+@pytest.mark.sample()
 def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, tmp_path: Path) -> None:
     """The falling scores of rank 0 decide. By its own scores rank 1 would stop, and rank 0 would wait for it forever."""
 
@@ -254,16 +256,17 @@ def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, t
         job._score = score  # type: ignore[assignment]
 
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", evaluate_every: 1, patience: 1")
-    assert launched(2, "run", recipe, before=rising, seconds=60) == [0, 0]
+    assert run_ranks(2, "run", recipe, before=rising, seconds=60) == [0, 0]
     found = metrics(tmp_path / "out" / "sft")
     scores = [line["bits_per_byte"] for line in found]
     assert len(found) == 8 and scores == sorted(scores, reverse=True)
 
 
-def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.sample()
+def test_signal_to_the_process_group_saves_a_checkpoint(chat_model: Path, tmp_path: Path) -> None:
     """Slurm and systemd send the signal to the command, the launcher and the processes."""
-    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
-    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    recipe = recipe_for(tmp_path, chat_model, "lora")
+    recipe.write_text(recipe.read_text().replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -278,10 +281,11 @@ def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> 
     assert stopped == metrics(tmp_path / "out" / "sft.partial")[-1]["step"]
 
 
-def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.sample()
+def test_killed_rank_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
     """Processes started by `tongwen run --devices 2`."""
-    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
-    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    recipe = recipe_for(tmp_path, chat_model, "lora")
+    recipe.write_text(recipe.read_text().replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"
@@ -306,7 +310,7 @@ def wait_until(done: Any, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_variables_match_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that what is set is taken back
         monkeypatch.delenv(name)

@@ -27,7 +27,7 @@ def exists(test: str) -> bool:
     return (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
-def test_all_forty_eight_name_tests_that_exist() -> None:
+def test_all_48_failures_name_existing_tests() -> None:
     known = failures()
     assert list(known) == [f"F-{number:02}" for number in range(1, 49)]
     for one in known.values():
@@ -36,7 +36,7 @@ def test_all_forty_eight_name_tests_that_exist() -> None:
             assert text and not re.search("[\u4e00-\u9fff]", text.replace("是", "")), one.id
 
 
-def test_doctor_explains_one_by_its_number(tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_explains_a_failure_by_its_number(tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = tongwen("doctor", "F-02")
     assert code == 0 and "requires_grad_()" in out and "audit" in out and "test_training_step.py" in out
     assert find("f2") is find("F-02")
@@ -50,7 +50,7 @@ def test_doctor_explains_one_by_its_number(tongwen: Any, monkeypatch: pytest.Mon
 # -- provoked here -------------------------------------------------------------------------------------------------
 
 
-def test_deepspeed_beside_8_bits_is_said(tongwen: Any) -> None:
+def test_deepspeed_with_8_bit_is_reported(tongwen: Any) -> None:
     line = ["deepspeed", "finetune.py", "--use_lora", "--deepspeed", "run_config/deepspeed_config.json"]
     line += ["--lora_hyperparams_file", "lora_hyperparams_bloom.json", "--model_config_file", "Bloom_config.json"]
     code, out, _ = tongwen("migrate", "--json", "--", *line)
@@ -59,20 +59,20 @@ def test_deepspeed_beside_8_bits_is_said(tongwen: Any) -> None:
     assert verdicts["deepspeed"]["verdict"] == "dropped" and "dropped it silently" in verdicts["deepspeed"]["why"]
 
 
-def test_deepspeed_under_8_bits_is_refused(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_deepspeed_with_int8_qlora_is_refused(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", engine: zero2")
     recipe.write_text(recipe.read_text().replace("{rank: 4}", "{method: qlora, quantize: int8}"))
     code, _, err = tongwen("check", recipe)
     assert code == 2 and "`method: qlora` does not work with `engine: zero2`" in err and "engine: fsdp2" in err
 
 
-def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
+def test_random_seed_is_replaced_with_a_notice(tongwen: Any) -> None:
     code, out, _ = tongwen("migrate", "--", "python", "finetune.py", "--base_model", "x", "--seed", "$RANDOM")
     assert code == 0
     assert re.search(r"mended +seed \$RANDOM → seed: 42", out)
 
 
-def test_another_process_splits_and_orders_alike(chat_model: Path, tmp_path: Path) -> None:
+def test_split_and_order_are_equal_across_processes(chat_model: Path, tmp_path: Path) -> None:
     """Independent of the salt of Python's hashes."""
     made = []
     for salt in ("1", "2"):
@@ -89,7 +89,7 @@ def test_another_process_splits_and_orders_alike(chat_model: Path, tmp_path: Pat
     assert made[0] == made[1] and all(made[0])
 
 
-def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: Any, tmp_path: Path) -> None:
+def test_extended_tokenizer_of_any_size_is_accepted(tongwen: Any, tmp_path: Path) -> None:
     from tongwen.vocab.train import train_sentencepiece
 
     base = tmp_path / "base"
@@ -117,7 +117,7 @@ def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: A
     assert code == 4 and "differ from id" in err
 
 
-def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_path: Path) -> None:
+def test_tokenizer_without_pad_learns_to_stop(tongwen: Any, tmp_path: Path) -> None:
     import tongwen as package
 
     base = tmp_path / "base"
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_
     assert live.chat([{"role": "user", "content": "7"}], max_new_tokens=20) == "你好。"
 
 
-def test_what_learns_stands_in_fp32_also_on_an_fp16_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_trained_weights_are_fp32_on_an_fp16_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     base = remade(chat_model, tmp_path / "half", {name: one.half() for name, one in tensors(chat_model).items()})
     code, _, err = tongwen("run", write_recipe(tmp_path, base, merge=False), "sft.stop_after=2 steps")
     assert code == 0, err
@@ -151,7 +151,7 @@ def test_what_learns_stands_in_fp32_also_on_an_fp16_base(chat_model: Path, tongw
     assert all(one.isfinite().all() for one in learned.values())
 
 
-def test_a_base_model_is_not_talked_to_without_a_template(tongwen: Any, tmp_path: Path) -> None:
+def test_base_model_without_template_is_refused(tongwen: Any, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "base", len(sentencepiece_tokenizer(tmp_path / "base")))
     (tmp_path / "prompts.txt").write_text("你好\n", encoding="utf-8")
     asking = ["generate", "--model", tmp_path / "base", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 2]

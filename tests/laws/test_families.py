@@ -55,13 +55,13 @@ def family_folder(folder: Path, family: str, ice: Path) -> Path:
 @pytest.mark.sample("llama-lora", "qwen3-lora", "gemma3_text-lora", "deepseek_v3-lora", "chatglm-lora", "llama-qlora")
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_family_trains_and_merges(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
     """Train in full on plain text, then an adapter on dialogues; or an adapter on the quantised base."""
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     facts, base = FAMILIES[family], family_folder(tmp_path / "base", family, small_ice)
     recipe = write_recipe(tmp_path, base, rows=dialogues(10), sft=", stop_after: 4 steps")
-    text = recipe.read_text().replace("rank: 4", f"rank: 4, method: {method}").replace("samples: 1", "samples: 0")
+    text = recipe.read_text().replace("rank: 4", f"rank: 4, method: {method}")
     text = text.replace("template: chatml", "template: own") if family == "chatglm" else text
     if method == "lora" and not facts.dialogues_only:
         (tmp_path / "text.txt").write_text("\n\n".join(texts(12)), encoding="utf-8")
@@ -85,10 +85,10 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_usual_targets_are_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_default_targets_exist_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
     from tongwen.model.loading import load
 
-    model = load.make_skeleton(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
+    model = load.build_on_meta(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
     assert set(FAMILIES[family].targets) <= {name.split(".")[-1] for name, _ in model.named_modules()}
 
 
@@ -106,7 +106,7 @@ def check_merged(base: Path, adapter: Path, merged: Path) -> None:
         assert float((live - untrained.eval()(ids).logits).abs().max()) > 1e-3
 
 
-def test_a_table_of_positions_is_not_read_beyond_its_end(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_max_length_beyond_the_position_table_is_refused(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
     base = family_folder(tmp_path / "base", "gpt2", small_ice)
     rows = [{"instruction": "长", "input": "", "output": "龘靐" * 100}, *dialogues(8)]
     recipe = write_recipe(tmp_path, base, rows=rows, merge=False)
@@ -115,7 +115,7 @@ def test_a_table_of_positions_is_not_read_beyond_its_end(small_ice: Path, tmp_pa
     assert code == 2 and "a table of only 256 positions" in err and "max_length: 256" in err
 
 
-def test_a_prefix_model_does_not_learn_from_plain_text(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_prefix_model_refuses_plain_text(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
     base = family_folder(tmp_path / "base", "chatglm", small_ice)
     (tmp_path / "text.txt").write_text("\n\n".join(texts(12)), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"

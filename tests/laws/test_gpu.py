@@ -15,7 +15,7 @@ from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
 from tests.laws.test_speed import batch_of, gradient
 from tests.laws.test_training_step import random_store
 from tongwen.cli.main import main
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import compile_layers
 from tongwen.model.kernels.fused_blocks import fuse_blocks
@@ -44,7 +44,7 @@ def on_gpu(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 @pytest.fixture()
-def flashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def flash_attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets an entry for each call of flash attention."""
     called: list[int] = []
     original = packed_attention._all_at_once
@@ -54,7 +54,9 @@ def flashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("window", [None, 1, 5, 99])
 @pytest.mark.parametrize("heads", [8, 2])
-def test_flash_attention_is_each_document_alone(heads: int, window: int | None, flashes: list[int]) -> None:
+def test_flash_attention_matches_separate_documents(
+    heads: int, window: int | None, flash_attention_calls: list[int]
+) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(1, many, 50, 64, device="cuda", requires_grad=True) for many in (8, heads, heads)]
     borders = torch.tensor([0, 1, 30, 50], dtype=torch.int32, device="cuda")
@@ -65,10 +67,10 @@ def test_flash_attention_is_each_document_alone(heads: int, window: int | None, 
         return [out, *torch.autograd.grad(out.float().square().sum(), parts)]
 
     exact = both(*parts)
-    assert not flashes, "fp32 goes the other way"
+    assert not flash_attention_calls, "fp32 goes the other way"
     with torch.autocast("cuda", torch.bfloat16):
         fast = both(*parts)
-    assert flashes
+    assert flash_attention_calls
     of_size = max(
         float(wanted.detach().norm()) for wanted in exact
     )  # who sees only itself has no gradient of its scores
@@ -77,16 +79,16 @@ def test_flash_attention_is_each_document_alone(heads: int, window: int | None, 
         assert float((found.detach().float() - wanted.detach()).norm()) < near
 
 
-def test_documents_in_a_pack_do_not_see_each_other(base: Path, flashes: list[int]) -> None:
+def test_packed_documents_are_isolated(base: Path, flash_attention_calls: list[int]) -> None:
     store = random_store(2, longest=60)
     assert audit.check_isolation(on_gpu(base), [store.sample(0), store.sample(1)], learned_loss) < 0.05
-    assert flashes
+    assert flash_attention_calls
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
+def test_gpu_gradient_matches_cpu(method: str, base: Path) -> None:
     choice = AdapterConfig(method="full") if method == "full" else AdapterConfig(rank=4)
-    model = adapt(load_model(ModelRef("t", str(base)), torch.float32), choice, []).model
+    model = make_trainable(load_model(ModelRef("t", str(base)), torch.float32), choice, []).model
     model.set_attn_implementation(packed_attention.register())
     loss, wanted = gradient(model, batch_of(4))
     model.cuda()
@@ -100,8 +102,8 @@ def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
             assert float((found.cpu() - wanted).norm() / wanted.norm()) < near
 
 
-def test_fused_blocks_give_the_gradient_of_layers_as_written(base: Path) -> None:
-    model = adapt(on_gpu(base), AdapterConfig(rank=4), []).model.train()
+def test_fused_blocks_match_the_unfused_gradient(base: Path) -> None:
+    model = make_trainable(on_gpu(base), AdapterConfig(rank=4), []).model.train()
     for name, part in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(part, std=0.05)
@@ -115,7 +117,7 @@ def test_fused_blocks_give_the_gradient_of_layers_as_written(base: Path) -> None
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
-def test_the_loss_on_a_gpu_is_torchs_own() -> None:
+def test_gpu_loss_matches_torch() -> None:
     logits = torch.randn(600, 50, device="cuda", requires_grad=True)
     targets = torch.randint(0, 50, (600,), device="cuda")
     total, _ = LearnedCrossEntropy.apply(logits * 1.0, targets, 1.0)
@@ -124,20 +126,20 @@ def test_the_loss_on_a_gpu_is_torchs_own() -> None:
     assert logits.grad is not None and torch.allclose(logits.grad, wanted, atol=1e-5)
 
 
-def test_compiled_layers_give_the_same_gradient(base: Path, flashes: list[int]) -> None:
-    model = adapt(on_gpu(base), AdapterConfig(rank=4), []).model.train()
+def test_compiled_layers_give_the_same_gradient(base: Path, flash_attention_calls: list[int]) -> None:
+    model = make_trainable(on_gpu(base), AdapterConfig(rank=4), []).model.train()
     batch = to_device(batch_of(4), model)
     loss, wanted = gradient(model, batch)
-    assert compile_layers(model) == 2 and flashes
-    flashes.clear()
+    assert compile_layers(model) == 2 and flash_attention_calls
+    flash_attention_calls.clear()
     found_loss, found = gradient(model, batch)
-    assert flashes, "compiled layers go the same way"
+    assert flash_attention_calls, "compiled layers go the same way"
     assert found_loss == pytest.approx(loss, rel=0.01)
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
-def test_a_micro_batch_that_does_not_fit_is_found_and_leaves_room(base: Path) -> None:
-    model = adapt(on_gpu(base), AdapterConfig(rank=4), []).model
+def test_micro_batch_that_does_not_fit_is_detected_and_freed(base: Path) -> None:
+    model = make_trainable(on_gpu(base), AdapterConfig(rank=4), []).model
     assert fits(model, batch_of(4), learned_loss, nullcontext(), passes=2, reserve=0)
     before = torch.cuda.memory_allocated()  # with what the first product on a GPU takes for good
     whole = torch.cuda.get_device_properties(0).total_memory
@@ -146,12 +148,14 @@ def test_a_micro_batch_that_does_not_fit_is_found_and_leaves_room(base: Path) ->
 
 
 @pytest.mark.parametrize("settings", ["", ", compile: true", ", activation_checkpointing: on"])
-def test_a_run_learns_on_a_gpu(settings: str, base: Path, tmp_path: Path, flashes: list[int]) -> None:
+def test_training_on_gpu_lowers_the_loss(
+    settings: str, base: Path, tmp_path: Path, flash_attention_calls: list[int]
+) -> None:
     recipe = write_recipe(tmp_path, base, sft=f", stop_after: 12 steps{settings}")
     recipe.write_text(recipe.read_text().replace("precision: fp32", "precision: bf16"))
     assert main(["run", str(recipe)]) == 0
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert losses[-1] < losses[0] and flashes
+    assert losses[-1] < losses[0] and flash_attention_calls
     shutil.rmtree(tmp_path / "out")

@@ -112,7 +112,7 @@ def find_loop(edges: dict[str, set[str]]) -> list[str]:
 
 
 def longest_chain(edges: dict[str, set[str]]) -> list[str]:
-    """Return the length of the longest import chain between folders. There must be no loop."""
+    """Return the longest import chain between folders. There must be no loop."""
     known: dict[str, list[str]] = {}
 
     def chain(name: str) -> list[str]:
@@ -124,7 +124,7 @@ def longest_chain(edges: dict[str, set[str]]) -> list[str]:
     return max((chain(name) for name in sorted(edges)), key=len)
 
 
-def test_every_folder_imports_only_what_lies_below() -> None:
+def test_folders_import_only_lower_layers() -> None:
     assert {file.name for file in SOURCE.glob("*.py")} <= FLAT
     assert {folder.name for folder in SOURCE.iterdir() if any(folder.glob("*.py"))} == {*LAYERS}
     for name, file in MODULES.items():
@@ -135,24 +135,24 @@ def test_every_folder_imports_only_what_lies_below() -> None:
         assert found <= {*LAYERS[top]}, f"{file} imports {found - {*LAYERS[top]}}"
 
 
-def test_no_loop_of_any_length() -> None:
+def test_no_import_cycles() -> None:
     assert find_loop({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
     assert find_loop({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     assert not find_loop(module_edges())
     assert not find_loop(folder_edges())
 
 
-def test_at_most_eight_levels_of_folders() -> None:
+def test_import_chain_has_at_most_eight_folders() -> None:
     chain = longest_chain(folder_edges())
     assert len(chain) <= 8, " -> ".join(chain)
 
 
-def test_a_class_name_stands_once_in_the_package() -> None:
+def test_class_names_are_unique() -> None:
     found = dict[str, str]()
     for name, file in MODULES.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
-                assert node.name not in found, f"{node.name} stands in {found.get(node.name)} and {name}"
+                assert node.name not in found, f"{node.name} is in {found.get(node.name)} and {name}"
                 found[node.name] = name
 
 
@@ -164,7 +164,7 @@ def test_no_function_is_longer_than_a_hundred_lines() -> None:
                 assert length <= 100, f"{file}: {node.name} has {length} lines"
 
 
-def test_light_layers_are_plain_python() -> None:
+def test_light_layers_import_no_heavy_package() -> None:
     for folder in ("core", "recipe", "cli", "stages"):
         for file in (SOURCE / folder).rglob("*.py"):
             body = ast.parse(file.read_text(encoding="utf-8")).body
@@ -173,7 +173,7 @@ def test_light_layers_are_plain_python() -> None:
             assert not heavy, f"{file} imports {heavy} at its top"
 
 
-def test_nothing_unpickles_or_runs_foreign_code() -> None:
+def test_no_code_unpickles_or_runs_remote_code() -> None:
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -232,14 +232,14 @@ def copy_of_a_run(folder: Path) -> None:
         copy(DATA / name, folder / name)
 
 
-def test_a_finished_run_imports_only_what_says_so(tmp_path: Path) -> None:
+def test_finished_run_imports_no_heavy_package(tmp_path: Path) -> None:
     copy_of_a_run(tmp_path)
     found = imported_by(COMMAND, "run", "finished/recipe.yaml", folder=tmp_path)
     assert "tongwen.stages.sft" in found
     assert not {*HEAVY, "psutil", "jinja2"} & found
 
 
-def test_a_plan_imports_neither_the_trainer_nor_the_compiler(tmp_path: Path) -> None:
+def test_plan_imports_neither_the_trainer_nor_the_compiler(tmp_path: Path) -> None:
     """The Trainer brings datasets and pandas; bitsandbytes, which peft imports, hands functions to torch's compiler."""
     copy_of_a_run(tmp_path)
     found = imported_by(COMMAND, "plan", "sft.yaml", folder=tmp_path)
@@ -248,14 +248,14 @@ def test_a_plan_imports_neither_the_trainer_nor_the_compiler(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("command", "needs"), [("compare", ""), ("tokenizer", "tokenizers numpy"), ("web", "tokenizers numpy")]
+    ("command", "needs"), [("show_runs", ""), ("tokenizer", "tokenizers numpy"), ("web", "tokenizers numpy")]
 )
-def test_commands_that_compute_with_no_model_import_no_torch(command: str, needs: str) -> None:
+def test_commands_without_a_model_import_no_torch(command: str, needs: str) -> None:
     found = imported_by(f"import tongwen.commands.{command}")
     assert not ({*HEAVY} - {*needs.split()}) & found
 
 
-def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
+def test_merge_imports_neither_torch_nor_the_recipe() -> None:
     """For a small model, each of these imports takes longer than the merge itself."""
     assert not {"torch", "transformers", "pydantic"} & imported_by("import tongwen.commands.merge")
 
@@ -269,7 +269,7 @@ def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
         ("Skipped: needs a GPU", "skipped"),
     ],
 )
-def test_a_package_that_ci_installs_is_no_reason_to_skip(
+def test_missing_ci_package_fails_instead_of_skipping(
     reason: str, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for may_lack, found in ((None, "skipped"), ("lm_eval strace", outcome)):

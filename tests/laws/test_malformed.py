@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.data.test_reader import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, contents_of, take
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.data import files, json_array, reader, tables
 from tongwen.data.files import find_files
 from tongwen.data.reader import read_rows
@@ -187,7 +187,7 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, pa
 @pytest.mark.parametrize(
     ("line", "reason", "expected"), [case[1:] for case in BAD_LINES], ids=[case[0] for case in BAD_LINES]
 )
-def test_a_bad_line_costs_itself_alone(line: bytes, reason: str, expected: str, tmp_path: Path) -> None:
+def test_bad_line_rejects_only_itself(line: bytes, reason: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(around(line))
     good, bad = take(file)
@@ -206,7 +206,7 @@ BREAKS_ARRAYS = {"not_json", "too_deep"}
     [case[1:3] for case in BAD_LINES if case[0] != AS_TWO],
     ids=[case[0] for case in BAD_LINES if case[0] != AS_TWO],
 )
-def test_a_bad_element_of_an_array(line: bytes, reason: str, tmp_path: Path) -> None:
+def test_bad_array_element_is_reported(line: bytes, reason: str, tmp_path: Path) -> None:
     """A bad element that is JSON loses its row; one that is not ends the file, naming the place and the rows before it."""
     file = tmp_path / "a.json"
     file.write_bytes(b"[" + GOOD + b",\n" + line + b",\n" + GOOD + b"]")
@@ -234,7 +234,7 @@ def test_a_bad_element_of_an_array(line: bytes, reason: str, tmp_path: Path) -> 
         (b'"a"', "not_an_object"),
     ],
 )
-def test_a_bad_document_costs_itself_alone(line: bytes, reason: str, tmp_path: Path) -> None:
+def test_bad_document_rejects_only_itself(line: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(around(line, DOCUMENT))
     good, bad = take(tmp_path / "a.jsonl", documents=True)
     assert len(good) == 2
@@ -262,13 +262,13 @@ ACCEPTED: list[tuple[str, bytes]] = [
 
 
 @pytest.mark.parametrize("line", [case[1] for case in ACCEPTED], ids=[case[0] for case in ACCEPTED])
-def test_what_is_not_bad_is_taken_as_it_is(line: bytes, tmp_path: Path) -> None:
+def test_unusual_valid_line_is_kept(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(around(line))
     good, bad = take(tmp_path / "a.jsonl")
     assert not bad
     value = json.loads(line.strip().removeprefix(b"\xef\xbb\xbf"))
-    asked = value["instruction"] or value["input"]
-    assert contents_of(good) == [TURNS, [("user", asked), ("assistant", value["output"])], TURNS]
+    question = value["instruction"] or value["input"]
+    assert contents_of(good) == [TURNS, [("user", question), ("assistant", value["output"])], TURNS]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str
 @pytest.mark.parametrize(
     ("name", "content", "source", "expected"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES]
 )
-def test_a_bad_file_is_refused_by_name(
+def test_bad_file_is_refused_by_name(
     name: str, content: bytes | Callable[[], bytes], source: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     file = tmp_path / name
@@ -417,12 +417,12 @@ def test_a_bad_file_is_refused_by_name(
     with pytest.raises(DataError) as caught:
         take(file, **source)
     text = caught.value.text().replace("\n", " ")
-    assert not isinstance(caught.value, RowRefused)
+    assert not isinstance(caught.value, RowRejected)
     assert "placeholder" in text or str(file) in text
     assert re.search(expected, text), text
 
 
-def test_rows_of_a_table_that_are_bad(tmp_path: Path) -> None:
+def test_bad_csv_rows_are_rejected(tmp_path: Path) -> None:
     content = "instruction,output\n好,是\na,b,c\n一\n好,\n".encode() + b"\xff,d\n" + '“问”,"答\n二"\n'.encode()
     (tmp_path / "a.csv").write_bytes(content)
     good, bad = take(tmp_path / "a.csv")
@@ -437,7 +437,7 @@ def test_rows_of_a_table_that_are_bad(tmp_path: Path) -> None:
     assert good[1].origin.row == 7
 
 
-def test_values_of_parquet_that_are_no_text(tmp_path: Path) -> None:
+def test_non_text_parquet_values_are_rejected(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import datetime
 
@@ -467,7 +467,7 @@ def test_values_of_parquet_that_are_no_text(tmp_path: Path) -> None:
     assert [(raw.row, raw.reason) for raw, _ in bad] == [(2, "not_utf8")]
 
 
-def test_broken_lines_of_other_encodings_are_rows(tmp_path: Path) -> None:
+def test_invalid_bytes_reject_their_lines(tmp_path: Path) -> None:
     lines = GBK.split(b"\n")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:3], lines[0][:-3] + b"\xff\xff}", LINES.split(b"\n")[0]]))
     good, bad = take(tmp_path / "a.jsonl")
@@ -476,7 +476,7 @@ def test_broken_lines_of_other_encodings_are_rows(tmp_path: Path) -> None:
     assert "UTF-8 in a GB18030 file" in bad[1][1].rule
 
 
-def test_half_a_pair_in_utf16_costs_its_row(tmp_path: Path) -> None:
+def test_lone_surrogate_in_utf16_rejects_its_row(tmp_path: Path) -> None:
     text = "今天天气很好。\n一\ud800二\n我们去公园。\n"
     (tmp_path / "a.txt").write_bytes(("\ufeff" + text).encode("utf-16-le", "surrogatepass"))
     good, bad = take(tmp_path / "a.txt", documents=True)
@@ -484,7 +484,7 @@ def test_half_a_pair_in_utf16_costs_its_row(tmp_path: Path) -> None:
     assert [raw.row for raw, _ in bad] == [2]
 
 
-def test_ends_that_a_power_loss_leaves(tmp_path: Path) -> None:
+def test_truncated_last_line_is_rejected(tmp_path: Path) -> None:
     """DA-12, DA-21, DA-30: a truncated last line is bad, wherever it is cut."""
     for cut in range(1, 40):
         (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 2 + GOOD[:-cut])
@@ -499,7 +499,7 @@ def test_ends_that_a_power_loss_leaves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_line_too_long_costs_itself_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlong_line_rejects_only_itself(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DA-48."""
     monkeypatch.setattr(reader, "CAP", 1 << 16)
     monkeypatch.setattr(files, "BLOCK", 1 << 12)
@@ -511,7 +511,7 @@ def test_a_line_too_long_costs_itself_alone(name: str, tmp_path: Path, monkeypat
     assert bad[0][0].size == 200_019
 
 
-def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_records_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "CAP", 1000)
     (tmp_path / "a.txt").write_text("短\n\n" + "很长的一段\n" * 1000 + "\n短\n", encoding="utf-8")
     good, bad = take(tmp_path / "a.txt", documents=True, records="paragraph")
@@ -524,7 +524,7 @@ def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: p
         take(tmp_path / "a.json")
 
 
-def test_no_line_end_in_a_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_file_without_line_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DA-49: the reader does not read on to its end."""
     monkeypatch.setattr(reader, "CAP", 1 << 16)
     monkeypatch.setattr(reader, "_SKIP", 1 << 20)
@@ -540,7 +540,7 @@ def test_no_line_end_in_a_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstd])
-def test_a_bomb_is_not_unpacked(
+def test_compression_bomb_is_refused(
     pack: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DA-89."""
@@ -550,7 +550,7 @@ def test_a_bomb_is_not_unpacked(
         take(tmp_path / "a.txt", documents=True)
 
 
-def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "BOMB_BYTES", 1 << 10)
     monkeypatch.setattr(tables, "BOMB_RATIO", 0)
     (tmp_path / "a.parquet").write_bytes(as_table("parquet")(SIMPLIFIED * 100))
@@ -559,7 +559,7 @@ def test_a_parquet_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("change", ["grow", "touch", "replace", "remove"])
-def test_a_file_that_changes_is_refused(change: str, tmp_path: Path) -> None:
+def test_file_changed_during_reading_is_refused(change: str, tmp_path: Path) -> None:
     """DA-96."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(LINES)
@@ -578,7 +578,7 @@ def test_a_file_that_changes_is_refused(change: str, tmp_path: Path) -> None:
         list(reading)
 
 
-def test_an_arrow_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from tongwen.core.errors import MissingPackage
@@ -624,7 +624,7 @@ def places(folder: Path) -> Iterator[tuple[str, str]]:
     yield str(folder / "archives"), "archives are not read; unpack a.zip"
 
 
-def test_what_is_no_file_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_file_path_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DA-95."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -638,7 +638,7 @@ def test_what_is_no_file_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         list(read_rows(tmp_path / "fifo.jsonl"))
 
 
-def test_what_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setattr(os, "access", lambda *arguments: False)
     with pytest.raises(DataError, match=r"a\.jsonl: no permission to read this[\s\S]*chmod \+r"):
@@ -714,7 +714,7 @@ def lines_by_themselves(data: bytes) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("name", HOLDERS)
-def test_accidents_end_in_rows_or_in_an_error_of_the_file(name: str, tmp_path: Path) -> None:
+def test_random_damage_gives_rows_or_a_data_error(name: str, tmp_path: Path) -> None:
     """80 seeded damages: only DataError is raised, nothing hangs, and no row is invented or silently lost."""
     dice = random.Random(f"accidents of {name}")
     known = {row["output"] for row in NUMBERED}

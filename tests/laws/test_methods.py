@@ -19,19 +19,19 @@ from tests.conftest import (
     byte_level_tokenizer,
     tensors,
     tiny_llama,
-    tiny_mixture,
+    tiny_moe,
     without_chatml,
     write_recipe,
     write_rows,
 )
-from tests.launching import die_at, in_a_child
+from tests.launching import kill_at_step, run_forked
 from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.core import artifact
 from tongwen.core.errors import ModelError
 from tongwen.export.card import make_card
 from tongwen.model.adapters.adalora import rank_allocator
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.loading.load import ModelRef, cpu_has_bf16, load_model
 from tongwen.recipe.training import AdapterConfig
@@ -62,7 +62,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
 
 
-def talk(path: Path) -> str:
+def chat_answer(path: Path) -> str:
     import tongwen
 
     return tongwen.open(str(path), precision="fp32").chat([{"role": "user", "content": "你好吗？"}], max_new_tokens=12)
@@ -79,12 +79,12 @@ def talk(path: Path) -> str:
         pytest.param("{rank: 4, method: qlora, quantize: int8}", marks=needs_bitsandbytes),
     ],
 )
-def test_each_adapter_learns_merges_and_talks(adapter: str, wide_model: Path, tmp_path: Path) -> None:
+def test_each_adapter_trains_merges_and_chats(adapter: str, wide_model: Path, tmp_path: Path) -> None:
     assert main(["run", str(recipe_for(tmp_path, wide_model, adapter, merge=True))]) == 0
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     scores = report["held_out"]["bits_per_byte"]
     assert scores["after"] < 0.97 * scores["before"]
-    assert talk(tmp_path / "out" / "sft") == talk(tmp_path / "out" / "merge")
+    assert chat_answer(tmp_path / "out" / "sft") == chat_answer(tmp_path / "out" / "merge")
     apart = manifest(tmp_path / "out" / "merge").get("quantised")
     assert bool(apart) is ("qlora" in adapter)
     if apart:
@@ -94,7 +94,7 @@ def test_each_adapter_learns_merges_and_talks(adapter: str, wide_model: Path, tm
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_base_gives_the_same_gradients_after_it_was_scored(kind: str, tmp_path: Path) -> None:
+def test_quantised_gradients_are_equal_after_evaluation(kind: str, tmp_path: Path) -> None:
     """On processors with AVX-512 BF16 bitsandbytes repacks 4-bit weights in eval mode; gradients stopped there."""
     from peft import LoraConfig, get_peft_model
 
@@ -115,7 +115,7 @@ def test_a_quantised_base_gives_the_same_gradients_after_it_was_scored(kind: str
     assert len(before) == 28 and all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
-def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Path, tmp_path: Path) -> None:
+def test_adalora_allocates_its_budget_and_saves_a_lora(wide_model: Path, tmp_path: Path) -> None:
     """Ranks start at 1.5 times the recipe's value and end, on average, at that value; not all are equal."""
     adapter = "{method: adalora, rank: 4}"
     recipe = recipe_for(tmp_path, wide_model, adapter, sft=", stop_after: 40 steps", merge=True)
@@ -127,12 +127,12 @@ def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Pa
     assert json.loads((stage / "adapter_config.json").read_text())["peft_type"] == "LORA"
     scores = json.loads((stage / "report.json").read_text())["held_out"]["bits_per_byte"]
     assert scores["after"] < 0.99 * scores["before"]
-    assert talk(stage) == talk(tmp_path / "out" / "merge")
+    assert chat_answer(stage) == chat_answer(tmp_path / "out" / "merge")
 
 
-def test_an_ordinary_adapter_computes_what_adalora_did(chat_model: Path, tmp_path: Path) -> None:
+def test_saved_lora_matches_adalora(chat_model: Path, tmp_path: Path) -> None:
     base = load_model(ModelRef("t", str(chat_model)), torch.float32)
-    adapted = adapt(base, AdapterConfig(method="adalora", rank=4), [], steps=20)
+    adapted = make_trainable(base, AdapterConfig(method="adalora", rank=4), [], steps=20)
     with torch.no_grad():
         for name, part in adapted.model.named_parameters():
             if "lora_E" in name:
@@ -148,7 +148,7 @@ def test_an_ordinary_adapter_computes_what_adalora_did(chat_model: Path, tmp_pat
     )
 
 
-def test_new_rows_alone_are_trained_by_sft_too(wide_model: Path, tmp_path: Path) -> None:
+def test_sft_trains_only_new_rows(wide_model: Path, tmp_path: Path) -> None:
     base = tmp_path / "grown"
     shutil.copytree(wide_model, base)
     (base / "new_rows.json").write_text("[300, 301]")
@@ -159,8 +159,8 @@ def test_new_rows_alone_are_trained_by_sft_too(wide_model: Path, tmp_path: Path)
     assert torch.nonzero(moved).flatten().tolist() == [300, 301]
 
 
-def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
-    model = adapt(
+def test_adalora_orthogonal_loss_is_included(chat_model: Path) -> None:
+    model = make_trainable(
         load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(method="adalora", rank=4), [], steps=20
     )
     budget = rank_allocator(model.model)
@@ -173,7 +173,7 @@ def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
     assert penalty == pytest.approx(float(with_it - plain), rel=1e-4) and penalty > 0
 
 
-def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path: Path) -> None:
+def test_adalora_orthogonal_loss_is_added_once_per_step(wide_model: Path, tmp_path: Path) -> None:
     """Both start as the base. Small A and B are almost as far from orthogonal as zeros, by the root of the rank."""
     found = {}
     for method in ("lora", "adalora"):
@@ -186,9 +186,7 @@ def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path:
 
 
 @pytest.mark.sample(
-    "{rank: 4, dora: true}-, schedule: wsd, neftune: 5",
-    "{rank: 4}-, optimizer: muon, schedule: warmup_lr, warmup: 4",
-    "{rank: 4, method: qlora}-, optimizer: adamw_8bit",
+    "{rank: 4}-, optimizer: muon, schedule: warmup_lr, warmup: 4", "{rank: 4, method: qlora}-, optimizer: adamw_8bit"
 )
 @pytest.mark.parametrize(
     ("adapter", "sft"),
@@ -200,24 +198,25 @@ def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path:
         pytest.param("{rank: 4, method: qlora}", ", optimizer: adamw_8bit", marks=needs_bitsandbytes),
     ],
 )
-def test_methods_optimizers_and_schedules_resume_to_the_bit(
+def test_methods_optimizers_and_schedules_resume_bit_identically(
     adapter: str, sft: str, wide_model: Path, tmp_path: Path
 ) -> None:
     for name in ("whole", "broken"):
         recipe_for(tmp_path / name, wide_model, adapter, sft=f", stop_after: 20 steps, save_every: 3{sft}")
-    assert in_a_child("run", tmp_path / "whole" / "recipe.yaml") == 0
+    assert run_forked("run", tmp_path / "whole" / "recipe.yaml") == 0
     for step in (4, 17):
         assert (
-            os.WTERMSIG(in_a_child("run", tmp_path / "broken" / "recipe.yaml", before=die_at(step))) == signal.SIGKILL
+            os.WTERMSIG(run_forked("run", tmp_path / "broken" / "recipe.yaml", before=kill_at_step(step)))
+            == signal.SIGKILL
         )
-    assert in_a_child("run", tmp_path / "broken" / "recipe.yaml") == 0
+    assert run_forked("run", tmp_path / "broken" / "recipe.yaml") == 0
     wanted, found = (tensors(tmp_path / name / "out" / "sft") for name in ("whole", "broken"))
     assert set(wanted) == set(found)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "broken"))
 
 
-def test_schedules_have_their_shapes(chat_model: Path, tmp_path: Path) -> None:
+def test_learning_rate_schedules_match_their_formulas(chat_model: Path, tmp_path: Path) -> None:
     rates = {}
     for schedule in ("constant", "linear", "cosine", "wsd", "warmup_lr"):
         settings = f", stop_after: 20 steps, warmup: 0.25, schedule: {schedule}" + ", decay: 0.2" * (schedule == "wsd")
@@ -234,7 +233,7 @@ def test_schedules_have_their_shapes(chat_model: Path, tmp_path: Path) -> None:
     assert rates["warmup_lr"] == pytest.approx([min(1, math.log(step + 1) / math.log(5)) for step in range(20)])
 
 
-def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_adapter_continues_training(chat_model: Path, other_model: Path, tmp_path: Path, tongwen: Any) -> None:
     first = recipe_for(tmp_path / "first", chat_model, "{rank: 4}", sft=", stop_after: 4 steps")
     assert tongwen("run", first)[0] == 0
     made = tmp_path / "first" / "out" / "sft"
@@ -281,7 +280,8 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     assert code == 4 and "adapter_config.json" in err
 
 
-def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+@pytest.mark.sample()
+def test_patience_stops_early_and_restores_the_best(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     settings = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, save_every: 3, keep_checkpoints: 1"
     recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=settings)
     code, out, _ = tongwen("run", recipe, "sft.learning_rate=0.3")
@@ -296,7 +296,7 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
     assert kept == {f"checkpoint-{best['step']}", f"checkpoint-{lines[-1]['step']}"}
     again = recipe_for(tmp_path / "again", chat_model, "{rank: 4}", sft=settings + ", learning_rate: 0.3")
     again.write_text(again.read_text().replace("learning_rate: 1e-2, ", ""))
-    assert os.WTERMSIG(in_a_child("run", again, before=die_at(best["step"] + 3))) == signal.SIGKILL
+    assert os.WTERMSIG(run_forked("run", again, before=kill_at_step(best["step"] + 3))) == signal.SIGKILL
     (
         tmp_path / "again" / "out" / "sft.partial" / "metrics.jsonl"
     ).unlink()  # what a checkpoint knows, it need not read there
@@ -308,7 +308,7 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
 
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="the rate that makes it worse at once was found on a CPU with AMX")
-def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_worsening_adalora_stops_early_at_its_rank(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """The first score to beat is that before training, and adalora's budget is allocated though its schedule is not done."""
     settings = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, warmup: 0"
     recipe = recipe_for(tmp_path, chat_model, "{method: adalora, rank: 1}", sft=settings)
@@ -323,7 +323,7 @@ def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tm
         assert expected in text and expected in html and out.count(expected) == 1
 
 
-def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_path: Path) -> None:
+def test_adalora_resumes_in_a_phase_where_it_is_frozen(chat_model: Path, tmp_path: Path) -> None:
     """peft's saved file already has the pruned ranks."""
     write_rows(tmp_path / "text.jsonl", [{"text": f"今天天气很好。第 {number} 天。" * 2} for number in range(24)])
     phases = "{train: lora+embeddings, stop_after: 6 steps}, {train: embeddings, stop_after: 3 steps}"
@@ -337,14 +337,14 @@ def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_pat
         )
         if name == "killed":
             for step, phase in ((4, 1), (2, 2)):
-                assert os.WTERMSIG(in_a_child("run", recipe, before=die_at(step, phase))) == signal.SIGKILL
-        assert in_a_child("run", recipe) == 0
+                assert os.WTERMSIG(run_forked("run", recipe, before=kill_at_step(step, phase))) == signal.SIGKILL
+        assert run_forked("run", recipe) == 0
         made.append(tensors(tmp_path / name / "pretrain"))
     assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][name], made[1][name]) for name in made[0])
     assert json.loads((tmp_path / "whole" / "pretrain" / "report.json").read_text())["notices"] == []
 
 
-def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_phase_must_beat_the_best_of_earlier_phases(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """The second phase must beat the score at the end of the first, not that of the base."""
     text = [f"今天天气很好，我们去公园散步吧。第 {number} 天。" for number in range(24)]
     write_rows(tmp_path / "text.jsonl", [{"text": one} for one in text])
@@ -366,7 +366,7 @@ def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path
     assert f"{scores[1]:.4f}, at best {scores[2]:.4f} at step 3" in notice
 
 
-def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: Path) -> None:
+def test_neftune_noise_affects_loss_but_not_evaluation(chat_model: Path, tmp_path: Path) -> None:
     found = {}
     for name, settings in (("quiet", ""), ("loud", ", neftune: 5")):
         sft = f", stop_after: 2 steps, warmup: 1, evaluate_every: 1{settings}"
@@ -377,7 +377,7 @@ def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: 
     assert found["loud"]["bits_per_byte"] == found["quiet"]["bits_per_byte"]
 
 
-def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:
+def test_neftune_noise_is_scaled_by_document_length(chat_model: Path) -> None:
     model = load_model(ModelRef("t", str(chat_model)), torch.float32)
     samples = [(np.arange(length, dtype=np.uint32), np.ones(length, bool)) for length in (4, 100)]
     embedding = model.get_input_embeddings()
@@ -393,7 +393,7 @@ def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:
         assert 0.9 * limit < float(part.detach().abs().max()) <= limit
 
 
-def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_muon_refuses_non_hidden_matrices(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     for settings in ("{method: full}", "{rank: 4, also_train: [embed_tokens]}"):
         code, _, err = tongwen("run", recipe_for(tmp_path, chat_model, settings, sft=", optimizer: muon"))
         assert (
@@ -401,12 +401,12 @@ def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path,
         )
 
 
-def test_fused_experts_are_trained_by_name() -> None:
-    adapted = adapt(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
+def test_fused_experts_are_targeted_by_name() -> None:
+    adapted = make_trainable(tiny_moe(), AdapterConfig(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
     assert any("experts" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
     assert not any("does not cover" in notice for notice in adapted.notices)
     with pytest.raises(ModelError, match=r"'mlp.experts.up'[\s\S]*gate_up_proj"):
-        adapt(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.up"]), [])
+        make_trainable(tiny_moe(), AdapterConfig(rank=2, target_parameters=["mlp.experts.up"]), [])
 
 
 @pytest.mark.parametrize(
@@ -419,9 +419,11 @@ def test_fused_experts_are_trained_by_name() -> None:
         ({"targets": ["q_proj"], "also_train": ["q_proj"]}, "adapter", "peft cannot place"),
     ],
 )
-def test_what_peft_cannot_do_is_said(settings: dict[str, Any], place: str, expected: str, chat_model: Path) -> None:
+def test_unsupported_peft_settings_are_refused(
+    settings: dict[str, Any], place: str, expected: str, chat_model: Path
+) -> None:
     with pytest.raises(ModelError, match=expected) as caught:
-        adapt(
+        make_trainable(
             load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(rank=2, **settings), [], steps=20
         )
     assert caught.value.place == place and "\n" not in caught.value.rule
@@ -429,33 +431,33 @@ def test_what_peft_cannot_do_is_said(settings: dict[str, Any], place: str, expec
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_matrix_is_not_trained_in_full(kind: str, wide_model: Path) -> None:
+def test_full_training_of_a_quantised_matrix_is_refused(kind: str, wide_model: Path) -> None:
     base = load_model(ModelRef("t", str(wide_model)), torch.float32, kind)
     with pytest.raises(ModelError, match="quantised"):
-        adapt(base, AdapterConfig(method="qlora", also_train=["mlp"]), [])
+        make_trainable(base, AdapterConfig(method="qlora", also_train=["mlp"]), [])
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_rows_of_a_matrix_that_learns_in_full_are_not_trained_twice(method: str, tied: bool, tmp_path: Path) -> None:
+def test_fully_trained_matrix_gets_no_token_adapter(method: str, tied: bool, tmp_path: Path) -> None:
     base = tiny_llama(tmp_path, 90, tie_word_embeddings=tied)
     also = ["model.embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     choice = AdapterConfig(method=method, rank=2, also_train=also)  # type: ignore[arg-type]
-    adapted = adapt(base, choice, [3, 4], steps=20)
+    adapted = make_trainable(base, choice, [3, 4], steps=20)
     names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
     assert any("embed_tokens.modules_to_save" in name for name in names)
     assert not any("trainable_tokens" in name for name in names) and not adapted.notices
     half = tiny_llama(tmp_path, 90, tie_word_embeddings=False)
     if method == "lora":
-        adapted = adapt(half, AdapterConfig(rank=2, also_train=["embed_tokens"]), [3, 4])
+        adapted = make_trainable(half, AdapterConfig(rank=2, also_train=["embed_tokens"]), [3, 4])
         names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
         assert any("lm_head.token_adapter" in name for name in names)
     else:
         with pytest.raises(ModelError, match=r"also_train: \[lm_head\]"):
-            adapt(half, AdapterConfig(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
+            make_trainable(half, AdapterConfig(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
 
 
-def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_value_refused_by_transformers_is_reported(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", trainer: {dataloader_prefetch_factor: 2}")
     code, _, err = tongwen("run", recipe)
     assert code == 2 and "trainer:" in err and "dataloader_prefetch_factor" in err
@@ -464,7 +466,7 @@ def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["prefix", "p-tuning"])
-def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: Path, tmp_path: Path) -> None:
+def test_prompt_learning_adapters_can_chat(kind: str, chat_model: Path, tmp_path: Path) -> None:
     from peft import PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 
     kwargs = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
@@ -489,9 +491,7 @@ def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: 
 
 
 @pytest.mark.parametrize(("rate", "reported"), [("1e-9", True), ("1e-2", False)])
-def test_a_loss_that_does_not_fall_is_said(
-    rate: str, reported: bool, chat_model: Path, tmp_path: Path, tongwen: Any
-) -> None:
+def test_flat_loss_is_reported(rate: str, reported: bool, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     code, out, _ = tongwen(
         "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
     )
@@ -500,7 +500,7 @@ def test_a_loss_that_does_not_fall_is_said(
     assert [text for text in notices if text in out] == notices and len(notices) == reported
 
 
-def test_the_best_is_looked_at_before_it_is_taken(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_best_checkpoint_is_verified_before_loading(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     sft = ", stop_after: 30 steps, evaluate_every: 2, patience: 2, save_every: 2, learning_rate: 0.5, warmup: 0"
     recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=sft)
     recipe.write_text(recipe.read_text().replace("learning_rate: 1e-2, ", ""))
@@ -509,13 +509,13 @@ def test_the_best_is_looked_at_before_it_is_taken(chat_model: Path, tmp_path: Pa
         original = trainer.damage
         trainer.damage = lambda folder: "spoilt" if folder.name.startswith("checkpoint-") else original(folder)  # type: ignore[assignment]
 
-    assert os.waitstatus_to_exitcode(in_a_child("run", recipe, before=spoil)) == 4
+    assert os.waitstatus_to_exitcode(run_forked("run", recipe, before=spoil)) == 4
     assert not (tmp_path / "out" / "sft").exists()
 
 
-def test_a_fork_is_not_shorter_than_what_is_done(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_fork_shorter_than_finished_steps_is_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 8 steps, save_every: 2")
-    assert os.WTERMSIG(in_a_child("run", recipe, before=die_at(6))) == signal.SIGKILL
+    assert os.WTERMSIG(run_forked("run", recipe, before=kill_at_step(6))) == signal.SIGKILL
     checkpoints = tmp_path / "out" / "sft.partial" / "checkpoints"
     shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-6-mine")
     with (checkpoints.parent / "metrics.jsonl").open("ab") as stream:
@@ -524,3 +524,11 @@ def test_a_fork_is_not_shorter_than_what_is_done(chat_model: Path, tmp_path: Pat
     assert code == 2 and "6 steps are done, but the recipe now has only 4" in err
     assert tongwen("run", recipe, "--fork")[0] == 0
     assert (tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6-mine").is_dir(), "a copy is nobody's to delete"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "adalora"])
+def test_card_names_the_rank_of_every_method(method: str) -> None:
+    from tongwen.export.card import _method
+
+    manifest = {"kind": "sft", "settings": {"sft": {"adapter": {"method": method, "rank": 8}}}}
+    assert f"{method}, rank 8" in _method(manifest)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
-from tests.launching import die_at, in_a_child
+from tests.launching import kill_at_step, run_forked
 from tongwen.cli.main import main
 from tongwen.core.errors import ModelError
 from tongwen.model.loading.fingerprint import fingerprint_model
@@ -28,11 +28,11 @@ def manifest(folder: Path) -> dict[str, Any]:
 def finished(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run with LoRA and merge: its folder."""
     folder = tmp_path_factory.mktemp("finished")
-    assert main(["run", str(write_recipe(folder, chat_model))]) == 0
+    assert main(["run", str(write_recipe(folder, chat_model, samples=1))]) == 0
     return folder
 
 
-def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
+def test_files_of_a_finished_run(finished: Path, chat_model: Path) -> None:
     out = finished / "out"
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "prepare", "tokens", "sft", "merge", ".lock"}
     for name in ("dialogues.jsonl", "dialogues.held_out.jsonl", "rejected.jsonl", "manifest.json"):
@@ -78,7 +78,7 @@ def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
     assert "http://" not in page and "https://" not in page and "<script" not in page and "<link" not in page
 
 
-def test_each_adapter_tensor_has_moved_and_the_base_has_not(finished: Path, chat_model: Path) -> None:
+def test_adapter_tensors_change_and_the_base_does_not(finished: Path, chat_model: Path) -> None:
     before = fingerprint_model(ModelRef("", str(chat_model)))
     adapter = tensors(finished / "out" / "sft")
     assert len(adapter) == 2 * 7 * 2
@@ -90,7 +90,9 @@ def test_each_adapter_tensor_has_moved_and_the_base_has_not(finished: Path, chat
     assert fingerprint_model(ModelRef("", str(chat_model))) == before
 
 
-def test_twice_does_nothing_changed_is_refused_again_keeps(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_rerun_is_a_noop_changed_settings_are_refused_again_keeps_old(
+    chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
     assert tongwen("run", recipe)[0] == 0
     stamp = manifest(tmp_path / "out" / "sft")
@@ -113,11 +115,11 @@ def test_twice_does_nothing_changed_is_refused_again_keeps(chat_model: Path, tmp
     (tmp_path / "data.jsonl").write_text(json.dumps(dialogues(9)[8]) + "\n" + json.dumps(dialogues(8)[7]) + "\n")
     assert tongwen("run", recipe, "sft.learning_rate=0.5", "prepare.held_out=1", "--only", "prepare", "--again")[0] == 0
     code, _, err = tongwen("run", recipe, "sft.learning_rate=0.5", "prepare.held_out=1")
-    assert code == 2 and "prepare (fingerprint)" in err, "a stage whose parent was made anew is stale"
+    assert code == 2 and "prepare (fingerprint)" in err, "a stage whose parent was run again is stale"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_killed_and_resumed_is_the_same_to_the_bit(
+def test_killed_run_resumes_bit_identically(
     method: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = (
@@ -132,13 +134,13 @@ def test_killed_and_resumed_is_the_same_to_the_bit(
             .replace("adapter: {rank: 4}, ", "")
             .replace("learning_rate: 1e-2, ", "" if method == "full" else "learning_rate: 1e-2, ")
         )
-        (folder / "recipe.yaml").write_text(text.replace(", samples: 1", f", samples: 1{sft}"))
-    assert in_a_child("run", whole / "recipe.yaml") == 0
+        (folder / "recipe.yaml").write_text(text.replace(", samples: 0", f", samples: 1{sft}"))
+    assert run_forked("run", whole / "recipe.yaml") == 0
 
     for step in (2, 5, 8):
-        assert os.WTERMSIG(in_a_child("run", broken / "recipe.yaml", before=die_at(step))) == signal.SIGKILL
+        assert os.WTERMSIG(run_forked("run", broken / "recipe.yaml", before=kill_at_step(step))) == signal.SIGKILL
         assert not (broken / "out" / "sft").exists()
-    assert in_a_child("run", broken / "recipe.yaml") == 0
+    assert run_forked("run", broken / "recipe.yaml") == 0
     wanted, found = tensors(whole / "out" / "sft"), tensors(broken / "out" / "sft")
     assert set(wanted) == set(found)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
@@ -151,7 +153,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(
     assert losses[0] == losses[1]
 
 
-def test_an_interrupted_run_with_other_settings_is_refused_or_forked(
+def test_interrupted_run_with_other_settings_is_refused_or_forked(
     chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", save_every: 1", merge=False)
@@ -166,27 +168,22 @@ def test_an_interrupted_run_with_other_settings_is_refused_or_forked(
 
         PlannedTrainer.training_step = stop  # type: ignore[method-assign]
 
-    assert os.WEXITSTATUS(in_a_child("run", recipe, before=interrupt)) == 130
+    assert os.WEXITSTATUS(run_forked("run", recipe, before=interrupt)) == 130
     code, _, err = tongwen("run", recipe, "sft.schedule=linear")
     assert code == 2 and "'cosine' → 'linear'" in err and "--fork" in err
     code, out, _ = tongwen("run", recipe, "sft.schedule=linear", "--fork")
     assert code == 0 and "--fork" in out and "continuing after step 4" in out
 
 
-def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Path) -> None:
+def test_result_is_independent_of_the_batch_partition(chat_model: Path, tmp_path: Path) -> None:
     """1 x 8 = 8 x 1 = packed: the micro-batches of a step affect memory, not the result."""
     found = []
     for budget in (16, 100, 4096):
         folder = tmp_path / str(budget)
         recipe = write_recipe(
-            folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}, samples: 0", merge=False
+            folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}", merge=False
         )
-        recipe.write_text(
-            recipe.read_text()
-            .replace("samples: 1, ", "")
-            .replace("learning_rate: 1e-2", "learning_rate: 1e-3")
-            .replace(", samples: 1,", ",")
-        )
+        recipe.write_text(recipe.read_text().replace("learning_rate: 1e-2", "learning_rate: 1e-3"))
         assert main(["run", str(recipe)]) == 0
         lines = [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
         found.append(
@@ -213,7 +210,7 @@ def test_activation_checkpointing_changes_no_number(chat_model: Path, tmp_path: 
     assert all(torch.allclose(found[0][name], tensor, atol=1e-7) for name, tensor in found[1].items())
 
 
-def test_scoring_on_the_way_is_logged_and_disturbs_nothing(chat_model: Path, tmp_path: Path) -> None:
+def test_evaluation_during_training_is_logged_without_side_effects(chat_model: Path, tmp_path: Path) -> None:
     found = []
     for choice in ("", ", evaluate_every: 2"):
         recipe = write_recipe(tmp_path / f"{len(found)}", chat_model, sft=f", stop_after: 5 steps{choice}", merge=False)
@@ -235,7 +232,7 @@ def test_trainer_passes_other_arguments_through(chat_model: Path, tmp_path: Path
     assert code == 0, err
 
 
-def test_show_plan_look_and_schema_speak(finished: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_show_plan_look_schema_print_output(finished: Path, tongwen: Any, tmp_path: Path) -> None:
     code, out, _ = tongwen("show", finished / "out" / "merge")
     assert code == 0 and "adapter" in out and manifest(finished / "out" / "sft")["fingerprint"][:12] in out
     code, out, err = tongwen("plan", finished / "recipe.yaml", "--json")
@@ -254,7 +251,7 @@ def test_show_plan_look_and_schema_speak(finished: Path, tongwen: Any, tmp_path:
     assert tongwen("schema", "nonsense")[0] == 2
 
 
-def test_init_writes_recipes_that_the_reader_takes(tongwen: Any, tmp_path: Path) -> None:
+def test_init_writes_valid_recipes(tongwen: Any, tmp_path: Path) -> None:
     from tongwen.commands.init import STARTS
     from tongwen.recipe.load import load_recipe
 
@@ -269,7 +266,7 @@ def test_init_writes_recipes_that_the_reader_takes(tongwen: Any, tmp_path: Path)
     assert code == 2 and "qwen3-8b-lora-40g" in err
 
 
-def test_a_base_whose_control_tokens_were_never_trained(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_untrained_control_tokens_are_trained(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """Qwen and Llama-3 base models never stop under LoRA, because the rows of their chat tokens were never trained."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -292,7 +289,7 @@ def test_a_base_whose_control_tokens_were_never_trained(chat_model: Path, tmp_pa
     assert moved == [1, 2], "the control rows learn, every other row stays to the bit"
 
 
-def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_python_api_matches_generate(finished: Path, tongwen: Any, tmp_path: Path) -> None:
     import tongwen as package
 
     opened = package.open(str(finished / "out" / "merge"))
@@ -328,7 +325,7 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
     assert code == 0 and rows[0]["answer"] == answer and rows[1]["prompt"] == "问"
 
 
-def test_the_whole_run_on_a_grown_vocabulary(tongwen: Any, chat_model: Path, tmp_path: Path) -> None:
+def test_end_to_end_run_with_an_extended_vocabulary(tongwen: Any, chat_model: Path, tmp_path: Path) -> None:
     """Every stage uses the previous one. Old rows stay bit-identical until a phase trains all rows, new rows change, and the
     GGUF file has the grown vocabulary."""
     text = ["机器学习使用数据训练模型，模型从数据中学习规律。", "我们用中文语料继续训练模型，让模型更懂中文。"] * 30
@@ -378,14 +375,14 @@ export: {{formats: [gguf], quantize: f32}}
     assert tongwen("verify", out / "vocab")[0] == tongwen("verify", out / "merge")[0] == 0
 
 
-def test_show_names_the_layers_of_a_model_from_elsewhere(chat_model: Path, tongwen: Any) -> None:
+def test_show_names_the_layers_of_any_model(chat_model: Path, tongwen: Any) -> None:
     code, out, _ = tongwen("show", chat_model, "--json")
     assert code == 0
     shown = json.loads(out)
     assert shown["family"] == "llama" and {"q_proj", "down_proj", "lm_head"} <= set(shown["linear"])
 
 
-def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_changed_data_is_not_already_done(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False)
     data = tmp_path / "data.jsonl"
     assert tongwen("run", recipe)[0] == 0
@@ -406,7 +403,7 @@ def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: P
     assert code == 0 and out.count("already done") == 2, "what came of a file that is gone is still there"
 
 
-def test_qlora_does_not_stand_on_an_adapter(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_qlora_refuses_an_adapter_base(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """Reported before the pre-training starts."""
     recipe = write_recipe(tmp_path, chat_model, extra="pretrain: {train: lora}\n", merge=False)
     recipe.write_text(recipe.read_text().replace("prepare: {", f"prepare: {{documents: {tmp_path / 'data.jsonl'}, "))

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tests.conftest import write_recipe
-from tests.launching import in_a_child
+from tests.launching import run_forked
 from tests.laws.test_training_step import packed_model, random_store
 from tongwen.core.console import human_bytes
 from tongwen.core.errors import MachineError
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels.checkpointing import compile_layers, recompute
 from tongwen.model.kernels.loss import learned_loss
 from tongwen.recipe.training import AdapterConfig, Sft
@@ -41,9 +41,10 @@ def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
     return float(total.detach()), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
 
 
+@pytest.mark.sample()
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch's inductor compiles with g++")
 def test_compiled_layers_give_the_same_loss_and_gradient(chat_model: Path) -> None:
-    model = adapt(packed_model(chat_model), AdapterConfig(method="full"), []).model.train()
+    model = make_trainable(packed_model(chat_model), AdapterConfig(method="full"), []).model.train()
     batches = [batch_of(count) for count in (2, 5)]  # other lengths, the same program
     wanted = [gradient(model, batch) for batch in batches]
     assert compile_layers(model) == 2
@@ -53,7 +54,7 @@ def test_compiled_layers_give_the_same_loss_and_gradient(chat_model: Path) -> No
         assert float((found - wanted_gradient).norm() / wanted_gradient.norm()) < 1e-5
 
 
-def test_without_a_compiler_the_cure_is_named(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_error_names_the_remedy(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MachineError, match="no compiler for cpu") as caught:
         compile_layers(packed_model(chat_model))
@@ -62,7 +63,7 @@ def test_without_a_compiler_the_cure_is_named(chat_model: Path, monkeypatch: pyt
 
 @pytest.mark.sample()
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
-def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_path: Path) -> None:
+def test_compiled_run_matches_the_uncompiled_run(checkpointing: str, chat_model: Path, tmp_path: Path) -> None:
     """Run from the recipe to the saved adapter, with the graphs that inductor would get."""
 
     def trace_only() -> None:
@@ -73,14 +74,14 @@ def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_pat
     for value in ("false", "true"):
         sft = f", stop_after: 3 steps, compile: {value}, activation_checkpointing: {checkpointing}"
         recipe = write_recipe(tmp_path / value, chat_model, sft=sft, merge=False)
-        assert in_a_child("run", recipe, before=trace_only) == 0
+        assert run_forked("run", recipe, before=trace_only) == 0
         lines = (tmp_path / value / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_micro_batch_is_tried_and_leaves_no_trace(chat_model: Path) -> None:
-    model = adapt(packed_model(chat_model), AdapterConfig(rank=4), []).model.eval()
+def test_trial_of_a_micro_batch_leaves_no_trace(chat_model: Path) -> None:
+    model = make_trainable(packed_model(chat_model), AdapterConfig(rank=4), []).model.eval()
     batch, state, passed = batch_of(3), torch.get_rng_state(), list[int]()
 
     def counted(model: Any, batch: dict[str, Any]) -> Any:
@@ -93,7 +94,7 @@ def test_a_micro_batch_is_tried_and_leaves_no_trace(chat_model: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
+def test_micro_batch_that_does_not_fit_raises_no_error(chat_model: Path) -> None:
     model = packed_model(chat_model).eval()
 
     def overflow(model: Any, batch: dict[str, Any]) -> Any:
@@ -120,7 +121,7 @@ def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
-def test_processes_that_share_weights_answer_alike(
+def test_processes_that_share_weights_decide_alike(
     engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer must not depend on values that differ between processes: free memory, or their shard of the model."""
@@ -137,7 +138,7 @@ def test_processes_that_share_weights_answer_alike(
     assert list(answers.values()) == [{False}, {False}, {True}]
 
 
-def test_any_accelerator_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_any_accelerator_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """npu and xpu have cuda's functions; mps reports no peak, and uses the memory of the machine."""
     npu = SimpleNamespace(mem_get_info=lambda: (1, 64), max_memory_allocated=lambda: 17)
     monkeypatch.setattr(torch, "get_device_module", lambda device: npu if "npu" in str(device) else SimpleNamespace())
@@ -154,7 +155,7 @@ def test_any_accelerator_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch
     ("setting", "fitting", "recomputed"),
     [("on", True, True), ("off", False, False), ("auto", True, False), ("auto", False, True)],
 )
-def test_activations_are_recomputed_where_a_gpu_has_no_room(
+def test_activations_are_recomputed_if_memory_is_short(
     setting: str, fitting: bool, recomputed: bool, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, store, tried = packed_model(chat_model), random_store(6), list[dict[str, Any]]()

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_mixture
+from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_moe
 from tongwen.core.errors import ModelError, NumbersError, RecipeError
 from tongwen.data.sampling import order
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
-from tongwen.model.adapters.attach import adapt, find_untrained_rows
+from tongwen.model.adapters.attach import find_untrained_rows, make_trainable
 from tongwen.model.kernels import loss as score
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
@@ -66,7 +66,7 @@ def plan_for(store: TokenStore, **options: Any):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("budget", [16, 64, 4096])
-def test_no_sample_is_lost_or_doubled_and_steps_do_not_depend_on_the_packing(budget: int, world: int) -> None:
+def test_packing_keeps_every_sample_and_the_steps(budget: int, world: int) -> None:
     store = random_store(53)
     plan = plan_for(store, budget=budget, world=world)
     assert plan.steps == plan_for(store).steps
@@ -94,7 +94,7 @@ def test_stop_after_counts_steps_tokens_and_part_epochs() -> None:
     assert tokens[-1] >= 300 > (tokens[-2] if len(tokens) > 1 else 0)
 
 
-def test_dealing_is_balanced() -> None:
+def test_deal_balances_tokens() -> None:
     lengths = np.array([9, 8, 7, 6, 5, 4])
     sizes = [int(lengths[list(part)].sum()) for part in deal((0, 1, 2, 3, 4, 5), lengths, 3)]
     assert sizes == [13, 13, 13]
@@ -115,7 +115,7 @@ def reference(model: Any, store: TokenStore) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("maker", [pack, pad])
-def test_packed_and_padded_loss_is_the_unpacked_reference(folder: Path, maker: Any) -> None:
+def test_packed_and_padded_loss_match_the_reference(folder: Path, maker: Any) -> None:
     store = random_store(12)
     model = packed_model(folder) if maker is pack else load_model(ModelRef("t", str(folder)), torch.float32)
     batch = maker([store.sample(index) for index in range(12)])
@@ -126,7 +126,7 @@ def test_packed_and_padded_loss_is_the_unpacked_reference(folder: Path, maker: A
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_the_loss_and_its_gradient_are_torchs_own(weight: float) -> None:
+def test_loss_and_gradient_match_torch(weight: float) -> None:
     torch.manual_seed(0)
     logits = torch.randn(600, 50, dtype=torch.float32)
     targets = torch.randint(0, 50, (600,))
@@ -141,7 +141,7 @@ def test_the_loss_and_its_gradient_are_torchs_own(weight: float) -> None:
 
 
 @pytest.mark.parametrize("maker", [pack, pad])
-def test_a_spared_head_gives_the_same_loss_and_gradients(
+def test_blockwise_head_gives_the_same_loss_and_gradients(
     folder: Path, maker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of rows, the last of them shorter."""
@@ -166,20 +166,20 @@ def test_a_spared_head_gives_the_same_loss_and_gradients(
     assert head(head.weight[:1]).shape == (1, len(head.weight)), "outside of the loss it is a head as before"
 
 
-def test_a_head_that_learns_or_whose_output_is_changed_is_not_spared(folder: Path) -> None:
+def test_trained_or_capped_head_is_not_blockwise(folder: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     batch = pack([random_store(2).sample(index) for index in range(2)])
-    assert not use_blockwise_head(adapt(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
-    rows = adapt(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
+    assert not use_blockwise_head(make_trainable(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
+    rows = make_trainable(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
     assert not use_blockwise_head(rows, batch)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=500, num_key_value_heads=1, head_dim=16, **shape))
     batch = pad([random_store(2).sample(index) for index in range(2)])
-    assert not use_blockwise_head(adapt(gemma, LORA, []).model, batch), "its logits are capped"
+    assert not use_blockwise_head(make_trainable(gemma, LORA, []).model, batch), "its logits are capped"
 
 
-def test_bits_per_byte_is_its_definition(folder: Path) -> None:
+def test_bits_per_byte_matches_its_definition(folder: Path) -> None:
     store = random_store(5)
     model = packed_model(folder)
     sizes = torch.ones(500, dtype=torch.int32) * 2
@@ -195,7 +195,7 @@ def test_bits_per_byte_is_its_definition(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_documents_attention_is_each_document_alone(window: int | None) -> None:
+def test_documents_attention_matches_separate_documents(window: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -212,7 +212,7 @@ def test_documents_attention_is_each_document_alone(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3, 3), (2, 1)])
-def test_attention_of_short_documents_in_bf16_is_no_further_from_fp32_than_torchs_own(shape: tuple[int, int]) -> None:
+def test_bf16_attention_is_as_close_to_fp32_as_torch(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     heads, groups = shape
     parts = [2 * torch.randn(1, 340, count, 16).transpose(1, 2) for count in (heads, groups, groups)]
@@ -259,7 +259,7 @@ def flash(
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 99])
-def test_all_documents_at_once_are_each_document_alone(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_attention_matches_separate_documents(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the GPU path with the CPU path: outputs and gradients, with grouped heads, scale and window."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(1, heads, 12, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
@@ -278,8 +278,8 @@ def test_all_documents_at_once_are_each_document_alone(window: int | None, monke
         assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check arguments and shapes on fake tensors, forward and backward, in autocast's number type."""
+def test_torch_attention_accepts_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check arguments and shapes on fake tensors, forward and backward, in autocast's dtype."""
     monkeypatch.setattr(
         packed_attention, "_suits_flash", lambda query, value, computed_in: computed_in == torch.bfloat16
     )
@@ -294,7 +294,7 @@ def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert [part.grad.shape for part in parts if part.grad is not None] == [part.shape for part in parts]
 
 
-def test_flash_attention_is_used_where_it_computes_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_used_only_where_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gpu:
         is_cuda, device = True, "cuda"
 
@@ -313,7 +313,7 @@ def test_flash_attention_is_used_where_it_computes_and_nowhere_else(monkeypatch:
     assert not packed_attention._suits_flash(torch.empty(1, 4, 12, 64), torch.empty(1, 4, 12, 64), torch.bfloat16)
 
 
-def test_attention_without_borders_or_with_unknown_scores_raises() -> None:
+def test_attention_without_boundaries_or_with_softcap_raises() -> None:
     part = torch.randn(1, 1, 2, 4)
     with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
         packed_attention.documents_attention(None, part, part, part, None)  # type: ignore[arg-type]
@@ -323,7 +323,7 @@ def test_attention_without_borders_or_with_unknown_scores_raises() -> None:
         )  # type: ignore[arg-type]
 
 
-def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
+def test_audit_detects_leaking_documents(folder: Path) -> None:
     store = random_store(2, longest=30)
     samples = [store.sample(0), store.sample(1)]
     assert audit.check_isolation(packed_model(folder), samples, learned_loss) < 1e-4
@@ -346,8 +346,8 @@ def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
         AdapterConfig(method="full"),
     ],
 )
-def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choice: AdapterConfig) -> None:
-    model = adapt(packed_model(folder), choice, []).model
+def test_gradient_probe_passes_healthy_models_without_side_effects(folder: Path, choice: AdapterConfig) -> None:
+    model = make_trainable(packed_model(folder), choice, []).model
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     store = random_store(4)
@@ -357,7 +357,7 @@ def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choic
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
-def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
+def test_gradient_probe_refuses_untrainable_setups(folder: Path) -> None:
     store = random_store(4)
     batch = pack([store.sample(index) for index in range(4)])
 
@@ -367,39 +367,39 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
         total, nats = learned_loss(model, inputs)
         return total.detach().requires_grad_(), nats
 
-    model = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
+    model = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model
     with pytest.raises(NumbersError, match=r"get no gradient"):
         audit.probe_gradients(model, batch, detached)
     with pytest.raises(NumbersError, match="does not depend on any trainable"):
         audit.probe_gradients(
             model, batch, lambda model, inputs: tuple(part.detach() for part in learned_loss(model, inputs))
         )
-    frozen = adapt(packed_model(folder), AdapterConfig(rank=4), []).model.requires_grad_(False)
+    frozen = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model.requires_grad_(False)
     with pytest.raises(NumbersError, match="no parameter is trainable"):
         audit.probe_gradients(frozen, batch, learned_loss)
-    broken = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
+    broken = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model
     with torch.no_grad():
         next(part for name, part in broken.named_parameters() if name.endswith("norm.weight")).fill_(math.nan)
     with pytest.raises(NumbersError, match="first loss is nan"):
         audit.probe_gradients(broken, batch, learned_loss)
-    dead = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
+    dead = make_trainable(packed_model(folder), AdapterConfig(rank=4), []).model
     dead.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(NumbersError, match=r"unused[\s\S]*get no gradient"):
         audit.probe_gradients(dead, batch, learned_loss)
 
 
-def test_targets_that_name_nothing_are_refused(folder: Path) -> None:
+def test_unknown_targets_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"'c_attn'[\s\S]*q_proj"):
-        adapt(packed_model(folder), AdapterConfig(targets=["c_attn"]), [])
+        make_trainable(packed_model(folder), AdapterConfig(targets=["c_attn"]), [])
     with pytest.raises(ModelError, match="'wte'"):
-        adapt(packed_model(folder), AdapterConfig(also_train=["wte"]), [])
-    adapted = adapt(packed_model(folder), AdapterConfig(targets="family", rank=2), [])
+        make_trainable(packed_model(folder), AdapterConfig(also_train=["wte"]), [])
+    adapted = make_trainable(packed_model(folder), AdapterConfig(targets="family", rank=2), [])
     assert {
         name.split(".lora_")[0].split(".")[-1] for name, part in adapted.model.named_parameters() if part.requires_grad
     } == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def test_rows_that_the_base_never_trained_are_found(folder: Path) -> None:
+def test_untrained_embedding_rows_are_found(folder: Path) -> None:
     model = packed_model(folder)
     assert find_untrained_rows(model, [0, 1, 2]) == []
     with torch.no_grad():
@@ -407,7 +407,7 @@ def test_rows_that_the_base_never_trained_are_found(folder: Path) -> None:
         weight[1] = 0
         weight[2] = weight[250]
     assert find_untrained_rows(model, [0, 1, 2]) == [1, 2]
-    adapted = adapt(model, AdapterConfig(rank=2), [1, 2])
+    adapted = make_trainable(model, AdapterConfig(rank=2), [1, 2])
     assert any("trainable_tokens" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
 
 
@@ -428,7 +428,7 @@ LORA = AdapterConfig(rank=4)
 
 def fused(model: Any, choice: AdapterConfig) -> Any:
     """Return the adapted model with fused layers, as one process trains it on a CPU."""
-    adapted = adapt(model, choice, []).model
+    adapted = make_trainable(model, choice, []).model
     fuse_blocks(adapted)
     return adapted
 
@@ -438,10 +438,10 @@ def fused(model: Any, choice: AdapterConfig) -> Any:
     "choice", [AdapterConfig(rank=4), AdapterConfig(rank=4, rslora=True), AdapterConfig(rank=4, targets="family")]
 )
 @pytest.mark.parametrize("blocks", [False, True])
-def test_the_fast_forms_are_pefts_and_transformers_own(
+def test_fused_kernels_match_peft_and_transformers(
     folder: Path, choice: AdapterConfig, checkpointing: bool, blocks: bool
 ) -> None:
-    model = fused(packed_model(folder), choice) if blocks else adapt(packed_model(folder), choice, []).model
+    model = fused(packed_model(folder), choice) if blocks else make_trainable(packed_model(folder), choice, []).model
     with torch.no_grad():
         for name, part in model.named_parameters():
             if "lora_B" in name:
@@ -471,7 +471,7 @@ def test_the_fast_forms_are_pefts_and_transformers_own(
 
 
 @pytest.mark.parametrize("small", [1.0, 1e-3])
-def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small: float) -> None:
+def test_fused_kernels_pass_gradcheck(small: float) -> None:
     torch.manual_seed(0)
     x = (torch.randn(2, 3, 6, dtype=torch.float64) * small).requires_grad_()
     weight = torch.rand(6, dtype=torch.float64)
@@ -499,7 +499,7 @@ def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small:
     )
 
 
-def test_joined_layers_hold_nothing_twice_and_save_what_they_were(folder: Path) -> None:
+def test_joined_layers_share_storage_and_save_unchanged(folder: Path) -> None:
     plain = packed_model(folder)
     before = {name: part.clone() for name, part in plain.state_dict().items()}
     model = fused(plain, AdapterConfig(rank=4))
@@ -516,14 +516,14 @@ def test_joined_layers_hold_nothing_twice_and_save_what_they_were(folder: Path) 
     assert all(torch.equal(after[name], part) for name, part in before.items())
 
 
-def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
+def test_unsupported_layers_stay_with_peft(folder: Path) -> None:
     for choice in (AdapterConfig(rank=4, dora=True), AdapterConfig(rank=4, dropout=0.1)):
         fast = with_fast_forward(fused(packed_model(folder), choice))
         assert {type(module).__name__ for module in fast} == {"LlamaRMSNorm"}
-    assert not with_fast_forward(adapt(packed_model(folder), AdapterConfig(method="full"), []).model)
+    assert not with_fast_forward(make_trainable(packed_model(folder), AdapterConfig(method="full"), []).model)
 
 
-def test_a_switched_off_adapter_gives_the_base(folder: Path) -> None:
+def test_disabled_adapter_gives_the_base_output(folder: Path) -> None:
     model = fused(packed_model(folder), AdapterConfig(rank=4))
     store = random_store(3)
     batch = pack([store.sample(index) for index in range(3)])
@@ -538,7 +538,7 @@ def test_a_switched_off_adapter_gives_the_base(folder: Path) -> None:
     assert float(total) == pytest.approx(float(wanted), rel=1e-6) != pytest.approx(float(changed), rel=1e-3)
 
 
-def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> None:
+def test_unsupported_blocks_are_not_fused(tmp_path: Path) -> None:
     from transformers import GemmaConfig, GemmaForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -550,7 +550,7 @@ def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> 
     assert names == {"Linear", "LlamaRMSNorm"}
 
 
-def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(folder: Path) -> None:
+def test_fused_kernels_in_bf16_are_as_close_to_fp32(folder: Path) -> None:
     """bf16 weights and an fp32 adapter under autocast, as in a CPU run with bf16."""
     model = fused(packed_model(folder).to(torch.bfloat16), AdapterConfig(rank=4))
     with torch.no_grad():
@@ -597,7 +597,7 @@ def operations(model: Any, batch: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_and_not_cleared_again() -> None:
+def test_freed_memory_is_reused_without_page_faults() -> None:
     script = """
 import resource, torch
 from tongwen.train.memory import keep_freed_memory
@@ -615,12 +615,12 @@ print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to 
     assert kept < usual / 4
 
 
-def test_whether_an_adapter_reaches_fused_experts_is_said() -> None:
-    passed = adapt(tiny_mixture(), AdapterConfig(rank=2, targets=["q_proj"]), [])
+def test_coverage_of_fused_experts_is_reported() -> None:
+    passed = make_trainable(tiny_moe(), AdapterConfig(rank=2, targets=["q_proj"]), [])
     assert any(
         "does not cover 2 fused expert weights" in notice and "mlp.experts" in notice for notice in passed.notices
     )
-    reached = adapt(tiny_mixture(), AdapterConfig(rank=2), [])
+    reached = make_trainable(tiny_moe(), AdapterConfig(rank=2), [])
     assert any("covers 2 fused expert weights" in notice for notice in reached.notices)
     assert any("experts" in name for name, part in reached.model.named_parameters() if part.requires_grad)
 
@@ -638,7 +638,7 @@ def test_best_fit_loses_no_sample_and_leaves_little_room(capacity: int) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_batches_by_tokens_hold_the_whole_epoch(world: int) -> None:
+def test_token_batches_cover_the_epoch(world: int) -> None:
     store = random_store(203)
     plan = plan_for(store, batch_tokens=256, budget=64, world=world)
     first = [sample for step in plan.steps[: plan.steps_per_epoch] for sample in step]
@@ -650,7 +650,7 @@ def test_batches_by_tokens_hold_the_whole_epoch(world: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "world"), [(64, 4), (100, 2), (70, 1)])
-def test_a_step_that_cannot_have_its_tokens_is_refused(tokens: int, world: int) -> None:
+def test_unreachable_batch_tokens_are_refused(tokens: int, world: int) -> None:
     store = random_store(50)
     longest = int(store.lengths.max())
     with pytest.raises(RecipeError) as refused:

@@ -47,7 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "elsewhere"
     shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("make.py", "__pycache__"))
     for file in folder.rglob("*"):
-        os.utime(file, (make.MOMENT, make.MOMENT))
+        os.utime(file, (make.MTIME, make.MTIME))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     return folder
@@ -75,7 +75,7 @@ def is_of_this_version(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: Path, tongwen: Any) -> None:
+def test_stopped_run_resumes_to_the_same_result(name: str, place: Path, tongwen: Any) -> None:
     """`phases` was stopped in its second phase, and its base is a vocabulary stage."""
     stage, steps = RUNS[name]
     expected = place / ("finished/sft" if name == "sft" else f"expected/{name}")
@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: P
     assert code == 0, err
     assert f"continuing after step {done} of {steps}" in out
     assert "prepare: already done" in out
-    if stage != "sft":  # the text of its template has changed since: its tokens are made anew
+    if stage != "sft":  # the text of its template has changed since: its tokens are encoded again
         assert ("tokens: already encoded" in out) == is_of_this_version(place / name)
     made, manifest = place / name / stage, read(place / name / stage / "manifest.json")
     assert (manifest["run"], manifest["forks"], manifest["steps"]) == (run["run"], [], steps)
@@ -125,7 +125,7 @@ def test_other_settings_are_refused(change: str, stage: str, place: Path, tongwe
     assert hashes(place / "sft" / "sft.partial") == before
 
 
-def test_a_fork_of_it_keeps_where_it_came_from(place: Path, tongwen: Any) -> None:
+def test_fork_records_its_origin(place: Path, tongwen: Any) -> None:
     run = read(place / "sft" / "sft.partial" / "run.json")["run"]
     code, _, err = tongwen("run", "sft.yaml", "sft.learning_rate=2e-3", "sft.evaluate_every=9", "--fork", "--until=sft")
     assert code == 0, err
@@ -136,7 +136,7 @@ def test_a_fork_of_it_keeps_where_it_came_from(place: Path, tongwen: Any) -> Non
 # -- what is finished ----------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_left_alone(place: Path, tongwen: Any) -> None:
+def test_finished_run_is_not_repeated(place: Path, tongwen: Any) -> None:
     before = hashes(place / "finished")
     code, out, err = tongwen("run", "sft.yaml", "out=finished")
     assert code == 0, err
@@ -150,7 +150,7 @@ def test_a_finished_run_is_left_alone(place: Path, tongwen: Any) -> None:
     assert code == 2 and "0.001 → 0.002" in err
 
 
-def test_a_merge_made_anew_is_the_same_to_the_byte(place: Path, tongwen: Any) -> None:
+def test_repeated_merge_is_byte_identical(place: Path, tongwen: Any) -> None:
     code, _, err = tongwen("merge", "--base", "base", "--adapter", "finished/sft", "--out", "merged")
     assert code == 0, err
     new, old = place / "merged", place / "finished" / "merge"
@@ -160,7 +160,7 @@ def test_a_merge_made_anew_is_the_same_to_the_byte(place: Path, tongwen: Any) ->
 
 
 @pytest.mark.parametrize("stage", ["sft", "merge"])
-def test_it_is_shown_and_verified(stage: str, place: Path, tongwen: Any) -> None:
+def test_artifacts_are_shown_and_verified(stage: str, place: Path, tongwen: Any) -> None:
     path = f"finished/{stage}"
     code, out, err = tongwen("show", path, "--json")
     assert code == 0, err
@@ -173,7 +173,7 @@ def test_it_is_shown_and_verified(stage: str, place: Path, tongwen: Any) -> None
     assert code == 4 and "manifest.json says" in err
 
 
-def test_the_family_tree_is_whole(place: Path, tongwen: Any) -> None:
+def test_lineage_is_complete(place: Path, tongwen: Any) -> None:
     code, out, err = tongwen("show", "finished/merge")
     assert code == 0, err
     for stage in ("merge", "sft", "prepare"):
@@ -181,7 +181,7 @@ def test_the_family_tree_is_whole(place: Path, tongwen: Any) -> None:
     assert "has changed since" not in out
 
 
-def test_what_it_learned_is_compared(place: Path, tongwen: Any) -> None:
+def test_show_html_reports_the_scores(place: Path, tongwen: Any) -> None:
     code, out, err = tongwen("show", "finished", "--html", "page.html")
     assert code == 0, err
     report, manifest = (read(place / "finished" / "sft" / f"{name}.json") for name in ("report", "manifest"))
@@ -192,7 +192,7 @@ def test_what_it_learned_is_compared(place: Path, tongwen: Any) -> None:
 # -- conversations -------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_saved_as_it_was(place: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_conversation_is_byte_identical(place: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = read(place / "chat.json")["messages"]
     assert [turn["role"] for turn in kept] == ["user", "assistant"] * 2
     type_lines([*(turn["content"] for turn in kept[::2]), "/save again.json"], monkeypatch)
@@ -201,17 +201,17 @@ def test_a_conversation_is_saved_as_it_was(place: Path, tongwen: Any, monkeypatc
     assert (place / "again.json").read_bytes() == (place / "chat.json").read_bytes()
 
 
-def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
+def test_page_opens_stored_conversations(place: Path) -> None:
     """The browser stores the chat under a name and a secret, which must not change either."""
     pytest.importorskip("gradio")
     import httpx
 
-    from tests.serving.web.page_server import TOKEN, Parrot, serving, talk
+    from tests.serving.web.page_server import TOKEN, Parrot, make_chat_backend, serving
     from tongwen.serving.web.backend import PageBackend
 
     kept = read(place / "shelf.json")
     with (
-        serving(PageBackend("tongwen", talk(Parrot(), "parrot"))) as url,
+        serving(PageBackend("tongwen", make_chat_backend(Parrot(), "parrot"))) as url,
         httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}", "origin": url}, timeout=30) as web,
     ):
         page = web.get("/en/config").json()
@@ -240,7 +240,7 @@ def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["finished/sft", "finished/merge"])
-def test_the_library_opens_it(model: str, place: Path) -> None:
+def test_python_api_opens_old_models(model: str, place: Path) -> None:
     kept = read(place / "chat.json")["messages"]
     opened_model = package.open(model)
     assert opened_model.chat(kept[:1], max_new_tokens=8) == kept[1]["content"]
@@ -249,30 +249,30 @@ def test_the_library_opens_it(model: str, place: Path) -> None:
 # -- what was killed on its way ------------------------------------------------------------------------------------
 
 
-def test_prepare_goes_on_among_its_files(place: Path, tongwen: Any) -> None:
+def test_prepare_resumes_between_files(place: Path, tongwen: Any) -> None:
     done = list(place.glob("pieces/prepare.partial/parts/*/scan.json"))
     assert 0 < len(done) < 8
     code, out, err = tongwen("run", "pieces.yaml")
     assert code == 0, err
     assert "continuing the interrupted work" in out
     for file in sorted((place / "expected" / "pieces").iterdir()):
-        wanted = file.read_bytes().replace(b"stands in held-out", b"appears in held-out")  # reworded since v0.1
+        wanted = file.read_bytes().replace(b"stands", b"appears")  # reworded since v0.1
         assert (place / "pieces" / "prepare" / file.name).read_bytes() == wanted, file.name
 
 
-def test_encoding_goes_on_among_its_rows(place: Path, tongwen: Any) -> None:
+def test_encoding_resumes_between_rows(place: Path, tongwen: Any) -> None:
     (left,) = place.glob("encode/tokens/sft/*.partial")
     done = json.loads((left / "journal.jsonl").read_text().splitlines()[-1])["rows"]
     code, out, err = tongwen("run", "encode.yaml")
     assert code == 0, err
     assert done > 0 and "encoding continues" not in out, (
-        "the text of its template has changed since: all is encoded anew"
+        "the text of its template has changed since: all rows are encoded again"
     )
     (made,) = place.glob("encode/tokens/sft/*/store.json")
     assert read(made) == read(place / "expected" / "encode" / "store.json")
 
 
-def test_answers_that_are_there_are_not_asked_again(place: Path, tongwen: Any) -> None:
+def test_existing_answers_are_not_generated_again(place: Path, tongwen: Any) -> None:
     journal = place / "answers.jsonl.answers"
     head, *kept = journal.read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in kept if line.endswith("]")]
@@ -288,7 +288,7 @@ def test_answers_that_are_there_are_not_asked_again(place: Path, tongwen: Any) -
     assert found == wanted and not journal.exists()
 
 
-def test_an_examination_goes_on(place: Path, tongwen: Any) -> None:
+def test_interrupted_evaluation_resumes(place: Path, tongwen: Any) -> None:
     (journal,) = (place / "scores.answers").iterdir()
     head, *kept = journal.read_text(encoding="utf-8").splitlines()
     first = json.loads(kept[0])[0]
@@ -312,12 +312,12 @@ def test_an_examination_goes_on(place: Path, tongwen: Any) -> None:
     assert not (place / "scores.answers").exists()
 
 
-def test_replies_that_were_paid_for_are_not_asked_again(place: Path, tongwen: Any) -> None:
+def test_paid_replies_are_not_requested_again(place: Path, tongwen: Any) -> None:
     paid = rows(place / "synthesize" / "synthesize.partial" / "journal.jsonl")
-    with make.serving(make.Endpoint) as (url, asked):
+    with make.serving(make.Endpoint) as (url, requests):
         code, out, err = tongwen("run", "synthesize.yaml", f"synthesize.endpoint={url}/v1")
     assert code == 0, err
-    assert len(paid) == 3 and "3 replies already exist" in out and len(asked) == 3
+    assert len(paid) == 3 and "3 replies already exist" in out and len(requests) == 3
     made, expected = (folder / "synthesize" for folder in (place / "synthesize", place / "expected"))
     found, wanted = rows(made / "dialogues.jsonl"), rows(expected / "dialogues.jsonl")
     for row in (*found, *wanted):
@@ -326,25 +326,25 @@ def test_replies_that_were_paid_for_are_not_asked_again(place: Path, tongwen: An
     assert rows(made / "journal.jsonl")[:3] == paid
 
 
-def test_a_model_of_which_half_has_come(place: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_downloaded_model_resumes(place: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     (part,) = place.glob("fetched.partial/.fetch/*.part")
     half = part.read_bytes()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with make.serving(make.Hub, files=make.hub_files(place)) as (url, asked):
+    with make.serving(make.Hub, files=make.hub_files(place)) as (url, requests):
         monkeypatch.setenv("HF_ENDPOINT", url)
         code, _, err = tongwen("fetch", "tiny/model", "--kind", "model", "--out", "fetched")
     assert code == 0, err
     files = [f"/tiny/model/resolve/{make.Hub.commit}/{name}" for name in ("model.safetensors", "tokenizer.json")]
-    assert asked == [f"{files[0]} bytes={len(half)}-", files[1]], (
-        "neither the list nor what had come is asked for again"
+    assert requests == [f"{files[0]} bytes={len(half)}-", files[1]], (
+        "neither the list nor the first half is requested again"
     )
     whole = (place / "fetched" / "model.safetensors").read_bytes()
     assert whole == (place / "base" / "model.safetensors").read_bytes() and whole.startswith(half)
 
 
-def test_a_data_set_in_the_cache_is_found_without_its_hub(place: Path, tongwen: Any) -> None:
+def test_cached_dataset_is_used_without_the_hub(place: Path, tongwen: Any) -> None:
     assert tongwen("verify", "cache/tongwen/data/tiny--rows")[0] == 0
     code, _, err = tongwen("run", "hub.yaml")
     assert code == 0, err

@@ -49,7 +49,7 @@ def migrated(line: ScriptLine) -> MigrationResult:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder with the READMEs")
 @pytest.mark.parametrize("name", READMES)
-def test_the_lines_are_those_of_the_readme(name: str) -> None:
+def test_command_lines_match_the_readme(name: str) -> None:
     text = (SHARED / "seeds" / READMES[name][0]).read_text(encoding="utf-8")
     found = []
     for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL):
@@ -65,20 +65,20 @@ def test_the_lines_are_those_of_the_readme(name: str) -> None:
     assert [line.arguments for line in found] == [line.arguments for line in lines_of(name)]
 
 
-def test_the_count_of_lines() -> None:
+def test_number_of_command_lines() -> None:
     assert {name: len(lines_of(name)) for name in READMES} == {name: count for name, (_, count) in READMES.items()}
     assert sum(count for _, count in READMES.values()) == 57
 
 
 @pytest.mark.parametrize(("name", "line"), ALL, ids=[f"{name}:{line.number}" for name, line in ALL])
-def test_each_flag_has_one_verdict_and_what_comes_out_is_read(
+def test_each_flag_has_one_verdict_and_the_recipe_loads(
     name: str, line: ScriptLine, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     one = migrated(line)
-    environment, words = split_environment(line.arguments)
+    environment, argv = split_environment(line.arguments)
     verdicts = Counter(verdict.flag for verdict in one.verdicts)
-    options = [word for word in words if re.match(r"--?[A-Za-z]", word) and word != "-m"]
+    options = [word for word in argv if re.match(r"--?[A-Za-z]", word) and word != "-m"]
     named = [re.sub(r"=.*", "", word).lstrip("-").replace("-", "_") for word in options]
     for flag, option in zip([*environment, *named], [*environment, *options], strict=True):
         assert sum(verdicts[word] for word in {flag, option}) == 1, f"{flag}: {verdicts}"
@@ -92,9 +92,9 @@ def test_each_flag_has_one_verdict_and_what_comes_out_is_read(
     if one.recipe:
         file = tmp_path / "recipe.yaml"
         assert tongwen("migrate", "--out", file, "--", *line.arguments)[0] == 0
-        code, _, said = tongwen("check", file)
-        assert code == (3 if "prepare" in one.recipe else 0), said
-        assert all("there is no such file" in part for part in re.split(r"\n(?!  →)", said.strip()) if part), said
+        code, _, err = tongwen("check", file)
+        assert code == (3 if "prepare" in one.recipe else 0), err
+        assert all("there is no such file" in part for part in re.split(r"\n(?!  →)", err.strip()) if part), err
 
 
 # What the READMEs (and the files that they name) say, written down by hand: batch, learning rate, rank, targets, length,
@@ -115,13 +115,13 @@ WANTED = {
 }
 
 
-def test_deepspeeds_file_is_an_engine_where_there_are_devices() -> None:
+def test_deepspeed_file_becomes_an_engine_with_several_devices() -> None:
     full, lora = (migrated(lines_of("belle")[place]).recipe["sft"] for place in (4, 6))
     assert full["engine"] == "zero2" and full["schedule"] == "warmup_lr"
     assert "engine" not in lora and lora["schedule"] == "linear"
 
 
-def test_data_are_made_again(tongwen: Any) -> None:
+def test_crawl_scripts_become_synthesize(tongwen: Any) -> None:
     code, out, _ = tongwen("migrate", "--json", "--", "python", "scripts/crawl_prompt.py", "out.txt")
     assert code == 0
     recipe = json.loads(out)["migrated"][0]["recipe"]
@@ -140,33 +140,33 @@ def settings_of(name: str) -> tuple[Any, ...]:
     readme, place = name.split(":")
     recipe = migrated(lines_of(readme)[int(place) - 1]).recipe
     section = "sft" if "sft" in recipe else "pretrain"
-    words = recipe[section]
-    adapter = words.get("adapter", {})
+    settings = recipe[section]
+    adapter = settings.get("adapter", {})
     return (
         section,
-        words["batch_size"],
-        words["learning_rate"],
+        settings["batch_size"],
+        settings["learning_rate"],
         adapter.get("rank"),
         adapter.get("targets"),
-        words["max_length"],
-        words.get("template"),
-        words["stop_after"],
+        settings["max_length"],
+        settings.get("template"),
+        settings["stop_after"],
     )
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_the_recipe_says_what_the_readme_said(name: str) -> None:
+def test_recipe_matches_the_readme_settings(name: str) -> None:
     assert settings_of(name) == WANTED[name]
 
 
-def test_the_table_has_every_training_line() -> None:
+def test_expected_settings_cover_every_training_command() -> None:
     trained = {
         f"{name}:{place}" for name in READMES for place, line in enumerate(lines_of(name), 1) if migrated(line).recipe
     }
     assert trained == set(WANTED)
 
 
-def test_the_tables_name_readers_and_words_that_exist() -> None:
+def test_rule_tables_name_existing_readers_and_settings() -> None:
     known = {f"{name}.{key}".lstrip(".") for name, section in sections() for key in section.model_fields}
     count = 0
     for table in TABLES:
@@ -178,8 +178,8 @@ def test_the_tables_name_readers_and_words_that_exist() -> None:
                     flag,
                 )
                 for word in [rule.to, *rule.sets, *(() if program.command else program.always)]:
-                    words = [word.replace("@", section) for section in ("sft", "pretrain")]
-                    assert not re.match(r"[a-z@]+\.", word) or known & set(words), (program.id, flag, word)
+                    names = [word.replace("@", section) for section in ("sft", "pretrain")]
+                    assert not re.match(r"[a-z@]+\.", word) or known & set(names), (program.id, flag, word)
                 for text in (rule.mended, rule.dropped, *rule.unless.values(), *rule.needs.values()):
                     assert text is None or (isinstance(text, Text) and text), (program.id, flag)
                 count += 1
@@ -190,25 +190,25 @@ def test_the_tables_name_readers_and_words_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("argv", "parts"),
     [
         (["python", "finetune.py", "--lora_rnk", "8", "--base_model", "x"], ["lora_rnk", "lora_r"]),
         (["torchrun", "--nproc_per_nod=2", "finetune.py", "--use_lora"], ["nproc_per_nod", "nproc_per_node"]),
-        (["python", "finetun.py"], ["no program", "finetune.py"]),
+        (["python", "finetun.py"], ["no known script", "finetune.py"]),
         (["python", "finetune.py", "--base_model", "x", "--learning_rate", "--bits", "4"], ["learning_rate", "no value"]),
         (["python", "finetune.py", "--base_model", "x", "--learning_rate", "fast"], ["'fast' is not a valid number"]),
         (["python", "finetune.py", "--base_model", "x", "--bits", "3"], ["'3' is not one of: 4, 8"]),
         (["python", "finetune.py", "--base_model=x", "--bits=4", "--bits=8"], ["bits is given twice", "'4'", "'8'"]),
-        (["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "a,", "c"], ["'c' does not belong to any flag"]),
+        (["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "a,", "c"], ["'c' follows no flag"]),
         (["python", "finetune.py", "--use_lora", "--model_config_file", "gone.json"], ["gone.json", "no such file"]),
         (["FOO=1"], ["no command"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_said_with_the_nearest(words: list[str], parts: list[str], tongwen: Any) -> None:
-    code, _, said = tongwen("migrate", "--", *words)
+def test_unknown_flag_is_refused_with_the_nearest(argv: list[str], parts: list[str], tongwen: Any) -> None:
+    code, _, err = tongwen("migrate", "--", *argv)
     assert code == 2
     for part in parts:
-        assert part in said
+        assert part in err
 
 
 def write(folder: Path, name: str, value: Any) -> Path:
@@ -220,7 +220,7 @@ CONFIG = {"model_type": "bloom", "model_name_or_path": "m", "data_path": "d.json
 CONFIG |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-5, "cutoff_len": 64}
 
 
-def test_files_that_belong_together_make_one_recipe(tongwen: Any, tmp_path: Path) -> None:
+def test_related_files_make_one_recipe(tongwen: Any, tmp_path: Path) -> None:
     files = [
         write(tmp_path, "run.json", CONFIG),
         write(tmp_path, "lora.json", {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a", "b"]}),
@@ -236,16 +236,16 @@ def test_files_that_belong_together_make_one_recipe(tongwen: Any, tmp_path: Path
 def test_contradictory_files_are_refused(tongwen: Any, tmp_path: Path) -> None:
     run = write(tmp_path, "run.json", CONFIG)
     ds = write(tmp_path, "ds.json", {"train_batch_size": 64, "zero_optimization": {"stage": 2}})
-    code, _, said = tongwen("migrate", run, ds)
-    assert code == 2 and "train_batch_size is 64" in said and "multiply to 8" in said
-    code, _, said = tongwen("migrate", write(tmp_path, "strange.json", {"hidden_size": 1}))
-    assert code == 2 and "not a configuration file of an older project" in said and "hidden_size" in said
+    code, _, err = tongwen("migrate", run, ds)
+    assert code == 2 and "train_batch_size is 64" in err and "multiply to 8" in err
+    code, _, err = tongwen("migrate", write(tmp_path, "strange.json", {"hidden_size": 1}))
+    assert code == 2 and "not a configuration file of an older project" in err and "hidden_size" in err
 
 
-def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path: Path) -> None:
+def test_conflicting_values_are_refused_with_both(tongwen: Any, tmp_path: Path) -> None:
     one = write(tmp_path, "one.json", CONFIG)
     other = write(tmp_path, "other.json", CONFIG | {"learning_rate": 2e-5, "cutoff_len": 512})
-    code, _, said = tongwen("migrate", one, other)
+    code, _, err = tongwen("migrate", one, other)
     assert code == 2
     for part in (
         "contradict each other",
@@ -256,37 +256,37 @@ def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path:
         "64 and 512",
         "keep one",
     ):
-        assert part in said, said
-    code, _, said = tongwen("migrate", write(tmp_path, "odd.json", CONFIG | {"learning_rat": 1, "lora_rank": 8}))
-    assert code == 2 and "'learning_rat'" in said and "learning_rate" in said and "'lora_rank'" in said
+        assert part in err, err
+    code, _, err = tongwen("migrate", write(tmp_path, "odd.json", CONFIG | {"learning_rat": 1, "lora_rank": 8}))
+    assert code == 2 and "'learning_rat'" in err and "learning_rate" in err and "'lora_rank'" in err
 
 
-def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
+def test_partial_configuration_is_refused(tongwen: Any, tmp_path: Path) -> None:
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a"]}
-    code, _, said = tongwen("migrate", write(tmp_path, "lora.json", lora))
-    assert code == 2 and "this names no model" in said and "a part" in said
-    code, _, said = tongwen("migrate", "--", "python", "run_clm_sft_with_peft.py", "--model_name_or_path", "m")
-    assert code == 2 and "prepare" in said and "recipe.yaml" in said
+    code, _, err = tongwen("migrate", write(tmp_path, "lora.json", lora))
+    assert code == 2 and "this names no model" in err and "a part" in err
+    code, _, err = tongwen("migrate", "--", "python", "run_clm_sft_with_peft.py", "--model_name_or_path", "m")
+    assert code == 2 and "prepare" in err and "recipe.yaml" in err
 
 
-def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> None:
+def test_shell_script_variables_are_expanded(tongwen: Any, tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
     script.write_text(
         '# note\nlr=1e-4\nout="o p"\npython finetune.py --base_model m \\\n  --learning_rate ${lr}\n  --output_path $out\n'
     )
-    for words in (["migrate", script, "--json"], ["migrate", "--json", "--", "bash", script]):
-        code, out, _ = tongwen(*words)
+    for argv in (["migrate", script, "--json"], ["migrate", "--json", "--", "bash", script]):
+        code, out, _ = tongwen(*argv)
         recipe = json.loads(out)["migrated"][0]["recipe"]
         assert code == 0 and recipe["sft"]["learning_rate"] == 1e-4 and recipe["out"] == "o p"
     script.write_text("python finetune.py --base_model 'm\n")
-    code, _, said = tongwen("migrate", script)
-    assert code == 2 and "run.sh:1" in said and "quote" in said
+    code, _, err = tongwen("migrate", script)
+    assert code == 2 and "run.sh:1" in err and "quote" in err
     assert tongwen("migrate", tmp_path / "gone.sh")[0] == 2
     assert tongwen("migrate")[0] == 2
     assert tongwen("migrate", tmp_path)[0] == 4
 
 
-def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_command_uses_earlier_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base of the adapter is known when the line before has run, and not when the script is read."""
     from tongwen.commands import migrate
 
@@ -305,14 +305,14 @@ def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: py
     assert list(commands) == [(merge, True)]
 
 
-def test_a_result_has_a_folder_of_its_own() -> None:
+def test_output_gets_its_own_folder() -> None:
     line = ["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "l"]
     for more in ([], ["--output_dir", "./"]):
         (command,) = migrate_command([*line, *more], current_id).commands
         assert command[command.index("--out") + 1] == "merged"
 
 
-def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
+def test_multi_node_command_keeps_torchrun(tongwen: Any) -> None:
     line = [
         "torchrun",
         "--nnodes",
@@ -328,11 +328,11 @@ def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
     code, out, _ = tongwen("migrate", "--", *line)
     assert code == 0 and "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 -m tongwen run RECIPE" in out
     assert "batch_size: 128" in out  # 1 x 16 x 4 x 2
-    code, _, said = tongwen("migrate", "--run", "--", *line)
-    assert code == 2 and "with torchrun on each of them" in said
+    code, _, err = tongwen("migrate", "--run", "--", *line)
+    assert code == 2 and "with torchrun on each of them" in err
 
 
-def test_llamafactorys_yaml(tongwen: Any, tmp_path: Path) -> None:
+def test_llamafactory_yaml_is_migrated(tongwen: Any, tmp_path: Path) -> None:
     file = tmp_path / "qwen.yaml"
     file.write_text(
         "model_name_or_path: Qwen/Qwen3-4B\ntrust_remote_code: true\nstage: sft\ndo_train: true\nfinetuning_type: lora\n"
@@ -358,8 +358,8 @@ def test_llamafactorys_yaml(tongwen: Any, tmp_path: Path) -> None:
         ["tongwen", "merge", "--base", "a", "--adapter", "b", "--out", "c"]
     ]
     file.write_text("model_name_or_path: a\nstage: dpo\n", encoding="utf-8")
-    code, _, said = tongwen("migrate", file)
-    assert code == 2 and "'dpo' is not one of: sft, pt" in said
+    code, _, err = tongwen("migrate", file)
+    assert code == 2 and "'dpo' is not one of: sft, pt" in err
 
 
 ODD = [
@@ -383,19 +383,19 @@ ODD = [
 ]
 
 
-def test_accidents_end_in_an_outcome_or_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_damage_gives_a_result_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     chance = random.Random(0)
     ended = Counter[bool]()
     for _ in range(150):
         name = chance.choice([*known_files()])
         data = json.loads(json.dumps(known_files()[name]))
-        words = list(chance.choice(ALL)[1].arguments)
+        argv = list(chance.choice(ALL)[1].arguments)
         for _ in range(chance.randint(1, 3)):
             data[chance.choice([*data])] = chance.choice(ODD)
-            words[chance.randrange(len(words))] = str(chance.choice(ODD))
+            argv[chance.randrange(len(argv))] = str(chance.choice(ODD))
         file = write(tmp_path, name, data)
-        for attempt in (lambda: migrate_files([str(file)], current_id), lambda: migrate_command(words, current_id)):
+        for attempt in (lambda: migrate_files([str(file)], current_id), lambda: migrate_command(argv, current_id)):
             try:
                 one = attempt()
                 if one.recipe:

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from tongwen.recipe.aliases import NEEDLESS, OWNED, training_arguments
 
 
-def test_training_arguments_are_the_installed_ones() -> None:
+def test_training_arguments_match_transformers() -> None:
     declared = {field.name for field in fields(TrainingArguments)}
     assert {*training_arguments()} <= declared
     assert len(training_arguments()) > 80

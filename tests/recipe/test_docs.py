@@ -18,7 +18,7 @@ def test_every_setting_has_help_in_both_languages() -> None:
     assert "| `learning_rate` |" in to_markdown()
 
 
-def test_types_and_defaults_are_named_for_users_and_not_for_the_code() -> None:
+def test_types_and_defaults_use_plain_names() -> None:
     page = to_markdown()
     assert "| `documents` | `list of source` |" in page and "| `at_most` | `spending limits` |" in page
     assert "| `tasks` | `list of task` | `[{'task': 'bits_per_byte'}]` |" in page

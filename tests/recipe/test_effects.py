@@ -23,13 +23,13 @@ EVERY = {*AdapterConfig.model_fields}
         (Pretrain.model_validate({"evaluate_every": 10, "forgetting": {"stop": 0.1}}), True),
     ],
 )
-def test_when_to_evaluate_decides_where_an_evaluation_may_end_the_run(section: Training, decides: bool) -> None:
+def test_evaluate_every_decides_only_with_early_stopping(section: Training, decides: bool) -> None:
     assert ("evaluate_every" in deciding_settings(section)) == decides
     assert ("evaluate_every" not in free_settings(section)) == decides
     assert "save_every" in free_settings(section) and "save_every" not in deciding_settings(section)
 
 
-def test_what_an_engine_file_contains_decides_too(tmp_path: Path) -> None:
+def test_engine_file_contents_are_deciding_settings(tmp_path: Path) -> None:
     file = tmp_path / "engine.json"
     file.write_text(json.dumps({"steps_per_print": 5, "zero_optimization": {"stage": 2, "overlap_comm": True}}))
     settings = deciding_settings(Sft.model_validate({"engine": str(file)}))
@@ -47,9 +47,7 @@ def test_what_an_engine_file_contains_decides_too(tmp_path: Path) -> None:
         (Pretrain, {"schedule": "wsd", "phases": [{"train": "lora"}]}, {"train"}),
     ],
 )
-def test_settings_without_effect_beside_the_others(
-    model: type[Training], settings: dict[str, Any], unused: set[str]
-) -> None:
+def test_unused_settings_are_found(model: type[Training], settings: dict[str, Any], unused: set[str]) -> None:
     assert unused_settings(model.model_validate(settings)) == unused
 
 
@@ -65,7 +63,5 @@ def test_settings_without_effect_beside_the_others(
         (Pretrain, {"train": "lora+embeddings"}, {"quantize"}),
     ],
 )
-def test_settings_of_the_adapter_without_effect(
-    model: type[Training], settings: dict[str, Any], unused: set[str]
-) -> None:
+def test_unused_adapter_settings_are_found(model: type[Training], settings: dict[str, Any], unused: set[str]) -> None:
     assert unused_adapter_settings(model.model_validate(settings)) == unused

@@ -1,4 +1,4 @@
-"""What a recipe and a user's own engine file say of engines: read as the recipe's words, or refused with both values."""
+"""Engine settings of a recipe and of a user's engine file: translated to recipe settings, or refused with both values."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ fsdp_config:
 """
 
 
-def zero(**words: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": 2, **words}}
+def zero(**settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2, **settings}}
 
 
-def rates(of_optimizer: Any, peak: Any, **words: Any) -> dict[str, Any]:
-    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": peak, **words}}
+def rates(of_optimizer: Any, peak: Any, **settings: Any) -> dict[str, Any]:
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": peak, **settings}}
     return {**NO_OFFLOAD, "optimizer": {"params": {"lr": of_optimizer}}, "scheduler": schedule}
 
 
-def fsdp(words: str, beside: str = "") -> str:
-    return f"distributed_type: FSDP\n{beside}fsdp_config: {{{words}}}\n"
+def fsdp(settings: str, beside: str = "") -> str:
+    return f"distributed_type: FSDP\n{beside}fsdp_config: {{{settings}}}\n"
 
 
-def accelerates(words: str, beside: str = "") -> str:
-    return f"distributed_type: DEEPSPEED\n{beside}deepspeed_config: {{{words.strip('{}')}}}\n"
+def accelerates(settings: str, beside: str = "") -> str:
+    return f"distributed_type: DEEPSPEED\n{beside}deepspeed_config: {{{settings.strip('{}')}}}\n"
 
 
 def recipe(folder: Path, settings: Any, sft: str = "") -> Path:
@@ -93,14 +93,14 @@ def recipe(folder: Path, settings: Any, sft: str = "") -> Path:
     return out
 
 
-def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def set_launcher_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(parallel, "_prepare_deepspeed", lambda zero, place: None)
 
 
-def test_deepspeed_files_of_older_projects_load_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch)
+def test_deepspeed_files_of_older_projects_load_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launcher_environment(monkeypatch)
     sft, notices = read(recipe(tmp_path, BELLE))
     assert (
         sft.schedule == "warmup_lr"
@@ -124,7 +124,7 @@ def read(file: Path) -> tuple[Any, str]:
     return made.sft, "\n".join(notices)
 
 
-def test_the_batch_of_a_file_is_the_recipes_or_refused(tmp_path: Path) -> None:
+def test_batch_size_of_the_file_must_match_the_recipe(tmp_path: Path) -> None:
     assert read(recipe(tmp_path, {**NO_OFFLOAD, "train_batch_size": 32}))[0].batch_size == 32
     per_device = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
     file = recipe(tmp_path, {**NO_OFFLOAD, **per_device})
@@ -135,10 +135,8 @@ def test_the_batch_of_a_file_is_the_recipes_or_refused(tmp_path: Path) -> None:
     assert "the recipe has 16" in text and "engine.json has 32" in text and '"auto"' in text
 
 
-def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched(monkeypatch)
+def test_fsdp1_file_is_read_as_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launcher_environment(monkeypatch)
     sft, notices = read(recipe(tmp_path, FSDP1))
     assert sft.offload and sft.precision == "bf16"
     assert "backward_prefetch" in notices and "state_dict_type" in notices
@@ -151,7 +149,7 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
 
 
 @pytest.mark.parametrize(
-    ("settings", "sft", "said"),
+    ("settings", "sft", "message"),
     [
         ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not supported; supported: Adam, AdamW"),
         ({"optimizer": {"params": {"betas": 0.9}}}, "", "optimizer.params.betas: 0.9 is not supported"),
@@ -200,11 +198,11 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
         ("a: [\n", "", "cannot be read"),
     ],
 )
-def test_what_does_not_work_is_refused_by_name(settings: Any, sft: str, said: str, tmp_path: Path) -> None:
+def test_unsupported_engine_settings_are_refused(settings: Any, sft: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(TongwenError) as refused:
         load_recipe(recipe(tmp_path, settings, sft))
     text = refused.value.text().replace(str(tmp_path / "engine.json"), "ENGINE")
-    assert said in text and refused.value.exit_code == 2
+    assert message in text and refused.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -235,10 +233,10 @@ def test_what_does_not_work_is_refused_by_name(settings: Any, sft: str, said: st
         (fsdp("fsdp_backward_prefetch_policy: BACKWARD_PRE"), "backward_prefetch_policy"),
     ],
 )
-def test_what_is_not_used_is_said(settings: Any, unused: str, tmp_path: Path) -> None:
+def test_unused_engine_settings_are_reported(settings: Any, unused: str, tmp_path: Path) -> None:
     _, notices = read(recipe(tmp_path, settings))
-    said = [line.split("decides: ")[1] for line in notices.splitlines() if "not used" in line]
-    assert said == ([unused] if unused else [])
+    reported = [line.split("decides: ")[1] for line in notices.splitlines() if "not used" in line]
+    assert reported == ([unused] if unused else [])
 
 
 @pytest.mark.parametrize(
@@ -271,10 +269,10 @@ def test_what_is_not_used_is_said(settings: Any, unused: str, tmp_path: Path) ->
         (accelerates("deepspeed_config_file: FOLDER/own.json", "mixed_precision: no\n"), "zero3, max_grad_norm: 0.5"),
     ],
 )
-def test_other_spellings_are_read_as_what_they_mean(
+def test_alternative_spellings_are_accepted(
     settings: Any, word: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched(monkeypatch)
+    set_launcher_environment(monkeypatch)
     (tmp_path / "own.json").write_text(json.dumps({**zero(stage=3, overlap_comm=True), "gradient_clipping": 0.5}))
     settings = settings.replace("FOLDER", str(tmp_path)) if isinstance(settings, str) else settings
     made = []
@@ -284,7 +282,7 @@ def test_other_spellings_are_read_as_what_they_mean(
         made.append(
             (
                 parallel.choose_engine(sft).arguments,
-                parallel.sharing_of(sft, 2),
+                parallel.sharding_plan(sft, 2),
                 sft.max_grad_norm,
                 sft.precision,
                 sft.activation_checkpointing,

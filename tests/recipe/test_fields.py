@@ -65,7 +65,7 @@ def test_no_setting_takes_a_number_without_meaning(value: str, tmp_path: Path) -
         (SFT % "optimizer: [.nan]", 4, ".nan", "no setting takes"),
     ],
 )
-def test_a_number_that_no_run_can_mean_is_refused_at_its_line(
+def test_number_that_no_run_can_mean_is_refused_at_its_line(
     text: str, line: int, value: str, remedy: str, tmp_path: Path
 ) -> None:
     found = problems(write(tmp_path, text))[0].text()

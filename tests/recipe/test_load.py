@@ -24,7 +24,7 @@ def test_missing_file_and_missing_folder_are_errors(tmp_path: Path) -> None:
         % "phases: [{train: new_rows, embedding_learning_rate: 1e-4}, {train: lora}], adapter: {method: qlora}",
     ],
 )
-def test_a_recipe_is_frozen_and_survives_its_own_dump(text: str, tmp_path: Path) -> None:
+def test_recipe_is_frozen_and_round_trips(text: str, tmp_path: Path) -> None:
     recipe, _ = load_recipe(write(tmp_path, text))
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
@@ -40,7 +40,7 @@ def test_a_recipe_is_frozen_and_survives_its_own_dump(text: str, tmp_path: Path)
         ("{method: full, rank: 4, dropout: 0.1}", "dropout, rank"),
     ],
 )
-def test_settings_without_effect_are_said(adapter: str, message: str, tmp_path: Path) -> None:
+def test_unused_settings_are_reported(adapter: str, message: str, tmp_path: Path) -> None:
     _, notices = load_recipe(write(tmp_path, SFT % f"adapter: {adapter}"))
     assert any(message in notice for notice in notices)
 
@@ -58,8 +58,8 @@ def test_settings_without_effect_are_said(adapter: str, message: str, tmp_path: 
         ("pretrain: {train: lora+embeddings, adapter: {rank: 8}}", ""),
     ],
 )
-def test_settings_that_nothing_reads_are_said_once(section: str, message: str, tmp_path: Path) -> None:
-    """And do not stand in the resolved recipe, where they have no line of the user's."""
+def test_unread_settings_are_reported_once(section: str, message: str, tmp_path: Path) -> None:
+    """And they are not in the resolved recipe, where they have no line of the user's."""
     file = write(tmp_path, f"name: t\nbase: b\nprepare: {{dialogues: d.jsonl, documents: t.txt}}\n{section}\n")
     recipe, notices = load_recipe(file)
     assert notices == [message] * bool(message)

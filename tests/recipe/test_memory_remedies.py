@@ -33,7 +33,7 @@ WAYS: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "settings", "wanted"), WAYS)
-def test_remedies_come_from_the_recipe(name: str, settings: dict[str, Any], wanted: list[str]) -> None:
+def test_memory_remedies_match_the_recipe(name: str, settings: dict[str, Any], wanted: list[str]) -> None:
     recipe = Recipe.model_validate(
         {"name": "a", "base": "b", "prepare": {"dialogues": "d", "documents": "d"}, name: settings}
     )
@@ -41,7 +41,7 @@ def test_remedies_come_from_the_recipe(name: str, settings: dict[str, Any], want
     assert found == [f"{name}.{setting}" for setting in wanted]
 
 
-def test_a_remedy_that_does_not_help_is_not_in_those_after_it() -> None:
+def test_unhelpful_remedy_is_dropped() -> None:
     recipe = Recipe.model_validate({"name": "a", "base": "b", "prepare": {"dialogues": "d"}, "sft": {}})
     seen = list[tuple[str, str, int]]()
 
@@ -54,13 +54,13 @@ def test_a_remedy_that_does_not_help_is_not_in_those_after_it() -> None:
     assert seen[-1] == ("on", "qlora", 512)
 
 
-def test_an_adapter_is_merged_where_the_model_goes_out() -> None:
+def test_lora_remedy_merges_before_export() -> None:
     settings = {"prepare": {"dialogues": "d"}, "sft": {"adapter": {"method": "full"}}, "export": {}}
     recipe = Recipe.model_validate({"name": "a", "base": "b", **settings})
     assert list(cheaper(recipe, "sft", 9, 9))[-2:] == ["sft.adapter.method=lora merge={}", "sft.adapter.method=qlora"]
 
 
-def test_rows_of_a_larger_vocabulary_learn_in_remedies_too() -> None:
+def test_remedies_keep_new_vocabulary_rows_trainable() -> None:
     settings = {"prepare": {"documents": "d"}, "vocab": {}, "pretrain": {"train": "full"}}
     recipe = Recipe.model_validate({"name": "a", "base": "b", **settings})
     assert "pretrain.train=lora+embeddings" in list(cheaper(recipe, "pretrain", 9, 9))

@@ -36,7 +36,7 @@ def test_learning_rates_of_weights_and_of_embeddings(settings: dict[str, Any], r
     ]
 
 
-def test_a_phase_takes_from_the_section_what_it_does_not_set() -> None:
+def test_phase_inherits_unset_values_from_its_section() -> None:
     section = Pretrain.model_validate(
         {
             "phases": [{"train": "new_rows", "stop_after": "100 steps"}, {"train": "lora+embeddings"}],
@@ -52,7 +52,7 @@ def test_a_phase_takes_from_the_section_what_it_does_not_set() -> None:
 @pytest.mark.parametrize(
     ("method", "part", "rate"), [("qlora", "lora", 2e-4), ("full", "full", 2e-5), ("new_rows", "new_rows", 2e-4)]
 )
-def test_fine_tuning_is_one_phase(method: str, part: str, rate: float) -> None:
+def test_sft_is_one_phase(method: str, part: str, rate: float) -> None:
     section = Sft.model_validate({"adapter": {"method": method}})
     (phase,) = training_phases(section)
     assert (phase.train, phase.parts, phase.config) == (part, (part,), section)

@@ -58,6 +58,6 @@ def test_each_problem_names_line_value_and_remedy(
     check_problem(tmp_path, text, line, value, remedy)
 
 
-def test_the_first_broken_rule_is_reported_with_those_of_training_before_those_of_pretraining(tmp_path: Path) -> None:
+def test_training_rules_are_checked_before_pretraining_rules(tmp_path: Path) -> None:
     both = "patience: 2, embedding_learning_rate: 1e-4"
     check_problem(tmp_path, PRETRAIN % both, 4, "`patience`", "evaluate_every: 50")

@@ -29,7 +29,7 @@ def test_each_problem_names_line_value_and_remedy(
     check_problem(tmp_path, text, line, value, remedy)
 
 
-def test_old_names_are_translated_and_said(tmp_path: Path) -> None:
+def test_old_names_are_translated_with_a_notice(tmp_path: Path) -> None:
     recipe, notices = load_recipe(
         write(tmp_path, SFT % "trainer: {warmup_ratio: 0.1, group_by_length: true, adam_beta2: 0.98}, cutoff_len: 99")
     )
@@ -39,7 +39,7 @@ def test_old_names_are_translated_and_said(tmp_path: Path) -> None:
     assert any("group_by_length" in notice and "padding" in notice for notice in notices)
 
 
-def test_the_batch_is_converted_once_with_the_devices(tmp_path: Path) -> None:
+def test_device_batch_is_converted_to_batch_size(tmp_path: Path) -> None:
     file = write(tmp_path, SFT % "per_device_train_batch_size: 2, gradient_accumulation_steps: 4")
     recipe, notices = load_recipe(file, ["devices=2"])
     assert recipe.sft
@@ -56,7 +56,7 @@ def test_the_batch_is_converted_once_with_the_devices(tmp_path: Path) -> None:
         ("adam_beta1: 0, tf32: null, project: a", ""),
     ],
 )
-def test_a_value_of_another_type_is_refused_at_its_line(trainer: str, message: str, tmp_path: Path) -> None:
+def test_wrong_type_is_refused_with_its_line(trainer: str, message: str, tmp_path: Path) -> None:
     file = write(tmp_path, SFT % f"trainer: {{{trainer}}}")
     if message:
         (problem,) = problems(file)

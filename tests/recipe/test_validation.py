@@ -31,7 +31,7 @@ def test_each_problem_names_line_value_and_remedy(
     check_problem(tmp_path, text, line, value, remedy)
 
 
-def test_all_problems_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         "name: a\nbase: b\nseeed: 1\nprepare: {dialogues: d}\nsft:\n  learn: all\n  rank: 3\n  adapter:\n    rank: x\n",

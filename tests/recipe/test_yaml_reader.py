@@ -26,7 +26,7 @@ def test_each_problem_names_line_value_and_remedy(
     check_problem(tmp_path, text, line, value, remedy)
 
 
-def test_numbers_and_words_follow_yaml_1_2(tmp_path: Path) -> None:
+def test_scalars_follow_yaml_1_2(tmp_path: Path) -> None:
     recipe, _ = load_recipe(write(tmp_path, SFT % "learning_rate: 1e-4, thinking: on, weight_decay: 1"))
     assert recipe.sft
     assert recipe.sft.learning_rate == 1e-4
@@ -34,7 +34,7 @@ def test_numbers_and_words_follow_yaml_1_2(tmp_path: Path) -> None:
     assert recipe.sft.weight_decay == 1.0
 
 
-def test_overrides_pass_the_same_reader(tmp_path: Path) -> None:
+def test_overrides_use_the_same_parser(tmp_path: Path) -> None:
     file = write(tmp_path, SFT % "learning_rate: 1e-4")
     recipe, _ = load_recipe(file, ["sft.learning_rate=3e-4", "sft.adapter.rank=2", "seed=7"])
     assert recipe.sft
@@ -66,14 +66,14 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ('name: a\nbase: b\n"\\0": b\n', 3, "a key must be a word", ""),
     ],
 )
-def test_a_file_that_could_exhaust_the_machine_or_means_nothing_is_refused_at_its_line(
+def test_file_that_could_exhaust_the_machine_or_means_nothing_is_refused_at_its_line(
     text: str, line: int, value: str, remedy: str, tmp_path: Path
 ) -> None:
     found = problems(write(tmp_path, text))[0].text()
     assert f"recipe.yaml:{line}" in found and value in found and remedy in found
 
 
-def test_an_alias_stands_for_its_values(tmp_path: Path) -> None:
+def test_alias_stands_for_its_values(tmp_path: Path) -> None:
     text = SFT % "adapter: &a {rank: 4, targets: [q_proj]}" + "pretrain: {adapter: *a}\n"
     recipe, _ = load_recipe(write(tmp_path, text.replace("d.json", "d.json, documents: d.txt")))
     assert recipe.sft and recipe.pretrain
@@ -98,6 +98,6 @@ def test_files_of_other_programs_have_the_same_limits(text: str) -> None:
     assert read_foreign("a: &a {b: on}\nc: *a", is_json=False) == {"a": {"b": True}, "c": {"b": True}}
 
 
-def test_a_device_without_end_is_no_recipe() -> None:
+def test_device_without_end_is_no_recipe() -> None:
     with pytest.raises(RecipeError, match="too large"):
         load_recipe("/dev/zero")

@@ -1,4 +1,4 @@
-"""The server answers, refuses or fails in one clear line, and lives on."""
+"""The server answers, refuses or fails in one clear line, and keeps running."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import pytest
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.cli.main import main
-from tongwen.core.errors import NumbersError, RowRefused
+from tongwen.core.errors import NumbersError, RowRejected
 from tongwen.data.encode import Encoder
 from tongwen.data.synthesis.client import SpendingMeter, SynthesisClient
 from tongwen.data.synthesis.generate import SCHEMA
@@ -77,12 +77,12 @@ class Served:
         found = {name.lower(): value for name, value in answer.getheaders()}
         return answer.status, found, json.loads(text) if text.startswith("{") else text
 
-    def chat(self, **words: Any) -> tuple[int, dict[str, str], Any]:
-        return self.send("POST", "/v1/chat/completions", ASK | words)
+    def chat(self, **fields: Any) -> tuple[int, dict[str, str], Any]:
+        return self.send("POST", "/v1/chat/completions", ASK | fields)
 
-    def leave_after(self, pieces: int, **words: Any) -> None:
-        """Ask, read so many events, and go."""
-        body = json.dumps(ASK | words).encode()
+    def leave_after(self, pieces: int, **fields: Any) -> None:
+        """Send a request, read `pieces` events, and disconnect."""
+        body = json.dumps(ASK | fields).encode()
         with socket.create_connection(("127.0.0.1", self.port)) as line:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
             line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -98,7 +98,7 @@ class Served:
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
 
-def in_a_child(log: Path, work: Callable[[], int]) -> int:
+def run_forked(log: Path, work: Callable[[], int]) -> int:
     """The process that does this work; what it says goes to a file."""
     log.touch()
     process = os.fork()
@@ -114,7 +114,7 @@ def in_a_child(log: Path, work: Callable[[], int]) -> int:
 def speak_slowly(
     steps: Path, ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]
 ) -> Iterator[str]:
-    """Says what it was asked, token by token, and leaves a dot in a file for each. Some words make it fail."""
+    """Repeats the question, token by token, and writes a dot to a file for each. Some words make it fail."""
     text = "".join(map(chr, ids))
     if "NaN" in text:
         raise NumbersError("the model gives NaN logits")
@@ -137,7 +137,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
     def chat_ids(messages: list[dict[str, Any]]) -> list[int]:
         text = "|".join(turn["content"] for turn in messages)
         if "refuse" in text:
-            raise RowRefused("template_refuses", "the template refuses this dialogue")
+            raise RowRejected("template_refuses", "the template refuses this dialogue")
         return [ord(character) for character in text]
 
     def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
@@ -147,7 +147,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
         return ids[-1] == ord(".")
 
     def check(settings: dict[str, Any]) -> object:
-        return Sampling().with_(**settings)
+        return Sampling().override(**settings)
 
     backend = openai_api.Backend(
         name="m",
@@ -166,7 +166,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
             auth.serve(auth.AuthMiddleware(openai_api.make_app(backend, places), TOKEN, loopback=True), listening)
             return 0
 
-        process = in_a_child(folder / "log", work)
+        process = run_forked(folder / "log", work)
         port = listening.getsockname()[1]
     served = Served(port, process, folder / "log")
     try:
@@ -190,7 +190,7 @@ def model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         os.environ["TONGWEN_API_KEY"] = TOKEN
         return main(["serve", str(chat_model), "--port", "0", "--name", "m", "--template", "chatml", "--json"])
 
-    process = in_a_child(log, work)
+    process = run_forked(log, work)
     while not (lines := [line for line in log.read_text().splitlines() if line.startswith("{")]):
         time.sleep(0.05)
     port = int(json.loads(lines[0])["url"].rsplit(":", 1)[1].split("/")[0])
@@ -199,7 +199,7 @@ def model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     assert server.end() == 0, log.read_text()
 
 
-def test_openai_s_own_client(model: Served) -> None:
+def test_official_openai_client_works(model: Served) -> None:
     client = model.client()
     assert [one.id for one in client.models.list()] == ["m"]
     messages: Any = [
@@ -225,10 +225,10 @@ def test_openai_s_own_client(model: Served) -> None:
     assert hot[0].choices == hot[1].choices != hot[2].choices
 
 
-def test_synthesize_asks_our_own_server(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthesize_uses_the_local_server(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows no JSON schema and says so; its stream, its counts and its end are understood."""
     monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
-    words = {
+    settings = {
         "endpoint": f"http://127.0.0.1:{model.port}/v1",
         "model": "m",
         "rows": 1,
@@ -238,7 +238,7 @@ def test_synthesize_asks_our_own_server(model: Served, monkeypatch: pytest.Monke
     told: list[str] = []
 
     async def ask() -> Any:
-        section = Synthesize.model_validate({**words, "method": "topics", "pause": 0.01})
+        section = Synthesize.model_validate({**settings, "method": "topics", "pause": 0.01})
         endpoint = SynthesisClient(section, SpendingMeter(section), told.append)
         async with endpoint.client:
             return await endpoint.complete("你好", SCHEMA)
@@ -250,7 +250,7 @@ def test_synthesize_asks_our_own_server(model: Served, monkeypatch: pytest.Monke
     assert told == ["the endpoint does not support JSON schema: not using it"]
 
 
-def test_what_does_not_fit_is_refused_at_once(model: Served) -> None:
+def test_oversized_request_is_refused_at_once(model: Served) -> None:
     long = [{"role": "user", "content": "长" * 2000}]
     for body, status in (
         (b"[" * 10_000_000, 413),
@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_refused_at_once(model: Served) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_control_tokens_in_somebody_s_words_are_words(kind: str, tmp_path: Path) -> None:
+def test_control_tokens_in_user_text_are_plain_text(kind: str, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path) if kind == "bytes" else sentencepiece_tokenizer(tmp_path)
     encoder = Encoder(tokenizer)
     template = chat_setup.bind_template("chatml" if kind == "bytes" else "alpaca", tokenizer, encoder.prefix)
@@ -285,7 +285,7 @@ def test_control_tokens_in_somebody_s_words_are_words(kind: str, tmp_path: Path)
     assert tokenizer.decode(speaker.text_ids(evil)[prefix:]).strip() == evil
 
 
-def test_only_the_token_opens(served: Served) -> None:
+def test_requests_without_the_token_are_refused(served: Served) -> None:
     for token in ("", "x", TOKEN[:-1], TOKEN + "x", "Bearer " + TOKEN, "é" * 20):
         for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/docs"), ("GET", "/")):
             status, headers, body = served.send(method, path, token=token.encode().decode("latin-1"))
@@ -298,13 +298,13 @@ def test_only_the_token_opens(served: Served) -> None:
     "headers",
     [{"Origin": "https://evil"}, {"Origin": "null"}, {"Origin": "http://localhost.evil"}, {"Host": "evil:7860"}],
 )
-def test_pages_of_other_sites_stay_outside(served: Served, headers: dict[str, str]) -> None:
+def test_cross_site_requests_are_refused(served: Served, headers: dict[str, str]) -> None:
     status, found, body = served.send("POST", "/v1/chat/completions", ASK, **headers)
     assert status == 403 and body["error"]["code"] in ("origin_refused", "host_refused")
     assert "access-control-allow-origin" not in found
 
 
-def test_no_path_leads_to_a_file(served: Served) -> None:
+def test_path_traversal_is_refused(served: Served) -> None:
     for path in ("/../../etc/passwd", "/v1/%2e%2e%2fetc", "/v1/models/..%5c", "/file=/etc/passwd", "/%00", "//etc"):
         status, _, body = served.send("GET", path)
         assert status == 404 and "root:" not in str(body)
@@ -312,7 +312,7 @@ def test_no_path_leads_to_a_file(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "said"),
+    ("fields", "status", "message"),
     [
         ({"model": "n"}, 404, "'n'"),
         ({"messages": []}, 400, "messages"),
@@ -331,47 +331,47 @@ def test_no_path_leads_to_a_file(served: Served) -> None:
         ({"chat_template": "{{ 1 }}"}, 400, "chat_template"),
     ],
 )
-def test_a_wrong_request_is_told_what_is_wrong(served: Served, words: dict[str, Any], status: int, said: str) -> None:
-    found, _, body = served.chat(**words)
-    assert found == status and said in body["error"]["message"]
+def test_invalid_request_names_the_field(served: Served, fields: dict[str, Any], status: int, message: str) -> None:
+    found, _, body = served.chat(**fields)
+    assert found == status and message in body["error"]["message"]
 
 
-def test_what_is_no_json_is_refused(served: Served) -> None:
+def test_invalid_json_is_refused(served: Served) -> None:
     for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": "m"', b"<html>"):
         assert served.send("POST", "/v1/completions", body)[0] == 400
 
 
-def test_the_answer_ends_where_it_is_told(served: Served) -> None:
-    def said(**words: Any) -> tuple[str, str, int]:
-        body = served.chat(messages=[{"role": "user", "content": "一二三四."}], **words)[2]
+def test_stop_and_max_tokens_end_the_answer(served: Served) -> None:
+    def complete(**fields: Any) -> tuple[str, str, int]:
+        body = served.chat(messages=[{"role": "user", "content": "一二三四."}], **fields)[2]
         choice = body["choices"][0]
         return choice["message"]["content"], choice["finish_reason"], body["usage"]["completion_tokens"]
 
-    assert said() == ("一二三四.", "stop", 5)
-    assert said(max_tokens=3) == ("一二三", "length", 3)
-    assert said(stop=["四", "三四"]) == ("一二", "stop", 4)
+    assert complete() == ("一二三四.", "stop", 5)
+    assert complete(max_tokens=3) == ("一二三", "length", 3)
+    assert complete(stop=["四", "三四"]) == ("一二", "stop", 4)
     thinking = [{"role": "user", "content": "<think>想</think>答."}]
     message = served.chat(messages=thinking)[2]["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == ("答.", "想")
 
 
-def test_a_model_that_fails_costs_one_answer(served: Served) -> None:
-    for word, said in (("NaN", "NaN logits"), ("memory", "out of memory"), ("a bug", "the model failed")):
+def test_model_failure_affects_one_answer(served: Served) -> None:
+    for word, reason in (("NaN", "NaN logits"), ("memory", "out of memory"), ("a bug", "the model failed")):
         messages = [{"role": "user", "content": word}]
         status, _, body = served.chat(messages=messages)
         message = body["error"]["message"]
-        assert status == 500 and said in message and "\n" not in message
+        assert status == 500 and reason in message and "\n" not in message
         number = message[-9:-1]
         assert [number in line for line in served.log.read_text().splitlines()].count(True) == 1
         events = served.chat(messages=messages, stream=True)[2]
         assert '"error"' in events and "[DONE]" not in events and "Traceback" not in events
-        with pytest.raises(openai.APIError, match=said):
+        with pytest.raises(openai.APIError, match=reason):
             list(served.client().chat.completions.create(model="m", messages=messages, stream=True))  # type: ignore[call-overload]
         assert served.chat()[0] == 200, "the next is answered"
     assert "Traceback" not in served.log.read_text() and TOKEN not in served.log.read_text()
 
 
-def test_who_leaves_is_not_spoken_to(tmp_path: Path) -> None:
+def test_disconnected_client_stops_generation(tmp_path: Path) -> None:
     with serving(tmp_path / "s", places=1) as served:
         steps = tmp_path / "s" / "steps"
         long = [{"role": "user", "content": "字" * 400}]
@@ -380,7 +380,7 @@ def test_who_leaves_is_not_spoken_to(tmp_path: Path) -> None:
         assert len(steps.read_text()) < 12 + 2, "an answer that nobody reads ends within a token or two"
 
 
-def test_more_than_the_line_holds_is_told_to_come_again(tmp_path: Path) -> None:
+def test_full_queue_returns_429_with_retry_after(tmp_path: Path) -> None:
     with serving(tmp_path / "s", places=1) as served:
         long = json.dumps(ASK | {"messages": [{"role": "user", "content": "字" * 100}]}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -397,7 +397,7 @@ def test_more_than_the_line_holds_is_told_to_come_again(tmp_path: Path) -> None:
         lines[0].close()
 
 
-def test_the_slow_do_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_clients_do_not_block_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "REQUEST_SECONDS", 0.5)
     monkeypatch.setattr(openai_api, "REQUEST_SECONDS", 0.5)
     with serving(tmp_path / "s") as served:
@@ -415,7 +415,7 @@ def test_the_slow_do_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.
         assert served.chat()[0] == 200
 
 
-def test_the_end_waits_for_the_answer(tmp_path: Path) -> None:
+def test_shutdown_waits_for_running_answers(tmp_path: Path) -> None:
     with serving(tmp_path / "s") as served:
         stream = served.client().chat.completions.create(
             model="m", messages=[{"role": "user", "content": "字" * 50 + "."}], stream=True
@@ -429,7 +429,7 @@ def test_the_end_waits_for_the_answer(tmp_path: Path) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "字" * 50 + "."
 
 
-def test_nothing_is_left_behind(served: Served) -> None:
+def test_requests_leave_no_open_files(served: Served) -> None:
     def open_files() -> int:
         return len(list(Path(f"/proc/{served.process}/fd").iterdir()))
 
@@ -438,14 +438,14 @@ def test_nothing_is_left_behind(served: Served) -> None:
         secret = f"w{number}"
         if number % 3:
             text = served.chat(messages=[{"role": "user", "content": secret}])[2]["choices"][0]["message"]["content"]
-            assert text == secret, "nobody hears what another was told"
+            assert text == secret, "no client gets the answer of another"
         else:
             served.leave_after(1, stream=True)
     time.sleep(0.3)
     assert open_files() <= before + 1
 
 
-def test_many_clients_at_once(tmp_path: Path) -> None:
+def test_many_concurrent_clients_are_answered(tmp_path: Path) -> None:
     """The short form of bench/serve_load.py."""
     load = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "serve_load.py"))["load"]
     with serving(tmp_path / "s", places=8) as served:
@@ -453,7 +453,7 @@ def test_many_clients_at_once(tmp_path: Path) -> None:
     assert set(became) == {"answered", "streamed", "left", "refused"}, became
 
 
-def test_other_machines_need_a_chosen_token(tongwen: Any, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_host_requires_a_chosen_token(tongwen: Any, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for token in (None, "", "short"):
         monkeypatch.setenv("TONGWEN_API_KEY", token or "")
         code, _, err = tongwen("serve", chat_model, "--host", "0.0.0.0")
@@ -465,7 +465,7 @@ def test_other_machines_need_a_chosen_token(tongwen: Any, chat_model: Path, monk
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_the_threads_of_a_server_share_few_heaps(tmp_path: Path) -> None:
+def test_server_threads_share_few_malloc_arenas(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     found = {}
     for way in ("shared", "alone"):
@@ -478,7 +478,7 @@ def test_the_threads_of_a_server_share_few_heaps(tmp_path: Path) -> None:
     assert found["shared"][1] and not found["alone"][1], "what is freed makes room for nothing larger"
 
 
-def test_what_is_there_at_the_beginning_is_not_looked_through_again() -> None:
+def test_startup_objects_are_frozen_for_gc() -> None:
     try:
         auth.freeze_objects()
         assert gc.get_freeze_count() > 10_000 > len(gc.get_objects())

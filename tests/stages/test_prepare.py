@@ -1,4 +1,4 @@
-"""Every row that goes in comes out or stands in rejected.jsonl with its reason, whoever did which part of the work."""
+"""Every input row is kept or is in rejected.jsonl with its reason, also with datatrove."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def test_every_row_is_kept_or_stands_in_rejected_with_its_reason(prepared: Path) -> None:
+def test_every_row_is_kept_or_rejected_with_a_reason(prepared: Path) -> None:
     out = prepared / "out" / "prepare"
     assert not (out / "parts").exists()
     ledger = json.loads((out / "manifest.json").read_text())["ledger"]
@@ -105,14 +105,14 @@ def test_every_row_is_kept_or_stands_in_rejected_with_its_reason(prepared: Path)
     assert "长江" in texts
 
 
-def test_the_first_of_two_stays_and_the_other_names_it(prepared: Path) -> None:
+def test_duplicate_names_the_kept_row(prepared: Path) -> None:
     rejected = lines(prepared / "out" / "prepare" / "rejected.jsonl")
     repeats = [row for row in rejected if row["reason"] == "duplicate" and row["file"].endswith("b.jsonl")]
     assert sorted(row["row"] for row in repeats) == list(range(161, 167))
     assert all(f"a.jsonl:{number}" in row["rule"] for number, row in zip((1, 2, 3, 4, 5, 7), repeats, strict=True))
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(
+def test_interrupted_run_resumes_to_the_same_result(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -145,32 +145,35 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 
 
 @pytest.mark.parametrize("tasks", [1, 4])
-def test_tasks_of_datatrove_do_the_same_byte_for_byte(prepared: Path, tmp_path: Path, tasks: int) -> None:
+def test_datatrove_tasks_give_identical_files(prepared: Path, tmp_path: Path, tasks: int) -> None:
     pytest.importorskip("datatrove")
-    words = [f"out={tmp_path / 'out'}", "prepare.executor=local", f"prepare.tasks={tasks}"]
-    assert main(["run", str(prepared / "recipe.yaml"), *words]) == 0
+    overrides = [f"out={tmp_path / 'out'}", "prepare.executor=local", f"prepare.tasks={tasks}"]
+    assert main(["run", str(prepared / "recipe.yaml"), *overrides]) == 0
     assert contents(tmp_path / "out" / "prepare") == contents(prepared / "out" / "prepare")
 
 
-def test_a_task_of_datatrove_says_what_is_wrong(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_datatrove_task_reports_the_error(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("datatrove")
     broken = tmp_path / "broken.json"
     broken.write_text('[{"instruction": "a", "output": "b"}, {"instr', encoding="utf-8")
-    words = [f"out={tmp_path / 'out'}", "prepare.executor=local", "prepare.tasks=2", f"prepare.dialogues=[{broken}]"]
-    assert main(["run", str(prepared / "recipe.yaml"), *words]) == 3
+    overrides = [
+        f"out={tmp_path / 'out'}",
+        "prepare.executor=local",
+        "prepare.tasks=2",
+        f"prepare.dialogues=[{broken}]",
+    ]
+    assert main(["run", str(prepared / "recipe.yaml"), *overrides]) == 3
     assert str(broken) in capsys.readouterr().err
 
 
 def test_contamination_can_be_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"out={tmp_path / 'out'}", "prepare.contaminated=refuse"]
-    assert main(["run", str(prepared / "recipe.yaml"), *words]) == 3
+    overrides = [f"out={tmp_path / 'out'}", "prepare.contaminated=refuse"]
+    assert main(["run", str(prepared / "recipe.yaml"), *overrides]) == 3
     error = capsys.readouterr().err
     assert "b.jsonl:21" in error and "contaminated: remove" in error
 
 
-def test_a_held_out_file_is_no_part_of_training(tmp_path: Path) -> None:
+def test_held_out_file_is_not_trained_on(tmp_path: Path) -> None:
     rows = dialogue_rows(30)
     train, held_out = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "h.jsonl", rows[10:15])
     recipe = tmp_path / "r.yaml"
@@ -186,7 +189,7 @@ def test_a_held_out_file_is_no_part_of_training(tmp_path: Path) -> None:
     assert table["lost"]["contaminated"]["rows"] == 5
 
 
-def test_no_kind_of_training_data_holds_what_another_kind_examines(tmp_path: Path) -> None:
+def test_held_out_rows_are_removed_across_data_kinds(tmp_path: Path) -> None:
     rows = dialogue_rows(30)
     text = "前文。" * 9 + rows[3]["instruction"] + "后文。" * 9
     write_rows(tmp_path / "d.jsonl", [{"text": text}, {"text": sentence(random.Random(1), 80)}])
@@ -205,7 +208,7 @@ def test_no_kind_of_training_data_holds_what_another_kind_examines(tmp_path: Pat
     assert not (out / "dialogues.held_out.jsonl").exists()
 
 
-def test_preparing_what_was_prepared_changes_nothing(prepared: Path, tmp_path: Path) -> None:
+def test_preparing_prepared_data_is_idempotent(prepared: Path, tmp_path: Path) -> None:
     kept = prepared / "out" / "prepare" / "dialogues.jsonl"
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {kept}, held_out: 0}}\n")
@@ -214,7 +217,7 @@ def test_preparing_what_was_prepared_changes_nothing(prepared: Path, tmp_path: P
     assert again == [row["messages"] for row in lines(kept)]
 
 
-def test_order_and_split_follow_the_seed_alone() -> None:
+def test_order_and_split_depend_only_on_the_seed() -> None:
     assert order(8, 42, "epoch", 0) == [1, 7, 2, 3, 4, 5, 0, 6]
     assert order(100, 42, "epoch", 0) == order(100, 42, "epoch", 0) != order(100, 42, "epoch", 1)
     everything = np.ones(100, bool)
@@ -230,7 +233,7 @@ def test_order_and_split_follow_the_seed_alone() -> None:
         choose_held_out(np.ones(2, bool), 2, 1)
 
 
-def test_weights_are_passes_and_what_one_epoch_leaves_the_next_begins_with() -> None:
+def test_weight_sets_passes_per_epoch_and_next_epoch_continues() -> None:
     sources = np.array([0] * 10 + [1] * 8 + [2] * 4)
     epochs = [draw(sources, [1, 0.5, 2], 3, epoch) for epoch in range(2)]
     for chosen in epochs:
@@ -243,7 +246,7 @@ def test_weights_are_passes_and_what_one_epoch_leaves_the_next_begins_with() -> 
 
 
 @pytest.mark.parametrize("shares", [(None, 0.2), (None, 0.9), (0.25, 0.75)])
-def test_shares_are_shares_of_tokens(shares: tuple[float | None, float]) -> None:
+def test_shares_are_measured_in_tokens(shares: tuple[float | None, float]) -> None:
     tokens = [1000, 400]
     passes = passes_of(tokens, [None, None], shares)
     drawn = [held * times for held, times in zip(tokens, passes, strict=True)]
@@ -252,7 +255,7 @@ def test_shares_are_shares_of_tokens(shares: tuple[float | None, float]) -> None
         assert max(passes) == pytest.approx(1), "nothing is repeated, something is used up"
 
 
-def test_a_changed_source_starts_anew(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_source_restarts_prepare(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = dialogue_rows(20)
     data = write_rows(tmp_path / "a.jsonl", rows)
     recipe = tmp_path / "r.yaml"
@@ -266,14 +269,14 @@ def test_a_changed_source_starts_anew(prepared: Path, tmp_path: Path, monkeypatc
     shutil.rmtree(tmp_path / "o")
 
 
-def test_show_tells_where_the_rows_went(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_reports_row_counts_by_reason(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(prepared / "out" / "prepare")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "dialogues: 312 − contaminated 1 − duplicate 9" in shown and shown.endswith("= 299")
 
 
 @pytest.mark.parametrize("command", [["run"], ["check"]])
-def test_a_held_out_file_of_another_kind_is_refused(
+def test_held_out_file_of_another_kind_is_refused(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = write_rows(tmp_path / "a.jsonl", dialogue_rows(9))
@@ -291,7 +294,7 @@ def test_a_held_out_file_of_another_kind_is_refused(
     )
 
 
-def test_check_asks_nothing_of_a_kind_that_is_only_examined(tmp_path: Path) -> None:
+def test_check_accepts_a_kind_that_is_only_held_out(tmp_path: Path) -> None:
     write_rows(tmp_path / "d.jsonl", [{"text": sentence(random.Random(index))} for index in range(50)])
     write_rows(tmp_path / "exam.jsonl", dialogue_rows(3))
     recipe = tmp_path / "r.yaml"

@@ -1,4 +1,4 @@
-"""The laws of continued pre-training: nothing but what a phase trains moves, nothing is lost, and what is forgotten is seen."""
+"""Continued pre-training: only trained weights change, no data are lost, and forgetting is detected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, remade, tensors, write_rows
-from tests.launching import die_at, in_a_child, launched, needs_deepspeed
+from tests.launching import kill_at_step, needs_deepspeed, run_forked, run_ranks
 from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
@@ -35,7 +35,14 @@ def documents(count: int) -> list[dict[str, str]]:
 
 
 def write_recipe(
-    folder: Path, base: Path, words: str, *, rows: int = 40, extra: str = "", shape: str = "adapter: {rank: 4}, "
+    folder: Path,
+    base: Path,
+    settings: str,
+    *,
+    rows: int = 40,
+    extra: str = "",
+    shape: str = "adapter: {rank: 4}, ",
+    samples: int = 0,
 ) -> Path:
     """A tiny run of pretrain."""
     data = write_rows(folder / "docs.jsonl", documents(rows))
@@ -43,7 +50,7 @@ def write_recipe(
     recipe.write_text(
         f"name: tiny\nbase: {base}\nout: {folder / 'out'}\n"
         f"prepare: {{documents: {data}, held_out: 8, dedup: {{documents: 'off'}}}}\n"
-        f"pretrain: {{{shape}{'' if ' learning_rate' in words.split('phases')[0] else 'learning_rate: 1e-2, '}max_length: 64, batch_size: 4, samples: 1, precision: fp32, {words}}}\n"
+        f"pretrain: {{{shape}{'' if ' learning_rate' in settings.split('phases')[0] else 'learning_rate: 1e-2, '}max_length: 64, batch_size: 4, samples: {samples}, precision: fp32, {settings}}}\n"
         + extra,
         encoding="utf-8",
     )
@@ -52,7 +59,7 @@ def write_recipe(
 
 @pytest.fixture(scope="session")
 def grown(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base with four rows that its vocabulary stage is said to have added."""
+    """The base with four rows, as if its vocabulary stage had added them."""
     folder = tmp_path_factory.mktemp("grown")
     shutil.copytree(chat_model, folder, dirs_exist_ok=True)
     (folder / "new_rows.json").write_text(json.dumps(NEW))
@@ -76,16 +83,16 @@ def changed_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
         ("[{train: new_rows}, {train: embeddings, stop_after: 1 steps}]", torch.float32, "fp32"),
     ],
 )
-def test_only_the_new_rows_move(
+def test_only_new_rows_change(
     phases: str, stored: torch.dtype, precision: str, grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone the rows are tensors of their own; before a phase that trains all rows they are one matrix under a guard.
     Neither weight decay nor Adam's memory may move another row."""
     monkeypatch.setattr("tongwen.model.loading.load.cpu_has_bf16", lambda: True)
-    words = f"phases: {phases}, stop_after: 6 steps, weight_decay: 0.5, save_every: 6, max_grad_norm: 0.1"
+    settings = f"phases: {phases}, stop_after: 6 steps, weight_decay: 0.5, save_every: 6, max_grad_norm: 0.1"
     rough = {name: (part + 1e-4).to(stored) for name, part in tensors(grown).items()}  # of which bf16 would lose a part
     base = remade(grown, tmp_path / "base", rough, dtype=str(stored).removeprefix("torch."))
-    recipe = write_recipe(tmp_path, base, words)
+    recipe = write_recipe(tmp_path, base, settings)
     recipe.write_text(recipe.read_text().replace("precision: fp32", f"precision: {precision}"))
     assert main(["run", str(recipe)]) == 0
     stage = tmp_path / "out" / "pretrain"
@@ -97,10 +104,10 @@ def test_only_the_new_rows_move(
     assert changed_rows(before[EMBEDDING], after[EMBEDDING]) == NEW
 
 
-def test_new_rows_stay_beside_an_adapter(grown: Path, tmp_path: Path) -> None:
+def test_new_rows_are_kept_with_an_adapter(grown: Path, tmp_path: Path) -> None:
     """Trained in the first phase, at rest in the second, and both in what is merged."""
-    words = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora, stop_after: 3 steps}], save_every: 3"
-    assert main(["run", str(write_recipe(tmp_path, grown, words, extra="merge: {}\n"))]) == 0
+    settings = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora, stop_after: 3 steps}], save_every: 3"
+    assert main(["run", str(write_recipe(tmp_path, grown, settings, extra="merge: {}\n"))]) == 0
     before, after = tensors(grown), tensors(tmp_path / "out" / "merge")
     assert changed_rows(before[EMBEDDING], after[EMBEDDING]) == NEW
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
@@ -116,9 +123,9 @@ def test_new_rows_need_a_vocabulary_stage(chat_model: Path, tmp_path: Path, tong
     assert code == 4 and "new_rows.json" in err and "train: embeddings" in err
 
 
-def test_a_run_with_phases_leaves_an_adapter_that_talks_and_merges(grown: Path, tmp_path: Path, tongwen: Any) -> None:
-    words = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora+embeddings, stop_after: 1 epoch}], evaluate_every: 2"
-    recipe = write_recipe(tmp_path, grown, words, extra="merge: {}\n")
+def test_phased_run_saves_an_adapter_that_chats_and_merges(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+    settings = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora+embeddings, stop_after: 1 epoch}], evaluate_every: 2"
+    recipe = write_recipe(tmp_path, grown, settings, extra="merge: {}\n")
     assert tongwen("run", recipe)[0] == 0
     stage = tmp_path / "out" / "pretrain"
     report, made = json.loads((stage / "report.json").read_text()), manifest(stage)
@@ -153,7 +160,7 @@ def test_a_run_with_phases_leaves_an_adapter_that_talks_and_merges(grown: Path, 
     assert live == folded
 
 
-def test_sft_stands_on_a_pretrained_adapter(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_sft_continues_from_a_pretrained_adapter(grown: Path, tmp_path: Path, tongwen: Any) -> None:
     """The change of the first adapter is in the weights that the second one is trained on, and the chain is recorded."""
     data = write_rows(tmp_path / "talk.jsonl", dialogues(12))
     recipe = write_recipe(
@@ -182,19 +189,19 @@ def test_sft_stands_on_a_pretrained_adapter(grown: Path, tmp_path: Path, tongwen
     assert code == 0 and out_text.count("already done") == 3
 
 
-def test_killed_and_resumed_across_a_phase_border(grown: Path, tmp_path: Path) -> None:
-    words = (
+def test_killed_run_resumes_across_a_phase_boundary(grown: Path, tmp_path: Path) -> None:
+    settings = (
         "phases: [{train: new_rows, stop_after: 5 steps, learning_rate: 5e-3}, {train: lora+embeddings, stop_after: 6 steps}],"
         " save_every: 2, neftune: 5, evaluate_every: 3"
     )
     shape = "adapter: {rank: 4, dropout: 0.1}, "
     for name in ("whole", "broken"):
-        write_recipe(tmp_path / name, grown, words, shape=shape)
-    assert in_a_child("run", tmp_path / "whole" / "recipe.yaml") == 0
+        write_recipe(tmp_path / name, grown, settings, shape=shape)
+    assert run_forked("run", tmp_path / "whole" / "recipe.yaml") == 0
     broken = tmp_path / "broken" / "recipe.yaml"
     for step, phase in ((3, 1), (0, 2), (1, 2), (5, 2)):
-        assert os.WTERMSIG(in_a_child("run", broken, before=die_at(step, phase))) == signal.SIGKILL
-    assert in_a_child("run", broken) == 0
+        assert os.WTERMSIG(run_forked("run", broken, before=kill_at_step(step, phase))) == signal.SIGKILL
+    assert run_forked("run", broken) == 0
     stages = [tmp_path / name / "out" / "pretrain" for name in ("whole", "broken")]
     wanted, found = map(tensors, stages)
     assert set(wanted) == set(found)
@@ -204,11 +211,11 @@ def test_killed_and_resumed_across_a_phase_border(grown: Path, tmp_path: Path) -
     assert lines[0] == lines[1] and len(lines[0]) == 11
 
 
-def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None:
+def test_embeddings_use_their_own_learning_rate(grown: Path, tmp_path: Path) -> None:
     moved = {}
     for rate in ("1e-2", "1e-4"):
-        words = f"train: lora+embeddings, embedding_learning_rate: {rate}, stop_after: 1 steps, warmup: 0, schedule: constant"
-        assert main(["run", str(write_recipe(tmp_path / rate, grown, words))]) == 0
+        settings = f"train: lora+embeddings, embedding_learning_rate: {rate}, stop_after: 1 steps, warmup: 0, schedule: constant"
+        assert main(["run", str(write_recipe(tmp_path / rate, grown, settings))]) == 0
         assert (
             main(
                 [
@@ -227,8 +234,8 @@ def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None
         moved[rate] = {name: float((merged[name] - base[name]).abs().max()) for name in base}
         line = metrics(tmp_path / rate / "out" / "pretrain")[0]
         assert (line["learning_rate"], line.get("embedding_learning_rate", 1e-2)) == (1e-2, float(rate))
-    words = "train: lora+embeddings, embedding_learning_rate: 1e-3, stop_after: 5 steps, warmup: 1, schedule: cosine"
-    assert main(["run", str(write_recipe(tmp_path / "many", grown, words))]) == 0
+    settings = "train: lora+embeddings, embedding_learning_rate: 1e-3, stop_after: 5 steps, warmup: 1, schedule: cosine"
+    assert main(["run", str(write_recipe(tmp_path / "many", grown, settings))]) == 0
     for line in metrics(tmp_path / "many" / "out" / "pretrain")[1:]:
         assert line["embedding_learning_rate"] == pytest.approx(line["learning_rate"] / 10)
     # Adam's first step is as long as its learning rate.
@@ -238,46 +245,46 @@ def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None
     assert moved["1e-2"][other] == pytest.approx(moved["1e-4"][other], rel=1e-3)
 
 
-def test_forgetting_is_warned_of_and_stops(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_forgetting_warns_and_stops(grown: Path, tmp_path: Path, tongwen: Any) -> None:
     """Learning nothing but Chinese with far too high a rate makes English worse."""
-    words = "train: full, learning_rate: 0.3, warmup: 0, evaluate_every: 1, stop_after: 20 steps"
-    recipe = write_recipe(tmp_path, grown, words + ", forgetting: {warn: 0.01, stop: 0.02}")
+    settings = "train: full, learning_rate: 0.3, warmup: 0, evaluate_every: 1, stop_after: 20 steps"
+    recipe = write_recipe(tmp_path, grown, settings + ", forgetting: {warn: 0.01, stop: 0.02}")
     code, _, err = tongwen("run", recipe)
     assert code == 6 and "forgetting.stop: 0.02" in err and "bits per byte of" in err and "rose from" in err
     code, out, err = tongwen("run", recipe, "pretrain.forgetting.stop=null", "pretrain.stop_after=2 steps", "--fork")
     assert code == 0 and "rose from" in out + err
 
 
-def test_forgetting_is_looked_at_where_a_phase_ends(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_forgetting_is_checked_at_the_end_of_a_phase(grown: Path, tmp_path: Path, tongwen: Any) -> None:
     """Also in a phase that is shorter than `evaluate_every`; at the end of all it is too late to stop, and said."""
     first = "{train: embeddings, learning_rate: 5, stop_after: 3 steps}"
-    words = "warmup: 0, evaluate_every: 100, forgetting: {warn: null, stop: 0.02}"
+    settings = "warmup: 0, evaluate_every: 100, forgetting: {warn: null, stop: 0.02}"
     recipe = write_recipe(
-        tmp_path, grown, f"phases: [{first}, {{train: lora+embeddings, stop_after: 9 steps}}], {words}"
+        tmp_path, grown, f"phases: [{first}, {{train: lora+embeddings, stop_after: 9 steps}}], {settings}"
     )
     code, _, err = tongwen("run", recipe)
     assert code == 6 and "forgetting.stop: 0.02" in err
     assert [line["step"] for line in metrics(tmp_path / "out" / "pretrain.partial")][-1] == 2, (
         "of 3, and no phase after"
     )
-    recipe = write_recipe(tmp_path / "one", grown, f"phases: [{first}], {words}")
+    recipe = write_recipe(tmp_path / "one", grown, f"phases: [{first}], {settings}")
     code, out, err = tongwen("run", recipe)
     assert code == 0 and "rose from" in out + err
     assert "! held-out bits per byte" in out + err, "what has risen is not good"
 
 
-def test_a_rate_that_never_reaches_its_peak_is_said(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_learning_rate_below_its_peak_is_reported(grown: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, grown, "train: lora, stop_after: 2 steps")
-    for words, said in (
+    for overrides, message in (
         (["pretrain.warmup=100"], "warmup: 100 takes 100 steps, but there are only 2"),
         (["pretrain.schedule=wsd", "pretrain.warmup=0", "pretrain.decay=30"], "warmup and decay take 0 + 30 steps"),
         (["pretrain.warmup=1"], ""),
     ):
-        code, out, err = tongwen("run", recipe, *words, "--again")
-        assert code == 0 and ("never reaches its peak" in out + err) == bool(said) and said in out + err
+        code, out, err = tongwen("run", recipe, *overrides, "--again")
+        assert code == 0 and ("never reaches its peak" in out + err) == bool(message) and message in out + err
 
 
-def test_an_instruct_model_is_warned_about(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_pretraining_an_instruct_model_warns(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     import shutil
 
     from transformers import AutoTokenizer
@@ -293,7 +300,7 @@ def test_an_instruct_model_is_warned_about(chat_model: Path, tmp_path: Path, ton
 
 
 @pytest.mark.parametrize("method", ["embeddings", "full"])
-def test_without_an_adapter_a_whole_model_is_left(method: str, grown: Path, tmp_path: Path) -> None:
+def test_training_without_adapter_saves_a_full_model(method: str, grown: Path, tmp_path: Path) -> None:
     assert (
         main(["run", str(write_recipe(tmp_path, grown, f"train: {method}, stop_after: 2 steps, learning_rate: 1e-3"))])
         == 0
@@ -303,9 +310,9 @@ def test_without_an_adapter_a_whole_model_is_left(method: str, grown: Path, tmp_
     assert moved == ({EMBEDDING} if method == "embeddings" else set(before))
 
 
-def test_plan_check_and_look_know_pretraining(grown: Path, tmp_path: Path, tongwen: Any) -> None:
-    words = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora+embeddings, stop_after: 1 epoch}]"
-    recipe = write_recipe(tmp_path, grown, words)
+def test_plan_check_and_look_support_pretraining(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+    settings = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora+embeddings, stop_after: 1 epoch}]"
+    recipe = write_recipe(tmp_path, grown, settings)
     code, out, _ = tongwen("plan", recipe, "--json")
     plan = json.loads(out)
     assert code == 0 and plan["steps_of_phases"][0] == 3 and plan["stages"]["pretrain"]["steps"] == plan["steps"]
@@ -316,12 +323,12 @@ def test_plan_check_and_look_know_pretraining(grown: Path, tmp_path: Path, tongw
 
 @pytest.mark.sample("concatenated")
 @pytest.mark.parametrize("arrangement", ["apart", "concatenated", "blocks"])
-def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: Path, tmp_path: Path) -> None:
+def test_result_is_independent_of_the_batch_partition(arrangement: str, chat_model: Path, tmp_path: Path) -> None:
     """Many small micro-batches, one pack of all, and two processes: the same losses and gradients."""
     found = []
     for budget, devices in ((64, 1), (4096, 1), (4096, 2)):
-        words = f"documents: {arrangement}, stop_after: 3 steps, learning_rate: 1e-3, micro_batch_tokens: {budget}"
-        recipe = write_recipe(tmp_path / f"{budget}-{devices}", chat_model, words)
+        settings = f"documents: {arrangement}, stop_after: 3 steps, learning_rate: 1e-3, micro_batch_tokens: {budget}"
+        recipe = write_recipe(tmp_path / f"{budget}-{devices}", chat_model, settings)
         if devices == 2 and arrangement != "apart":
             continue
         assert main(["run", str(recipe), "--devices", str(devices)]) == 0
@@ -344,27 +351,27 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
         pytest.param("zero2", "new_rows", "", True, marks=needs_deepspeed),
     ],
 )
-def test_two_processes_killed_on_the_way_take_the_phases_of_one(
+def test_two_killed_processes_match_the_phases_of_one(
     engine: str, first: str, then: str, tied: bool, grown: Path, tmp_path: Path
 ) -> None:
     untied = {"lm_head.weight": 1.1 * tensors(grown)[EMBEDDING]}
     base = grown if tied else remade(grown, tmp_path / "base", untied, tie_word_embeddings=False)
     second = f", {{train: {then}, stop_after: 4 steps}}" if then else ""
-    words = (
+    settings = (
         f"phases: [{{train: {first}, stop_after: {2 if then else 6} steps, learning_rate: 5e-3}}{second}],"
         " save_every: 1, evaluate_every: 2, weight_decay: 0.5"
     )
-    assert in_a_child("run", write_recipe(tmp_path / "one", base, words)) == 0
-    recipe = write_recipe(tmp_path / "two", base, f"{words}, engine: {engine}")
+    assert run_forked("run", write_recipe(tmp_path / "one", base, settings)) == 0
+    recipe = write_recipe(tmp_path / "two", base, f"{settings}, engine: {engine}")
 
     def die(rank: int) -> None:
         if rank == 1:
-            die_at(*((2, 2) if then else (4, 0)))()
+            kill_at_step(*((2, 2) if then else (4, 0)))()
 
-    assert launched(2, "run", recipe, before=die)[1] == -signal.SIGKILL
+    assert run_ranks(2, "run", recipe, before=die)[1] == -signal.SIGKILL
     partial = tmp_path / "two" / "out" / "pretrain.partial" / "checkpoints"
     assert {folder.name for folder in partial.iterdir()} >= ({"phase-1", "phase-2"} if then else {"checkpoint-3"})
-    assert launched(2, "run", recipe) == [0, 0]
+    assert run_ranks(2, "run", recipe) == [0, 0]
     wanted, found = (tensors(tmp_path / name / "out" / "pretrain") for name in ("one", "two"))
     assert set(wanted) == set(found)
     for name, part in wanted.items():
@@ -375,9 +382,7 @@ def test_two_processes_killed_on_the_way_take_the_phases_of_one(
         assert all(torch.equal(part, found[name]) for name, part in before.items() if name != EMBEDDING)
 
 
-def test_a_source_says_its_language_and_its_share(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_language_and_share_are_used(chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = list[PhaseRun]()
     monkeypatch.setattr(
         "tongwen.workflows.training.job.train_phase", lambda job: (jobs.append(job), train_phase(job))[1]
@@ -401,7 +406,7 @@ def test_a_source_says_its_language_and_its_share(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("settings", "message"),
     [
         ("train: full, phases: [{train: lora}]", "give only one of `train` and `phases`"),
         ("phases: [{train: full}, {train: lora}]", "keep one of the two"),
@@ -409,12 +414,14 @@ def test_a_source_says_its_language_and_its_share(
         ("train: everything", "not one of"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words: str, said: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    code, _, err = tongwen("check", write_recipe(tmp_path, chat_model, words))
-    assert code == 2 and said in err
+def test_contradictory_settings_are_refused(
+    settings: str, message: str, chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
+    code, _, err = tongwen("check", write_recipe(tmp_path, chat_model, settings))
+    assert code == 2 and message in err
 
 
-def test_other_contradictions(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_other_contradictions_are_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, "evaluate_every: 1, stop_after: 2 steps")
     code, _, err = tongwen("run", recipe, "prepare.held_out=0")
     assert code == 2 and "there is no held-out data" in err and "held_out: 0.02" in err

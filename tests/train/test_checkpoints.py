@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2, 4):
         newest = make(tmp_path, step)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
@@ -54,7 +54,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, caps
     "what",
     ["delete", "empty", "cut", "other step", "flip", "zero tail", "no manifest", "other run", "unreadable", "renamed"],
 )
-def test_every_damage_has_its_name(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_damage_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest, other = make(tmp_path, 7), make(tmp_path / "other", 9, run="b2")
     file = newest / "optimizer.pt"
     whole = file.read_bytes()
@@ -84,7 +84,7 @@ def refuse_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact, "hash_file", fail)
 
 
-def test_where_a_phase_has_nothing_whole_the_one_before_goes_on(
+def test_phase_without_intact_checkpoint_restarts_from_previous_phase(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = (make(tmp_path / name, step) for name, step in (("phase-1", 6), ("phase-2", 3)))
@@ -114,7 +114,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     assert damage(newest) is None
 
 
-def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of syncs: every file and folder, the manifest, the rename, the parent folder."""
     done: list[str] = []
     sync, rename = os.fsync, Path.rename
@@ -135,7 +135,7 @@ def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytes
     assert done[4:] == [f"{staged}/{MANIFEST}.partial", staged, "checkpoint-5 → checkpoint-5", str(tmp_path)]
 
 
-def test_what_stays(tmp_path: Path) -> None:
+def test_latest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step, keep=1, best=2)
         assert damage(tmp_path / f"checkpoint-{step}") is None
@@ -146,7 +146,7 @@ def test_what_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-6"]
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_detected_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     model = torch.nn.Linear(1000, 1000)
     check_space(tmp_path, model)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainingArguments
 
 from tests.conftest import remade, tensors, write_recipe, write_rows
-from tests.launching import in_a_child
+from tests.launching import run_forked
 from tests.laws.test_run import manifest
 from tongwen.core.errors import ArtifactError, NumbersError
 from tongwen.train.checkpoints import check_adapter_saved
@@ -49,7 +49,7 @@ def look(one: NanGuard, index: int = 0, scaled: bool = False) -> None:
     one.check(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
 
 
-def test_all_processes_stop_for_one_and_name_its_rows() -> None:
+def test_nan_on_one_rank_stops_all_and_names_its_rows() -> None:
     """A micro-batch's number is its slot times the processes, plus the process."""
     one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, math.nan, 1.0, 0.0]])
     with pytest.raises(
@@ -60,13 +60,13 @@ def test_all_processes_stop_for_one_and_name_its_rows() -> None:
         look(guard([[1.0, 1.0, math.inf, 0.0], [1.0, 1.0, 1.0, 0.0]]))
 
 
-def test_they_leave_together_when_one_is_asked_to() -> None:
+def test_stop_request_on_one_rank_stops_all() -> None:
     one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     look(one)
     assert one.stopping
 
 
-def test_a_loss_above_guessing_stops_after_a_while() -> None:
+def test_loss_above_random_guessing_stops_the_run() -> None:
     one, fine = (guard([[loss, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]) for loss in (8.3, 8.1))
     for _ in range(ABSURD - 1):
         look(one)
@@ -76,7 +76,7 @@ def test_a_loss_above_guessing_stops_after_a_while() -> None:
         look(fine)
 
 
-def test_overflows_of_fp16_are_counted_and_end_the_run_when_nothing_else_happens() -> None:
+def test_repeated_fp16_overflows_stop_the_run() -> None:
     ranks = [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, math.inf, 0.0]]
     one = guard(ranks)
     look(one, scaled=True)
@@ -105,7 +105,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, name: str, before: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_nan_stops_before_the_weights_move(
+def test_nan_stops_before_the_weights_move(
     where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
@@ -138,7 +138,7 @@ def test_a_nan_stops_before_the_weights_move(
     assert tongwen("run", recipe, *(["sft.max_grad_norm=0"] if where == "gradient" else []))[0] == 0
 
 
-def test_what_is_not_finite_is_never_saved(
+def test_non_finite_state_is_never_saved(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poison(self: Any) -> None:
@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_never_saved(
     assert code == 6 and "exp_avg" in err and "nothing was saved" in err and "checkpoint-2" in err
 
 
-def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
 
     shutil.copytree(chat_model, tmp_path / "base")
     weights = tensors(chat_model)
@@ -160,36 +160,37 @@ def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tong
     assert code == 6 and "model.layers.1.mlp.up_proj.weight" in err
 
 
+@pytest.mark.sample("6")
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_signal_saves_and_the_same_command_ends_the_same(step: int, chat_model: Path, tmp_path: Path) -> None:
+def test_signal_saves_and_the_same_command_resumes(step: int, chat_model: Path, tmp_path: Path) -> None:
     """Also a signal after the last step: the next stage does not begin."""
     recipes = [write_recipe(tmp_path / name, chat_model, sft=SFT, merge=False) for name in ("whole", "asked")]
-    assert in_a_child("run", recipes[0]) == 0
+    assert run_forked("run", recipes[0]) == 0
 
-    def ask() -> None:
+    def send_signal() -> None:
         train, save = PlannedTrainer.training_step, PlannedTrainer._save_checkpoint
 
-        def asked(self: Any, *arguments: Any, **options: Any) -> Any:
+        def step_with_signal(self: Any, *arguments: Any, **options: Any) -> Any:
             if self.state.global_step == step - 1 < 5 and not self.guard.step.nats:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return train(self, *arguments, **options)
 
-        def asked_late(self: Any, *arguments: Any, **options: Any) -> Any:
+        def save_with_signal(self: Any, *arguments: Any, **options: Any) -> Any:
             if self.state.global_step == step == 6:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return save(self, *arguments, **options)
 
-        PlannedTrainer.training_step, PlannedTrainer._save_checkpoint = asked, asked_late  # type: ignore[method-assign]
+        PlannedTrainer.training_step, PlannedTrainer._save_checkpoint = step_with_signal, save_with_signal  # type: ignore[method-assign]
 
-    assert os.WEXITSTATUS(in_a_child("run", recipes[1], before=ask)) == 130
+    assert os.WEXITSTATUS(run_forked("run", recipes[1], before=send_signal)) == 130
     folder = tmp_path / "asked" / "out"
     assert (folder / "sft.partial" / "checkpoints" / f"checkpoint-{step}").is_dir()
-    assert in_a_child("run", recipes[1]) == 0
+    assert run_forked("run", recipes[1]) == 0
     wanted, found = tensors(tmp_path / "whole" / "out" / "sft"), tensors(folder / "sft")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_time_limit_stops_the_run(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     code, out, err = tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), "stop_before=1 minute")
     assert "only one step is run and saved" in out
     assert code == 130 and "stopped (the time limit is near)" in err and "checkpoint-1" in err and "same command" in err
@@ -197,7 +198,7 @@ def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     assert "stop_before: 1 minutes" in recipe
 
 
-def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
     shutdown = ShutdownRequest(1300.0)
@@ -213,7 +214,7 @@ def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.Monkey
     assert ShutdownRequest(None).should_stop()
 
 
-def test_fp16_leaves_out_what_overflows(
+def test_fp16_skips_overflowing_steps(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulate a GPU on a CPU, where accelerate would silently train in fp32."""
@@ -238,7 +239,7 @@ def test_fp16_leaves_out_what_overflows(
     assert code == 6 and "in every step; none updated the weights" in err
 
 
-def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_nan_in_a_held_out_score_is_an_error(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """A token of the held-out file alone overflows: only its row has the first coordinate, which one MLP row multiplies."""
     weights = tensors(chat_model)
     layer = "model.layers.0.{}_proj.weight".format
@@ -258,7 +259,7 @@ def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: A
 @pytest.mark.parametrize(
     "text", ["Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"]
 )
-def test_full_memory_is_known_where_it_is_met(
+def test_out_of_memory_is_recognised_everywhere(
     text: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while a model is loaded: its files are intact."""
@@ -273,7 +274,7 @@ def test_full_memory_is_known_where_it_is_met(
     assert code == 5 and "sft: out of memory" in err and "sft.activation_checkpointing=on" in err
 
 
-def test_8_bit_products_are_refused_where_there_are_none(
+def test_int8_is_refused_on_unsupported_gpus(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("bitsandbytes")
@@ -287,7 +288,7 @@ def test_8_bit_products_are_refused_where_there_are_none(
 
 
 @pytest.mark.parametrize("held", [{}, {"lora_A": torch.zeros(0), "lora_B": torch.zeros(0, 4)}])
-def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """443 bytes in 2023; 107 KB of names alone under ZeRO-3."""
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="without weights"):
@@ -304,7 +305,7 @@ def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("where", ["checkpoints", "sft.partial"])
-def test_a_run_whose_adapter_was_saved_empty_ends(
+def test_run_stops_if_the_saved_adapter_is_empty(
     where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a checkpoint, and in the result of the stage."""
@@ -324,7 +325,7 @@ def test_a_run_whose_adapter_was_saved_empty_ends(
     assert len(kept) == (0 if where == "checkpoints" else 1)
 
 
-def test_a_process_that_sees_two_gpus_takes_one(
+def test_process_with_two_visible_gpus_uses_one(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers uses all visible GPUs for DataParallel."""
@@ -335,13 +336,13 @@ def test_a_process_that_sees_two_gpus_takes_one(
     assert taken == ["PeftModelForCausalLM"]
 
 
-def test_one_launched_process_is_one_device(chat_model: Path, tmp_path: Path) -> None:
+def test_single_launched_process_uses_one_device(chat_model: Path, tmp_path: Path) -> None:
     """`torchrun --nproc-per-node 1`; rare saves are reported before training."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
 
-    def launched() -> None:
+    def set_launcher_environment() -> None:
         os.environ |= {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -351,17 +352,17 @@ def test_one_launched_process_is_one_device(chat_model: Path, tmp_path: Path) ->
         }
 
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps", merge=False)
-    assert in_a_child("run", recipe, before=launched) == 0
+    assert run_forked("run", recipe, before=set_launcher_environment) == 0
     assert manifest(tmp_path / "out" / "sft")["micro_batches"]["world"] == 1
 
 
-def test_a_rare_checkpoint_is_said_beforehand(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_rare_checkpoints_are_reported_before_training(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
     code, out, _ = tongwen("run", recipe, "sft.save_every=6")
     assert code == 0 and "save_every: 6, but there are only 6 steps" in out
 
 
-def test_small_steps_are_not_lost_in_bf16(
+def test_small_updates_are_not_lost_in_bf16(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bf16 cannot represent updates of a millionth for most weights. Trainable weights are in fp32."""
@@ -375,7 +376,7 @@ def test_small_steps_are_not_lost_in_bf16(
     assert min((after[name] != part).float().mean() for name, part in before.items() if "proj" in name) > 0.9
 
 
-def test_a_signal_outside_of_training_interrupts(
+def test_signal_outside_training_interrupts(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tongwen.stages.prepare.run", lambda recipe, out: os.kill(os.getpid(), signal.SIGTERM))

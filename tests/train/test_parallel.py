@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from tests.launching import needs_deepspeed
-from tests.recipe.test_engine_config import fsdp, launched, read, recipe, zero
+from tests.recipe.test_engine_config import fsdp, read, recipe, set_launcher_environment, zero
 from tongwen.core.errors import TongwenError
 from tongwen.train import parallel
 
 
-def test_a_layer_that_the_model_has_not_is_refused_by_name(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_fsdp_layer_is_refused(chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
-    launched(monkeypatch)
+    set_launcher_environment(monkeypatch)
     names = "fsdp_transformer_layer_cls_to_wrap: 'LlamaDecoderLayer, GPTNeoXLayer'"
     chosen = parallel.choose_engine(read(recipe(tmp_path, fsdp(names)))[0])
     with pytest.raises(TongwenError) as refused:
@@ -28,25 +26,23 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name(
 
 
 @needs_deepspeed
-def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_deepspeed_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TongwenError, match=r"engine.json · zero_optimization.wonder: 1: Extra inputs") as refused:
         parallel.choose_engine(read(recipe(tmp_path, zero(wonder=1)))[0])
     assert refused.value.exit_code == 2
     by_itself = read(recipe(tmp_path, zero(reduce_bucket_size="auto")))[0]
-    assert parallel.choose_engine(by_itself).name == "zero2" and parallel.sharing_of(by_itself, 2).bucket == 0
+    assert parallel.choose_engine(by_itself).name == "zero2" and parallel.sharding_plan(by_itself, 2).bucket == 0
 
 
-def test_other_settings_from_outside_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch)
+def test_conflicting_accelerate_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launcher_environment(monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TongwenError, match="ACCELERATE_USE_FSDP"):
         parallel.choose_engine(read(recipe(tmp_path, "auto"))[0])
 
 
-def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_of_another_engine_or_world_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     parallel.Engine("single").check_resumes(tmp_path)
     with pytest.raises(TongwenError, match="ddp wrote the checkpoint, and zero2 cannot continue it"):

@@ -42,7 +42,7 @@ METRICS = [
 ]
 
 
-def test_what_is_shown_is_text(tmp_path: Path) -> None:
+def test_report_escapes_markup(tmp_path: Path) -> None:
     write_report(tmp_path, f"title {MARK}", REPORT, METRICS, f"recipe: {MARK}")
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "<b>&" not in page.replace("<b>&lt;", "") and page.count("&lt;b&gt;&amp;") == 14
@@ -51,9 +51,7 @@ def test_what_is_shown_is_text(tmp_path: Path) -> None:
     assert page.count("<svg") == 2 and page.count("<table") == 5
 
 
-def test_a_loss_curve_is_an_image_where_matplotlib_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_curve_image_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     write_report(tmp_path, "标题", REPORT, METRICS, "")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

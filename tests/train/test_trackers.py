@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tests.conftest import write_recipe
-from tests.launching import in_a_child
+from tests.launching import run_forked
 from tongwen.core.errors import MachineError, MissingPackage
 from tongwen.train import trackers
 from tongwen.train.trackers import TrackerRun
@@ -33,18 +33,18 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def die() -> None:
     original = PlannedTrainer.training_step
 
-    def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+    def step_or_kill(self: Any, *arguments: Any, **options: Any) -> Any:
         if self.state.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments, **options)
 
-    PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+    PlannedTrainer.training_step = step_or_kill  # type: ignore[method-assign]
 
 
-def test_a_killed_run_is_one_curve_and_its_samples_stand_once(chat_model: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, chat_model, sft=SETTINGS, merge=False, extra="track: tensorboard\n")
-    assert os.WTERMSIG(in_a_child("run", recipe, before=die)) == signal.SIGKILL
-    assert in_a_child("run", recipe) == 0
+def test_resumed_run_logs_one_curve_without_duplicates(chat_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=SETTINGS, merge=False, extra="track: tensorboard\n", samples=1)
+    assert os.WTERMSIG(run_forked("run", recipe, before=die)) == signal.SIGKILL
+    assert run_forked("run", recipe) == 0
     stage = tmp_path / "out" / "sft"
     curves = accumulator.EventAccumulator(str(stage / "tensorboard")).Reload()
     logged, written = curves.Scalars("train/loss"), lines(stage / "metrics.jsonl")
@@ -62,7 +62,7 @@ def test_a_killed_run_is_one_curve_and_its_samples_stand_once(chat_model: Path, 
     assert "step 4" in (stage / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_program_that_is_not_there_is_said_before_the_first_stage(
+def test_missing_tracker_is_reported_before_the_first_stage(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
@@ -99,7 +99,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("swanlab", "SWANLAB_API_KEY", ".swanlab/.netrc", "machine api.swanlab.cn login user password x"),
     ],
 )
-def test_a_missing_key_is_said_first(
+def test_missing_key_is_reported_first(
     name: Any, variable: str, file: str, text: str, nowhere: Path, chat_model: Path, tongwen: Any, monkeypatch: Any
 ) -> None:
     recipe = write_recipe(nowhere, chat_model, merge=False, extra=f"track: {name}\n")
@@ -124,7 +124,7 @@ def test_a_missing_key_is_said_first(
     trackers.check([name])
 
 
-def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_reported_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trackers.check(["mlflow"])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -156,7 +156,7 @@ class Failing(TrainerCallback):
 
 
 @pytest.mark.parametrize("at", ["on_train_begin", "on_log"])
-def test_a_program_that_fails_is_a_line(
+def test_failing_tracker_logs_one_line(
     at: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failing tracker ends a run at its start, but never a training in progress."""
@@ -175,7 +175,7 @@ def test_a_program_that_fails_is_a_line(
         assert len(lines(tmp_path / "out" / "sft" / "metrics.jsonl")) == 3
 
 
-def test_a_later_phase_begins_without_it(
+def test_later_phase_starts_without_a_failing_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Failing, "at", "on_train_begin")
@@ -186,7 +186,7 @@ def test_a_later_phase_begins_without_it(
     assert capsys.readouterr().out.count("trackio failed") == 1
 
 
-def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_keeps_its_mlflow_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Failing)
     run = SimpleNamespace(info=SimpleNamespace(run_id="aa75"))
@@ -202,7 +202,7 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: py
         assert "MLFLOW_RUN_ID" not in os.environ
 
 
-def test_every_program_is_transformers_own_and_is_told_the_same_run_again(
+def test_trackers_are_transformers_integrations_with_stable_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "mine")

@@ -22,13 +22,13 @@ OVERRIDDEN = {
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
-def test_an_overridden_private_method_is_what_it_was(name: str) -> None:
+def test_overridden_private_method_keeps_its_signature(name: str) -> None:
     method = getattr(Trainer, name)
     if (parameters := OVERRIDDEN[name]) is not None:
         assert list(inspect.signature(method).parameters)[1:] == parameters
 
 
-def test_the_list_is_complete() -> None:
+def test_list_of_overridden_methods_is_complete() -> None:
     ours = {name for name in vars(PlannedTrainer) if name.startswith("_") and not name.startswith("__")}
     assert {name for name in ours if hasattr(Trainer, name)} == {*OVERRIDDEN}
     assert all(name in (PlannedTrainer.__doc__ or "") for name in OVERRIDDEN)

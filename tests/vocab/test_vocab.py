@@ -1,4 +1,4 @@
-"""Laws of the vocabulary: which pieces may be made, what must not change, and that the answer flips where it should."""
+"""The vocabulary: which pieces may be learned, what must not change, and when the advice changes."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED na
         ("あ".encode(), False),
     ],
 )
-def test_a_piece_is_whole_characters_of_one_class_or_the_beginning_of_one(piece: bytes, allowed: bool) -> None:
+def test_pieces_are_whole_characters_or_a_prefix_of_one(piece: bytes, allowed: bool) -> None:
     assert HAN.allows(piece) is allowed
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_beginning_leads_to_characters_of_the_script_only(name: str) -> None:
+def test_byte_prefixes_lead_only_to_script_characters(name: str) -> None:
     script = Script(name)
     letters, marks = SCRIPTS[name]
     for first, last in (*letters, *marks):
@@ -89,9 +89,9 @@ def test_every_beginning_leads_to_characters_of_the_script_only(name: str) -> No
                     assert all(script.class_of(low + step) for step in range(0, high - low + 1, 7))
 
 
-def naive_merges(words: dict[tuple[int, ...], int], spelling: list[bytes], pieces: int, first: int) -> list[Any]:
-    """Textbook BPE: count all pairs anew for every merge."""
-    spell = dict(enumerate(spelling))
+def naive_merges(words: dict[tuple[int, ...], int], token_bytes: list[bytes], pieces: int, first: int) -> list[Any]:
+    """Textbook BPE: count all pairs again for every merge."""
+    spell = dict(enumerate(token_bytes))
     ids = {piece: index for index, piece in spell.items()}
     current = {word: list(word) for word in words}
     merges: list[Any] = []
@@ -124,20 +124,20 @@ def naive_merges(words: dict[tuple[int, ...], int], spelling: list[bytes], piece
     return merges
 
 
-def test_learning_is_textbook_bpe() -> None:
+def test_learned_merges_match_textbook_bpe() -> None:
     random = np.random.default_rng(0)
-    spelling = [bytes([byte]) for byte in range(256)]
+    token_bytes = [bytes([byte]) for byte in range(256)]
     characters = list("的一是在不了有和人这中大为上个国我以要他哈")
     words: dict[tuple[int, ...], int] = {}
     for _ in range(300):
         text = "".join(random.choice(characters, random.integers(1, 9)))
         words[tuple(text.encode())] = int(random.integers(1, 20))
     words[tuple("哈哈哈哈哈".encode())] = 50  # a run of equal tokens
-    learned = learn_merges(words, spelling, HAN.allows, 80, first_new=256)
-    assert learned.merges == naive_merges(words, spelling, 80, 256)
+    learned = learn_merges(words, token_bytes, HAN.allows, 80, first_new=256)
+    assert learned.merges == naive_merges(words, token_bytes, 80, 256)
     assert len(learned.pieces) == 80
     assert learned.first(30).pieces == learned.pieces[:30]
-    assert learned.first(30).merges == learn_merges(words, spelling, HAN.allows, 30, first_new=256).merges
+    assert learned.first(30).merges == learn_merges(words, token_bytes, HAN.allows, 30, first_new=256).merges
 
 
 # -- byte-level BPE ------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def extended(base: tokenizer_files.TokenizerFiles, pieces: int = 60, **more: Any
     return tokenizer_files.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
 
 
-def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) -> None:
+def test_other_text_keeps_its_ids_and_all_text_round_trips(byte_level: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     made = extended(base)
     old, new = base.coder, made.files.coder
@@ -165,10 +165,10 @@ def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) ->
     found = measure.pieces_in_use(new, old.size, CHINESE)
     assert found["pieces"] == 60 and found["unreachable"] == 0
     for token, parts in zip(made.new_ids, made.parts, strict=True):
-        assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
+        assert b"".join(old.token_bytes[part] for part in parts) == new.token_bytes[token]
 
 
-def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
+def test_special_tokens_keep_their_ids(byte_level: Path, tmp_path: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     base.tokenizer.chat_template = "{{ messages[0].content }}"
     made = extended(base, special_tokens=["<|call|>"])
@@ -183,7 +183,7 @@ def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
 
 
 def test_added_tokens_outside_of_the_vocabulary_keep_their_ids(byte_level: Path) -> None:
-    """Llama-3 and Qwen keep theirs outside: the tokenizers library would number them anew, behind the new pieces."""
+    """Llama-3 and Qwen keep theirs outside: the tokenizers library would give them new ids, behind the new pieces."""
     definition = json.loads((byte_level / "tokenizer.json").read_text())
     after = 1 + max(definition["model"]["vocab"].values())
     definition["added_tokens"].append({"id": after, "content": "<|eot|>", "special": True, **bytelevel.PLAIN_TOKEN})
@@ -198,14 +198,14 @@ def test_words_become_one_piece_each(byte_level: Path) -> None:
     made = extended(base, pieces=20, words=["Kubernetes", "大语言模型"])
     for text in ("Kubernetes", "run Kubernetes", "大语言模型"):
         ids = made.files.encode_fast([text])[0]
-        assert made.files.coder.spelling[ids[-1]].decode().strip() == text.split()[-1]
+        assert made.files.coder.token_bytes[ids[-1]].decode().strip() == text.split()[-1]
     with pytest.raises(RecipeError, match=r"'C\+\+'"):
         extended(base, pieces=5, words=["C++"])
     with pytest.raises(RecipeError, match=r"<\|im_end\|>"):
         extended(base, pieces=5, special_tokens=["<|im_end|>"])
 
 
-def test_a_corpus_without_the_script_is_refused(byte_level: Path) -> None:
+def test_corpus_without_the_script_is_refused(byte_level: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     with pytest.raises(DataError, match="han"):
         tokenizer_files.learn(base, ["only English here"] * 5, HAN, 10)
@@ -214,7 +214,7 @@ def test_a_corpus_without_the_script_is_refused(byte_level: Path) -> None:
 # -- SentencePiece -------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_that_repeats_nothing_new_is_refused(chat_model: Path) -> None:
+def test_corpus_without_new_pieces_is_refused(chat_model: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(chat_model))
     with pytest.raises(DataError, match="no new piece can be learned"):
         tokenizer_files.learn(base, ["你好", "世界"] * 5, HAN, 10)
@@ -228,7 +228,7 @@ def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[
     return file
 
 
-def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> None:
+def test_default_merge_matches_its_fast_tokenizer(tmp_path: Path) -> None:
     base, other = (
         sentencepiece.read_model(small_model(tmp_path)),
         sentencepiece.read_model(small_model(tmp_path, "bpe", 420, CHINESE)),
@@ -244,7 +244,7 @@ def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> N
     assert all(spm.allows(HAN, piece) for piece in merged.added) and merged.added
 
 
-def test_a_word_that_no_two_pieces_make_gets_the_step_that_is_missing(tmp_path: Path) -> None:
+def test_word_gets_its_missing_intermediate_piece(tmp_path: Path) -> None:
     base = sentencepiece.read_model(small_model(tmp_path))
     merged = spm.merge(base, ["加", "拿", "大", "加拿大", "甲乙丙丁", "甲"], HAN, tokenizer_files.encoder_of)
     assert merged.steps == ["拿大"] or merged.steps == ["加拿"], merged.steps
@@ -267,7 +267,7 @@ def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
         assert merged.model.pieces[: len(base.pieces)] == base.pieces
 
 
-def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> None:
+def test_sentencepiece_learns_a_corpus_and_adds_words(tmp_path: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(small_model(tmp_path)))
     made = tokenizer_files.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
     old, new = base.coder, made.files.coder
@@ -275,12 +275,12 @@ def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> N
     assert not spm.disagreement(new.encode, made.files.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
     assert not measure.changed(old, new, FOREIGN)
     for token, parts in zip(made.new_ids, made.parts, strict=True):
-        assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
-    assert new.spelling[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
+        assert b"".join(old.token_bytes[part] for part in parts) == new.token_bytes[token]
+    assert new.token_bytes[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
     assert measure.pieces_in_use(new, old.size, CHINESE)["unreachable"] == 0
 
 
-def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Path) -> None:
+def test_model_file_alone_gives_sentencepiece_ids(tmp_path: Path) -> None:
     """A piece of a low score that stands early in the file, as LLaMA's runs of blanks do, and a text that begins with a
     blank: transformers reads both in another way."""
     from tongwen.model.loading import load
@@ -306,7 +306,7 @@ def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("kind", "pieces"), [("byte-bpe", 400), ("sp-bpe", 450), ("sp-unigram", 390)])
-def test_a_tokenizer_from_nothing(tongwen: Any, tmp_path: Path, kind: str, pieces: int) -> None:
+def test_tokenizer_is_trained_from_scratch(tongwen: Any, tmp_path: Path, kind: str, pieces: int) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join([*CHINESE, *CORPUS, "长" * 5000]), encoding="utf-8")
     command = ("tokenizer", "train", "--kind", kind, "--corpus", corpus, "--pieces", pieces, "--out", tmp_path / "out")
@@ -323,7 +323,7 @@ def test_a_tokenizer_from_nothing(tongwen: Any, tmp_path: Path, kind: str, piece
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", grow.KINDS)
-def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
+def test_old_rows_are_unchanged_and_new_rows_initialised(
     byte_level: Path, tmp_path: Path, kind: str, tied: bool
 ) -> None:
     base = tmp_path / "base"
@@ -348,7 +348,7 @@ def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
             elif kind == "subtoken_mean":
                 made = tokenizer_files.open_tokenizer_files(str(tmp_path / "out" / "vocab"))
                 first = tokenizer_files.open_tokenizer_files(str(base)).encode_fast(
-                    [made.coder.spelling[ids[-1]].decode()]
+                    [made.coder.token_bytes[ids[-1]].decode()]
                 )[0]
                 assert (rows[-1] - tensor[first].float().mean(0)).abs().max() < 1e-3
             else:
@@ -385,7 +385,7 @@ def run(recipe: Path) -> int:
     return main(["run", str(recipe)])
 
 
-def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_vocab_stage_reports_measures_and_advice(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write(tmp_path, byte_level, "{pieces: 50}")
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
@@ -411,32 +411,32 @@ def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, 
     load.check_tokenizer(load.load_tokenizer(load.ModelRef(folder, folder)), model, load.ModelRef(folder, folder))
 
 
-def test_the_report_learns_scores_and_advises(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_tokenizer_report_scores_and_advises(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
     corpus = tmp_path / "zh.txt"
     corpus.write_text("\n".join(CHINESE), encoding="utf-8")
     command = ("tokenizer", "report", "--text", corpus, "--json")
-    code, said, err = tongwen(*command, "--base", byte_level, "--out", tmp_path / "report")
+    code, stdout, err = tongwen(*command, "--base", byte_level, "--out", tmp_path / "report")
     assert code == 0, err
-    found = json.loads(said)
+    found = json.loads(stdout)
     assert len(found["bits_per_byte"]) == 4 and found["advice"]["extend"] in (True, False)
     assert found["curve"][0]["pieces"] == 0 and found["curve"][-1]["characters_per_token"] > 1
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "http" not in page
-    code, said, err = tongwen(*command, "--base", byte_level / "tokenizer.json")
-    assert code == 0 and "bits_per_byte" not in json.loads(said) and "8B" in err
+    code, stdout, err = tongwen(*command, "--base", byte_level / "tokenizer.json")
+    assert code == 0 and "bits_per_byte" not in json.loads(stdout) and "8B" in err
 
 
 def test_new_rows_are_never_left_untrained(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
     """An adapter alone would leave them as they were made: pretrain refuses, sft trains them beside it."""
     recipe = write(tmp_path, byte_level, "{pieces: 20, measure_bits: false}")
-    words = recipe.read_text()
-    recipe.write_text(words + "pretrain: {train: lora, max_length: 64, stop_after: 1 steps}\n")
+    text = recipe.read_text()
+    recipe.write_text(text + "pretrain: {train: lora, max_length: 64, stop_after: 1 steps}\n")
     code, _, err = tongwen("run", recipe)
     assert code == 2 and "new_rows" in err, err
     rows = write_rows(tmp_path / "data.jsonl", dialogues(40))
-    words = words.replace("prepare: {", f"prepare: {{dialogues: {rows}, ")
+    text = text.replace("prepare: {", f"prepare: {{dialogues: {rows}, ")
     sft = "template: chatml, adapter: {rank: 2}, learning_rate: 1e-2, stop_after: 2 steps, precision: fp32, samples: 0"
-    recipe.write_text(words + f"sft: {{{sft}}}\nmerge: {{}}\n")
+    recipe.write_text(text + f"sft: {{{sft}}}\nmerge: {{}}\n")
     code, out, err = tongwen("run", recipe, "--again")
     assert code == 0, err
     assert "the new pieces' rows" in out
@@ -486,14 +486,16 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @needs_shared
 @pytest.mark.parametrize(("name", "size", "digest"), [("legacy", 49953, "e2676d4c"), ("padded", 49954, "2d967e85")])
-def test_the_published_files_to_the_byte(name: str, size: int, digest: str, merges: dict[str, Path]) -> None:
+def test_published_files_are_reproduced_byte_for_byte(
+    name: str, size: int, digest: str, merges: dict[str, Path]
+) -> None:
     found = json.loads(merges[name].with_suffix(".json").read_text())
     assert found["tokens"] == size and found["files"]["tokenizer.model"].startswith(digest)
     assert found["report"]["kept"]["fast_disagrees"] > 0  # reported, not hidden
 
 
 @needs_shared
-def test_the_default_merge_on_real_text(merges: dict[str, Path]) -> None:
+def test_default_merge_on_real_text(merges: dict[str, Path]) -> None:
     made, base = (
         tokenizer_files.open_tokenizer_files(place) for place in (str(merges["default"]), real("llama.model"))
     )
@@ -508,9 +510,7 @@ def test_the_default_merge_on_real_text(merges: dict[str, Path]) -> None:
 
 
 @needs_shared
-def test_a_default_merge_with_some_pieces_of_its_own_beats_the_one_of_2023(
-    tongwen: Any, tmp_path: Path, merges: dict[str, Path]
-) -> None:
+def test_default_merge_has_better_fertility_than_2023(tongwen: Any, tmp_path: Path, merges: dict[str, Path]) -> None:
     text = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8")
     held_out, seen = text[:120_000], tmp_path / "seen.txt"
     seen.write_text(text[120_000:], encoding="utf-8")
@@ -550,7 +550,9 @@ def from_wheel(package: str, ending: str, folder: Path) -> str:
         ("dashscope", "qwen.tiktoken", measure.NOMINAL, False),
     ],
 )
-def test_the_advice_flips(package: str, ending: str, shape: measure.ModelSize, extend: bool, tmp_path: Path) -> None:
+def test_advice_depends_on_the_tokenizer(
+    package: str, ending: str, shape: measure.ModelSize, extend: bool, tmp_path: Path
+) -> None:
     """The same text: it pays where Chinese is spelt in bytes, and not where the words are there already."""
     base = tokenizer_files.open_tokenizer_files(from_wheel(package, ending, tmp_path))
     learn_from, rest = tokenizer_files.split(tokenizer_files.shipped_texts())
@@ -564,7 +566,7 @@ def test_the_advice_flips(package: str, ending: str, shape: measure.ModelSize, e
         assert made.backend.token_to_id(token) == base.backend.token_to_id(token) is not None
 
 
-def test_files_of_ranks(tmp_path: Path) -> None:
+def test_tiktoken_rank_file_is_checked(tmp_path: Path) -> None:
     assert read_ranks(small_model(tmp_path)) is None
     file = tmp_path / "x.tiktoken"
     file.write_text("IQ== 0\nIg== 1\n")
@@ -573,7 +575,7 @@ def test_files_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01garbage", b"{}", b"<html>"])
-def test_a_broken_model_file_is_refused(tongwen: Any, tmp_path: Path, content: bytes) -> None:
+def test_broken_model_file_is_refused(tongwen: Any, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(content)
     good = small_model(tmp_path)
@@ -582,7 +584,7 @@ def test_a_broken_model_file_is_refused(tongwen: Any, tmp_path: Path, content: b
     assert not (tmp_path / "out").exists()
 
 
-def test_kinds_do_not_mix(tongwen: Any, byte_level: Path, tmp_path: Path) -> None:
+def test_tokenizer_kinds_cannot_be_mixed(tongwen: Any, byte_level: Path, tmp_path: Path) -> None:
     good = small_model(tmp_path)
     code, _, err = tongwen("tokenizer", "merge", "--base", byte_level, "--add", good, "--out", tmp_path / "out")
     assert code == 4 and "tokenizer extend" in err

@@ -1,4 +1,4 @@
-"""What the user sees is whole characters, and together exactly the decoded answer."""
+"""Chat in the terminal: streamed characters, history, settings and commands."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def test_streamed_pieces_are_whole_characters_and_add_up(kind: str, tmp_path: Pa
             assert not any("\ufffd" in piece for piece in pieces)
 
 
-class Spoken:
-    """A model that answers with what it is told to, and remembers what it was asked."""
+class ScriptedModel:
+    """A model with scripted answers that records its requests."""
 
     def __init__(self, *answers: list[str]) -> None:
-        self.answers, self.asked, self.settings = list(answers), list[Any](), list[Any]()
+        self.answers, self.requests, self.settings = list(answers), list[Any](), list[Any]()
 
     def reply(self, messages: list[dict[str, Any]], settings: dict[str, Any], heard: Any) -> Iterator[str]:
-        self.asked.append([dict(message) for message in messages])
+        self.requests.append([dict(message) for message in messages])
         self.settings.append(settings)
-        pieces = self.answers.pop(0) if self.answers else [f"答{len(self.asked)}"]
+        pieces = self.answers.pop(0) if self.answers else [f"答{len(self.requests)}"]
         for piece in pieces:
             if piece == "^C":
                 raise KeyboardInterrupt
@@ -64,23 +64,27 @@ class Spoken:
 
 
 def conversation(
-    lines: list[str], monkeypatch: pytest.MonkeyPatch, spoken: Spoken | None = None, system: str = "", **options: Any
-) -> Spoken:
-    spoken = spoken or Spoken()
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    scripted_model: ScriptedModel | None = None,
+    system: str = "",
+    **options: Any,
+) -> ScriptedModel:
+    scripted_model = scripted_model or ScriptedModel()
     type_lines(lines, monkeypatch)
     choices: dict[str, Any] = {
         "count": lambda messages: 0,
-        "check": lambda settings: Sampling().with_(**settings),
+        "check": lambda settings: Sampling().override(**settings),
         "context": 100,
         "settings": {"max_new_tokens": 1, "temperature": 0.0},
     } | options
-    assert converse(TerminalChat(reply=spoken.reply, **choices), name="m", system=system) == 0
-    return spoken
+    assert converse(TerminalChat(reply=scripted_model.reply, **choices), name="m", system=system) == 0
+    return scripted_model
 
 
 def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
-    asked = conversation(
+    requests = conversation(
         [
             "问1",
             "",
@@ -96,26 +100,28 @@ def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch,
             "问5",
         ],
         monkeypatch,
-    ).asked
-    assert [message["content"] for message in asked[1]] == ["问1", "答1", "问2"]
-    assert asked[2] == asked[1], "/retry asks the same again"
-    assert [message["content"] for message in asked[3]] == ["简短", "问3"]
-    assert [message["role"] for message in asked[4]] == ["system", "user"]
-    assert len(asked) == 5
+    ).requests
+    assert [message["content"] for message in requests[1]] == ["问1", "答1", "问2"]
+    assert requests[2] == requests[1], "/retry asks the same again"
+    assert [message["content"] for message in requests[3]] == ["简短", "问3"]
+    assert [message["role"] for message in requests[4]] == ["system", "user"]
+    assert len(requests) == 5
     assert "答4" in file.read_text(encoding="utf-8")
 
 
-def test_the_history_is_cut_by_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=5).asked
-    assert [message["content"] for message in asked[2]] == ["s", "问2", "答2", "问3"]
+def test_history_is_cut_by_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=5).requests
+    assert [message["content"] for message in requests[2]] == ["s", "问2", "答2", "问3"]
 
 
-def test_a_question_that_never_fits_costs_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_question_leaves_the_history_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(messages: list[dict[str, Any]]) -> int:
         return sum(len(message["content"]) for message in messages)
 
-    spoken = conversation(["问1", "长" * 1000, "问3"], monkeypatch, Spoken(["答1"], ["too long"]), count=count)
-    assert [message["content"] for message in spoken.asked[2]] == ["问1", "答1", "问3"]
+    scripted_model = conversation(
+        ["问1", "长" * 1000, "问3"], monkeypatch, ScriptedModel(["答1"], ["too long"]), count=count
+    )
+    assert [message["content"] for message in scripted_model.requests[2]] == ["问1", "答1", "问3"]
 
 
 class Says:
@@ -132,32 +138,32 @@ class Says:
             streamer.put(torch.tensor([index]))
 
 
-def test_an_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
+def test_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     voice = TextGenerator(None, tokenizer, (0,), 100)
     ids = tokenizer("好龘", add_special_tokens=False)["input_ids"]
     assert voice.decode(ids) == "好龘"
     assert voice.decode(ids[:-1]) == "好"
-    for said in (ids, ids[:-1], [*ids[:-1], *ids]):
-        assert "".join(replace(voice, model=Says(said)).stream([1], Sampling())) == voice.decode(said)
+    for output_ids in (ids, ids[:-1], [*ids[:-1], *ids]):
+        assert "".join(replace(voice, model=Says(output_ids)).stream([1], Sampling())) == voice.decode(output_ids)
 
 
 def test_settings_are_changed_and_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["/set temperature 0.7", "/set temperature 7", "/set warmth 1", "/set top_p x", "问"]
-    spoken = conversation(lines, monkeypatch)
-    assert spoken.settings == [{"max_new_tokens": 1, "temperature": 0.7}]
+    scripted_model = conversation(lines, monkeypatch)
+    assert scripted_model.settings == [{"max_new_tokens": 1, "temperature": 0.7}]
     err = capsys.readouterr().err
     assert "temperature: 7 is out of range" in err and "0 … 2" in err
     assert "unknown option: warmth" in err and "'x' is not a number" in err
 
 
-def test_an_answer_that_is_stopped_stays_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoken = conversation(["问1", "问2", "问3"], monkeypatch, Spoken(["一", "^C", "二"], ["^C"], ["三"]))
-    said = [message["content"] for message in spoken.asked[2]]
-    assert said == ["问1", "一", "问3"], "half an answer is remembered; a question without any is not"
+def test_stopped_answer_stays_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted_model = conversation(["问1", "问2", "问3"], monkeypatch, ScriptedModel(["一", "^C", "二"], ["^C"], ["三"]))
+    contents = [message["content"] for message in scripted_model.requests[2]]
+    assert contents == ["问1", "一", "问3"], "half an answer is remembered; a question without any is not"
 
 
-def test_an_error_costs_one_question(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_drops_only_its_question(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     counted: list[int] = []
 
     def count(messages: list[dict[str, Any]]) -> int:
@@ -166,8 +172,8 @@ def test_an_error_costs_one_question(monkeypatch: pytest.MonkeyPatch, capsys: py
             raise DataError("the template refuses this dialogue")
         return 0
 
-    spoken = conversation(["问1", "问2", "问3"], monkeypatch, count=count)
-    assert [message["content"] for message in spoken.asked[1]] == ["问1", "答1", "问3"]
+    scripted_model = conversation(["问1", "问2", "问3"], monkeypatch, count=count)
+    assert [message["content"] for message in scripted_model.requests[1]] == ["问1", "答1", "问3"]
     assert "the template refuses this dialogue" in capsys.readouterr().err
 
 
@@ -175,8 +181,8 @@ def test_thinking_is_folded_and_can_be_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "chat.json"
-    spoken = Spoken(["<thi", "nk>\n想想", "</th", "ink>\n\n", "答"])
-    conversation(["问", f"/save {file}"], monkeypatch, spoken)
+    scripted_model = ScriptedModel(["<thi", "nk>\n想想", "</th", "ink>\n\n", "答"])
+    conversation(["问", f"/save {file}"], monkeypatch, scripted_model)
     out = capsys.readouterr().out
     assert "想想" not in out and "thinking, 2 characters" in out and out.count("答") == 1
     assert json.loads(file.read_text("utf-8"))["messages"][1] == {
@@ -184,23 +190,23 @@ def test_thinking_is_folded_and_can_be_shown(
         "content": "答",
         "reasoning_content": "想想",
     }
-    conversation(["问", "/thinking"], monkeypatch, Spoken(["<think>想想</think>答"]))
+    conversation(["问", "/thinking"], monkeypatch, ScriptedModel(["<think>想想</think>答"]))
     assert "想想" in capsys.readouterr().out
 
 
-def test_what_a_terminal_would_obey_is_printed_escaped(
+def test_terminal_control_sequences_are_escaped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "\x1b]0;title\x07\x1b]8;;http://x\x1b\\\x1b]52;c;aGk=\x07\r\x9b31m\u202e\ud800"
     for stream in (True, False):
-        conversation(["问"], monkeypatch, Spoken(list(evil + "好\n\t")), stream=stream)
+        conversation(["问"], monkeypatch, ScriptedModel(list(evil + "好\n\t")), stream=stream)
         out = capsys.readouterr().out
         assert not set(out) & set("\x1b\x07\r\x9b\u202e\ud800"), "nothing is obeyed"
         assert "\\x1b]0;title\\x07" in out and "好\n\t" in out
     assert visible("龘👩‍👩‍👧 `x`\n\t") == "龘👩‍👩‍👧 `x`\n\t"
 
 
-def test_marks_are_found_however_the_pieces_are_cut() -> None:
+def test_markers_are_found_across_stream_pieces() -> None:
     rng = random.Random(0)
     texts = [
         "<think>想 < 想</thin</think>\n\n答 </think>",

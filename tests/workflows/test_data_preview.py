@@ -13,7 +13,7 @@ from tongwen.core.errors import DataError
 from tongwen.workflows import data_preview
 
 
-def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tmp_path: Path) -> None:
+def test_rows_are_counted_and_refusals_name_their_row(chat_model: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", dialogues(20))
     lines = file.read_text(encoding="utf-8").splitlines()
     lines[3] = '{"instruction": "坏的'
@@ -36,7 +36,7 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
     assert len(re.findall('class="s"', shown[0])) == 1
 
 
-def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_model: Path, tmp_path: Path) -> None:
+def test_data_preview_works_when_the_model_cannot_read_the_file(chat_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     from tongwen.commands.web import make_backend
     from tongwen.serving.web.backend import ChatBackend
@@ -61,7 +61,7 @@ def test_documents_are_learned_whole(chat_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01\x02\xff" * 40])
-def test_what_is_no_data_is_an_error_with_its_cure(content: bytes, tmp_path: Path) -> None:
+def test_non_data_file_raises_with_remedy(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError):

@@ -1,7 +1,8 @@
-"""A row that ends with a question is asked whole: its system text, its history, its input."""
+"""Evaluation prompts include the system text, the history and the input of a row."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tongwen.workflows.eval_prompts import read_questions
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "reference"),
+    ("row", "prompt", "reference"),
     [
         ({"system": "S", "prompt": "Q", "history": [["q", "a"]]}, "SqaQ", None),
         ({"instruction": "Q", "input": "I", "output": ""}, "Q\nI", None),
@@ -24,12 +25,42 @@ from tongwen.workflows.eval_prompts import read_questions
         ({"messages": [{"from": "human", "content": "Q"}]}, "Q", None),
     ],
 )
-def test_questions(row: dict[str, Any], asked: str, reference: str | None, tmp_path: Path) -> None:
+def test_questions_include_system_history_and_input(
+    row: dict[str, Any], prompt: str, reference: str | None, tmp_path: Path
+) -> None:
     (found,) = read_questions(SourceConfig(path=str(write_rows(tmp_path / "a.jsonl", [row]))))
-    assert ("".join(turn["content"] for turn in found.messages), found.reference) == (asked, reference)
+    assert ("".join(turn["content"] for turn in found.messages), found.reference) == (prompt, reference)
 
 
-def test_a_question_about_a_picture_is_refused(tmp_path: Path) -> None:
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "tools": [TOOL]},
+        {"messages": [{"role": "user", "content": "Q"}], "tools": json.dumps([TOOL])},
+        {"instruction": "Q", "input": "", "output": "A", "functions": [TOOL]},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]},
+    ],
+)
+def test_tools_of_a_row_are_asked_with_it(row: dict[str, Any], tmp_path: Path) -> None:
+    (found,) = read_questions(SourceConfig(path=str(write_rows(tmp_path / "a.jsonl", [row]))))
+    assert [turn["content"] for turn in found.messages] == ["Q"]
+    assert list(found.tools) == [TOOL]
+    assert found.reference == row.get("output"), "a call is no text to compare an answer with"
+
+
+@pytest.mark.parametrize("answer", ["", "A"])
+def test_unread_fields_are_named(answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"instruction": "Q", "output": answer, "difficulty": "hard", "id": 7}
+    read_questions(SourceConfig(path=str(write_rows(tmp_path / "a.jsonl", [row, row]))))
+    said = capsys.readouterr()
+    assert "difficulty (2 rows), id (2 rows)" in said.out + said.err
+
+
+def test_multimodal_question_is_refused(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"prompt": "Q", "images": ["a.png"]}])
     with pytest.raises(DataError, match=r"a\.jsonl:1: images"):
         read_questions(SourceConfig(path=str(file)))

@@ -1,4 +1,4 @@
-"""Scores agree with other implementations of the same measure, and what cannot be scored is said."""
+"""Scores agree with other implementations of the same measure, and unscorable data are reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def score(name: str, rows: list[AnsweredPrompt]) -> dict[str, Any]:
     return summarise(np.array([measure.count(row) for row in rows]), measure.figures)
 
 
-def test_entity_f1_is_scikit_learns_micro_f1_over_numbered_entities() -> None:
+def test_entity_f1_matches_scikit_learn_micro_f1() -> None:
     from sklearn.metrics import precision_recall_fscore_support
     from sklearn.preprocessing import MultiLabelBinarizer
 
@@ -70,32 +70,32 @@ def test_entity_f1_is_scikit_learns_micro_f1_over_numbered_entities() -> None:
         return labels
 
     rows = entity_rows(200)
-    said, wanted = [numbered(row.answer) for row in rows], [numbered(row.wanted) for row in rows]
-    binary = MultiLabelBinarizer().fit(said + wanted)
+    predicted, wanted = [numbered(row.answer) for row in rows], [numbered(row.wanted) for row in rows]
+    binary = MultiLabelBinarizer().fit(predicted + wanted)
     precision, recall, f1, _ = precision_recall_fscore_support(
-        binary.transform(wanted), binary.transform(said), average="micro"
+        binary.transform(wanted), binary.transform(predicted), average="micro"
     )
     found = score("entity_f1", rows)["figures"]
     assert 0.3 < f1 < 0.9
     assert found == pytest.approx({"f1": f1, "precision": precision, "recall": recall})
 
 
-def test_spans_are_scored_as_seqeval_scores_tags() -> None:
+def test_span_scores_match_seqeval() -> None:
     from seqeval.metrics import f1_score, precision_score, recall_score
 
     rows = entity_rows(200, seed=1)
-    said, wanted = zip(*(entities.tag(row.question, row.answer, row.wanted) for row in rows), strict=True)
+    predicted, wanted = zip(*(entities.tag(row.question, row.answer, row.wanted) for row in rows), strict=True)
     found = score("spans", rows)["figures"]
     assert found == pytest.approx(
         {
-            "f1": f1_score(list(wanted), list(said)),
-            "precision": precision_score(list(wanted), list(said)),
-            "recall": recall_score(list(wanted), list(said)),
+            "f1": f1_score(list(wanted), list(predicted)),
+            "precision": precision_score(list(wanted), list(predicted)),
+            "recall": recall_score(list(wanted), list(predicted)),
         }
     )
 
 
-def test_an_entity_stands_where_its_name_last_occurs() -> None:
+def test_entity_is_located_at_its_last_occurrence() -> None:
     question = "找地名。\n北京，北京"
     one, two = entities.tag(question, "北京_地名", "北京_地名\n北京_地名\n火星_地名\n月亮_地名")
     assert [place for place, tag in enumerate(one) if tag == "B-地名"] == [8]
@@ -105,7 +105,7 @@ def test_an_entity_stands_where_its_name_last_occurs() -> None:
     assert len(one) == len(two)
 
 
-def test_exact_match_bleu_and_rouge_agree_with_others() -> None:
+def test_exact_match_bleu_and_rouge_match_other_libraries() -> None:
     import sacrebleu
     from sklearn.metrics import accuracy_score
 
@@ -115,9 +115,11 @@ def test_exact_match_bleu_and_rouge_agree_with_others() -> None:
         AnsweredPrompt("", "".join(rng.choice(texts)[: rng.randrange(2, 20)]), rng.choice(texts)) for _ in range(60)
     ]
     rows += [AnsweredPrompt("", text, text) for text in texts] + [AnsweredPrompt("", "", texts[0])]
-    said, wanted = [row.answer for row in rows], [row.wanted for row in rows]
-    assert score("exact_match", rows)["value"] == pytest.approx(accuracy_score(wanted, said))
-    assert score("bleu", rows)["value"] == pytest.approx(sacrebleu.corpus_bleu(said, [wanted], tokenize="zh").score)
+    predicted, wanted = [row.answer for row in rows], [row.wanted for row in rows]
+    assert score("exact_match", rows)["value"] == pytest.approx(accuracy_score(wanted, predicted))
+    assert score("bleu", rows)["value"] == pytest.approx(
+        sacrebleu.corpus_bleu(predicted, [wanted], tokenize="zh").score
+    )
 
     def common(one: str, two: str) -> int:  # longest common subsequence, by its definition
         best = [0] * (len(two) + 1)
@@ -139,13 +141,13 @@ def test_exact_match_bleu_and_rouge_agree_with_others() -> None:
     ] == pytest.approx(6 / 7)
 
 
-def test_thinking_is_no_answer() -> None:
+def test_thinking_is_removed_from_answers() -> None:
     assert without_thinking("<think>北京_地名</think>\n没有") == "没有"
     assert without_thinking("想一想</think>好") == "好", "the template opened the thinking"
     assert without_thinking("<think>未完") == ""
 
 
-def test_an_interval_holds_the_truth_and_a_pair_is_compared_as_one() -> None:
+def test_confidence_interval_coverage_and_paired_comparison() -> None:
     rng = np.random.default_rng(1)
     figures = TEXT["exact_match"].figures
     inside = 0
@@ -158,7 +160,7 @@ def test_an_interval_holds_the_truth_and_a_pair_is_compared_as_one() -> None:
     assert compare(old, old, figures) == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_windows_score_every_token_once_with_half_a_window_before() -> None:
+def test_windows_score_each_token_once_with_enough_context() -> None:
     for count, size, first in ((3, 8, 1), (8, 8, 1), (9, 8, 1), (100, 8, 2), (101, 16, 1)):
         scored: list[int] = []
         for begin, end, start in windows(count, size, first):
@@ -176,9 +178,7 @@ def opened(folder: Path, template: str = "chatml") -> Any:
     return open_chat_model(str(folder), template=template, precision="fp32")
 
 
-def test_likelihood_is_the_sum_over_all_tokens_of_a_plain_forward_pass(
-    chat_model: Path, tongwen: Any, tmp_path: Path
-) -> None:
+def test_likelihood_matches_a_plain_forward_pass(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     texts = ["你好，世界。" * 3, "Hello world, how are you today?" * 40]
     data = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     code, out, err = tongwen(
@@ -222,7 +222,7 @@ def suite(folder: Path, name: str, text: str) -> Path:
         ("logic_test.csv", MMLU, "The following are multiple choice questions (with answers) about logic.", "Answer:"),
     ],
 )
-def test_options_are_chosen_by_their_likelihood_in_the_text_as_rendered(
+def test_options_are_ranked_by_rendered_likelihood(
     name: str, text: str, head: str, mark: str, template: str, chat_model: Path, tongwen: Any, tmp_path: Path
 ) -> None:
     """The same choice from whole texts, rendered by hand and scored one by one."""
@@ -255,10 +255,10 @@ def test_options_are_chosen_by_their_likelihood_in_the_text_as_rendered(
                 turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
                 before = f"{turn.format(first)}{rows[0][5]}<|im_end|>\n{turn.format(second)}"
                 answer = letter
-            prompt, said = (voice.tokenizer(part)["input_ids"] for part in (before, answer))
+            prompt, answer_ids = (voice.tokenizer(part)["input_ids"] for part in (before, answer))
             with torch.no_grad():
-                logits = voice.model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
-            nats.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum")))
+                logits = voice.model(torch.tensor([prompt + answer_ids])).logits[0, len(prompt) - 1 : -1]
+            nats.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer_ids), reduction="sum")))
         picked.append("ABCD"[int(np.argmin(nats))])
     found = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in found] == picked
@@ -266,42 +266,38 @@ def test_options_are_chosen_by_their_likelihood_in_the_text_as_rendered(
     assert scores["value"] == np.mean([one == row[5] for one, row in zip(picked, rows, strict=True)])
 
 
-def test_two_models_are_compared_and_a_report_is_left(
-    chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path
-) -> None:
+def test_two_models_are_compared_in_a_report(chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path) -> None:
     rows = [{"instruct": "找地名", "query": f"文本：北京{index}", "answer": "北京_地名"} for index in range(6)]
     data = write_rows(tmp_path / "ner.jsonl", rows)
     out = tmp_path / "out"
-    words = ["evaluate", "--model", chat_model, "--before", other_model, "--data", data, "--template", "chatml"]
-    words += ["--task", "entity_f1", "--task", "exact_match", "--task", "bits_per_byte", "--max-new-tokens", 8]
-    code, said, err = tongwen(*words, "--limit", 4, "--out", out)
+    argv = ["evaluate", "--model", chat_model, "--before", other_model, "--data", data, "--template", "chatml"]
+    argv += ["--task", "entity_f1", "--task", "exact_match", "--task", "bits_per_byte", "--max-new-tokens", 8]
+    code, stdout, err = tongwen(*argv, "--limit", 4, "--out", out)
     assert code == 0, err
     scores = json.loads((out / "scores.json").read_text())
     assert scores["entity_f1"]["rows"] == 4
     bits = scores["bits_per_byte"]
     assert bits["change"]["value"] == pytest.approx(bits["value"] - bits["before"]["value"])
     assert bits["low"] <= bits["value"] <= bits["high"]
-    assert "95 %" in (out / "report.html").read_text(encoding="utf-8") and "change" in said
+    assert "95 %" in (out / "report.html").read_text(encoding="utf-8") and "change" in stdout
     assert json.loads((out / "manifest.json").read_text())["kind"] == "evaluate"
     shown = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert {"question", "answer", "wanted", "before"} <= shown[0].keys()
-    code, _, err = tongwen(*words, "--out", out)
+    code, _, err = tongwen(*argv, "--out", out)
     assert code == 2 and "this already exists" in err
 
 
-def test_a_killed_examination_goes_on_with_what_is_missing(
-    chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path
-) -> None:
+def test_killed_evaluation_resumes(chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "qa.jsonl", [{"question": f"问题{n}", "std_answer": f"答{n}"} for n in range(6)])
     model = shutil.copytree(chat_model, tmp_path / "model")
     out, beside = tmp_path / "out", tmp_path / "out.answers"
-    words = ["evaluate", "--model", model, "--before", other_model, "--data", data, "--task", "exact_match"]
-    words = [*map(str, words), "--task", "rouge", "--template", "chatml", "--batch-size", "1", "--max-new-tokens", "60"]
-    words += ["--out", str(out)]
+    argv = ["evaluate", "--model", model, "--before", other_model, "--data", data, "--task", "exact_match"]
+    argv = [*map(str, argv), "--task", "rouge", "--template", "chatml", "--batch-size", "1", "--max-new-tokens", "60"]
+    argv += ["--out", str(out)]
     child = os.fork()
     if child == 0:
         with contextlib.redirect_stdout(io.StringIO()):
-            os._exit(main(words))
+            os._exit(main(argv))
 
     def kept() -> list[list[list[Any]]]:
         """The [row, answer] of each journal, the longest first."""
@@ -321,18 +317,18 @@ def test_a_killed_examination_goes_on_with_what_is_missing(
             marked = text.replace(json.dumps([row, answer], ensure_ascii=False), f'[{row}, "kept"]')
             file.write_text(marked + '[5, "torn', encoding="utf-8")
     shutil.copytree(beside, tmp_path / "other.answers")
-    code, said, err = tongwen(*words)
+    code, stdout, err = tongwen(*argv)
     assert code == 0, err
-    assert "6 answers already exist" in said and f"{len(second)} answers already exist" in said
+    assert "6 answers already exist" in stdout and f"{len(second)} answers already exist" in stdout
     shown = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [one["answer"] for one in shown if one["row"] == row + 1] == ["kept"] * 2, "it was not asked again"
+    assert [one["answer"] for one in shown if one["row"] == row + 1] == ["kept"] * 2, "it was not generated again"
     assert not beside.exists()
     os.utime(model / "model.safetensors")
-    code, said, _ = tongwen(*words[:-1], str(tmp_path / "other"))
-    assert code == 0 and said.count("answers already exist") == 1, "other weights answer for themselves"
+    code, stdout, _ = tongwen(*argv[:-1], str(tmp_path / "other"))
+    assert code == 0 and stdout.count("answers already exist") == 1, "other weights answer for themselves"
 
 
-def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_held_out_scores_match_the_training_report(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
         chat_model,
@@ -345,28 +341,26 @@ def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, ton
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["held_out"]["bits_per_byte"]
     assert scores["bits_per_byte"]["before"]["value"] == pytest.approx(report["before"], rel=1e-4)
     assert scores["bits_per_byte"]["value"] == pytest.approx(report["after"], rel=1e-3)
-    code, said, _ = tongwen("run", recipe)
-    assert code == 0 and "evaluate: already done" in said
+    code, stdout, _ = tongwen("run", recipe)
+    assert code == 0 and "evaluate: already done" in stdout
 
 
-def test_rows_without_an_answer_are_not_scored_and_counted(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_rows_without_an_answer_are_counted_but_not_scored(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     rows = [
         {"question": "一", "std_answer": "1"},
         {"question": "二", "std_answer": ""},
         {"question": "三", "std_answer": "3"},
     ]
     data = write_rows(tmp_path / "belle.jsonl", rows)
-    words = ["evaluate", "--model", chat_model, "--template", "chatml", "--data", data, "--max-new-tokens", 2]
-    code, said, err = tongwen(*words, "--task", "exact_match", "--task", "bits_per_byte", "--out", tmp_path / "out")
+    argv = ["evaluate", "--model", chat_model, "--template", "chatml", "--data", data, "--max-new-tokens", 2]
+    code, stdout, err = tongwen(*argv, "--task", "exact_match", "--task", "bits_per_byte", "--out", tmp_path / "out")
     assert code == 0, err
-    assert said.count("1 rows without an answer are not scored") == 2
+    assert stdout.count("1 rows without an answer are not scored") == 2
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["exact_match"]["rows"] == scores["bits_per_byte"]["rows"] == 2
 
 
-def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
-    chat_model: Path, tongwen: Any, tmp_path: Path
-) -> None:
+def test_evaluate_only_recipe_reports_an_unusable_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "text.jsonl", [{"text": "你好"}])
     recipe = tmp_path / "only.yaml"
     recipe.write_text(
@@ -400,7 +394,7 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
         ("a.csv", "\n\n", "multiple_choice", ("a.csv",)),
     ],
 )  # fmt: skip
-def test_what_cannot_be_scored_is_said_before_a_model_is_opened(
+def test_unscorable_data_is_refused_before_loading_a_model(
     name: str, text: str, task: str, wanted: tuple[str, ...], tongwen: Any, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -410,20 +404,20 @@ def test_what_cannot_be_scored_is_said_before_a_model_is_opened(
     assert "→" in err or not text.strip(), "a remedy"
 
 
-def test_an_unknown_task_lists_those_that_are(tongwen: Any, tmp_path: Path) -> None:
+def test_unknown_task_lists_known_tasks(tongwen: Any, tmp_path: Path) -> None:
     code, _, err = tongwen("evaluate", "--model", "m", "--task", "entity_f", "--data", "d")
     assert code == 2 and "'entity_f'" in err and "entity_f1" in err and "multiple_choice" in err
     code, _, err = tongwen("evaluate", "--model", "m", "--task", "multiple_choice", "--shots", "2", "--data", "d")
     assert code == 2 and "needs `examples`" in err
 
 
-def test_nan_logits_are_no_score(
+def test_nan_logits_are_an_error(
     chat_model: Path, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tongwen.model.loading import load
 
-    def broken(*words: Any, **options: Any) -> Any:
-        model = plain(*words, **options)
+    def broken(*arguments: Any, **options: Any) -> Any:
+        model = plain(*arguments, **options)
         model.model.norm.weight.data.fill_(float("nan"))
         return model
 
@@ -437,7 +431,7 @@ def test_nan_logits_are_no_score(
         assert code == 6 and "NaN" in err, (task, err)
 
 
-def test_a_suite_of_the_harness(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_lm_eval_suite_is_scored(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     """A multiple-choice task of its own, whose accuracy follows from plain likelihoods."""
     pytest.importorskip("lm_eval")
     rows = [{"question": f"题{number}", "answer": number % 2} for number in range(4)]
@@ -447,25 +441,25 @@ def test_a_suite_of_the_harness(chat_model: Path, tongwen: Any, tmp_path: Path) 
         "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: answer\n"
         "doc_to_choice: ['好', '坏']\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
     )
-    words = ["evaluate", "--model", chat_model, "--task", "lm_eval", "--data", data.parent, "--json"]
-    code, out, err = tongwen(*words, "--suite", "tiny_zh")
+    argv = ["evaluate", "--model", chat_model, "--task", "lm_eval", "--data", data.parent, "--json"]
+    code, out, err = tongwen(*argv, "--suite", "tiny_zh")
     assert code == 0, err
     voice, right = opened(chat_model, "completion").generator, 0
     for row in rows:
         prompt = voice.tokenizer(row["question"])["input_ids"]
         nats = []
         for answer in ("好", "坏"):
-            said = voice.tokenizer(answer)["input_ids"]
+            answer_ids = voice.tokenizer(answer)["input_ids"]
             with torch.no_grad():
-                logits = voice.model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
-            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum").item())
+                logits = voice.model(torch.tensor([prompt + answer_ids])).logits[0, len(prompt) - 1 : -1]
+            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer_ids), reduction="sum").item())
         right += int(np.argmin(nats)) == row["answer"]
     assert json.loads(out.splitlines()[-1])["scores"]["tiny_zh"]["value"] == right / 4
-    code, _, err = tongwen(*words, "--suite", "nothing_like_it")
+    code, _, err = tongwen(*argv, "--suite", "nothing_like_it")
     assert code == 2 and "no such task" in err
 
 
-def test_a_suite_without_its_harness_names_what_to_install(chat_model: Path, tongwen: Any) -> None:
+def test_missing_lm_eval_names_the_package(chat_model: Path, tongwen: Any) -> None:
     if importlib.util.find_spec("lm_eval"):
         pytest.skip("it is installed")
     code, _, err = tongwen("evaluate", "--model", chat_model, "--task", "lm_eval", "--suite", "ceval-valid")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launching import launched as in_processes
+from tests.launching import run_ranks
 from tests.recipe.test_engine_config import recipe
 from tongwen.cli import main
 from tongwen.core import distributed
@@ -29,7 +29,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "words", "code", "said"),
+    ("world", "overrides", "code", "message"),
     [
         (None, (), 2, "sft.engine: ddp: this engine needs several processes\n  → tongwen run RECIPE --devices 2"),
         (1, (), 2, "several processes"),
@@ -49,11 +49,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("alone")
-def test_another_number_of_processes_is_refused_before_anything_runs(
+def test_wrong_process_count_is_refused_before_running(
     world: int | None,
-    words: tuple[str, ...],
+    overrides: tuple[str, ...],
     code: int,
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tongwen: Any,
@@ -64,19 +64,19 @@ def test_another_number_of_processes_is_refused_before_anything_runs(
         monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setattr(model_load, "count_devices", lambda: 2)
     out = tmp_path / "out"
-    found, _, err = tongwen("run", recipe(tmp_path, "ddp"), f"out={out}", *words)
-    assert found == code and said in err and not (out / "prepare").exists()
+    found, _, err = tongwen("run", recipe(tmp_path, "ddp"), f"out={out}", *overrides)
+    assert found == code and message in err and not (out / "prepare").exists()
 
 
 @pytest.mark.usefixtures("alone")
-def test_check_says_that_an_engine_would_be_alone(tmp_path: Path, tongwen: Any) -> None:
+def test_check_reports_an_engine_with_one_process(tmp_path: Path, tongwen: Any) -> None:
     file = recipe(tmp_path, "ddp")
     assert "this engine needs several processes" in "".join(tongwen("check", file)[1:])
     assert "several processes" not in "".join(tongwen("check", file, "devices=2")[1:])
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_load, "count_devices", lambda: 1)
     made = load_recipe(recipe(tmp_path, "auto"), ["devices=2"])[0]
     with pytest.raises(TongwenError, match="this machine has 1 visible GPUs"):
@@ -85,7 +85,7 @@ def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("alone")
-def test_accelerates_cpu_is_one_process_and_says_so(
+def test_accelerate_cpu_single_process_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
@@ -94,7 +94,7 @@ def test_accelerates_cpu_is_one_process_and_says_so(
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_single_process_counts_as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """`engine: fsdp2` on one GPU: torchrun has started it."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), (distributed.EXIT_FILE, "somewhere")):
         monkeypatch.setenv(name, value)
@@ -110,7 +110,7 @@ def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("rank", "visible", "taken"), [(3, 8, 3), (3, 1, 0), (3, 2, 1), (3, 0, None)])
 @pytest.mark.usefixtures("alone")
-def test_a_process_takes_its_own_gpu_of_those_it_sees(
+def test_process_uses_its_own_visible_gpu(
     rank: int, visible: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = list[int]()
@@ -118,26 +118,26 @@ def test_a_process_takes_its_own_gpu_of_those_it_sees(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: visible > 0)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **words: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: torch.device("cuda"))
     assert model_load.compute_device() == ("cuda" if visible else "cpu")
     assert chosen == ([taken] if visible else [])
     assert os.environ["LOCAL_RANK"] == str(rank if taken is None else taken)
 
 
-def test_two_processes_on_one_gpu_are_told_so() -> None:
-    said = main._machine_cause(
+def test_two_processes_on_one_gpu_raise_an_error() -> None:
+    cause = main._machine_cause(
         RuntimeError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on device 1b000")
     )
-    assert said and "two processes of this run use the same GPU" in said
+    assert cause and "two processes of this run use the same GPU" in cause
 
 
-def test_whoever_waits_for_a_first_process_that_failed_ends_too(tmp_path: Path, capfd: Any) -> None:
+def test_waiting_processes_end_when_rank_0_fails(tmp_path: Path, capfd: Any) -> None:
     """As under `srun` without -K."""
 
-    def be_impatient(rank: int) -> None:
+    def shorten_timeout(rank: int) -> None:
         pipeline.PATIENCE_SECONDS = 1  # type: ignore[assignment]
 
     file = recipe(tmp_path, "auto")
     (tmp_path / "data.jsonl").write_text("nonsense\n")
-    assert in_processes(2, "run", file, f"out={tmp_path / 'out'}", before=be_impatient, seconds=30) == [3, 5]
+    assert run_ranks(2, "run", file, f"out={tmp_path / 'out'}", before=shorten_timeout, seconds=30) == [3, 5]
     assert "prepare: the first process ended without finishing it" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""A run that a page starts is a run like any other: it outlives who started it, stops when asked, and goes on to the bit."""
+"""A run that the page starts outlives it, stops on request and resumes bit-identically."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from tests.conftest import dialogues, tensors, write_recipe
 from tongwen.core.errors import MachineError
 from tongwen.workflows import run_manager
-from tongwen.workflows.run_lock import LOCK, lock_holder
+from tongwen.workflows.run_lock import LOCK, lock_folder, lock_holder
 
 SAVING = ", save_every: 4"
 
@@ -34,7 +35,8 @@ def steps(out: Path) -> int:
     return len(curve[0][1]) if (curve := run_manager.curves(out)) else 0
 
 
-def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.sample()
+def test_stopped_run_resumes_to_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
     for name in ("never", "once"):
         write_recipe(tmp_path / name, chat_model, dialogues(60), sft=SAVING)
     never, once = tmp_path / "never" / "out", tmp_path / "once" / "out"
@@ -68,7 +70,7 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
         run_manager.compare([never, tmp_path])
 
 
-def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
+def test_run_that_cannot_start_reports_why(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: x\nbase: y\nsft: {learning_rat: 1}\n", encoding="utf-8")
     with pytest.raises(MachineError, match="learning_rate"):
@@ -79,7 +81,7 @@ def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
     "left",
     ["", "x", "here, process one, since", "{here}, process {dead}, since", "{here}, process {young}, since"],
 )
-def test_a_lock_that_a_killed_run_left_holds_nothing(left: str, tmp_path: Path) -> None:
+def test_lock_of_a_killed_run_is_released(left: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
@@ -88,5 +90,51 @@ def test_a_lock_that_a_killed_run_left_holds_nothing(left: str, tmp_path: Path) 
     (tmp_path / LOCK).write_text(text, encoding="utf-8")
     os.utime(tmp_path / LOCK, (1e9, 1e9))  # long before any process of today began
     assert lock_holder(tmp_path) is None
-    (tmp_path / LOCK).write_text(f"{here}, process {os.getpid()}, since", encoding="utf-8")
-    assert lock_holder(tmp_path) == os.getpid()
+
+
+HOLD = "import sys; from pathlib import Path; from tongwen.workflows.run_lock import lock_folder\nwith lock_folder(Path(sys.argv[1])): print('held', flush=True); input()"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists who took a lock")
+def test_number_in_a_lock_is_believed_of_the_process_that_holds_it(tmp_path: Path) -> None:
+    """Stop ends the holder of a lock, and nobody else: neither with a text from elsewhere, nor beside somebody's lock."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    try:
+        text = f"{platform.node()}, process {stranger.pid}, since now"
+        (tmp_path / LOCK).write_text(text, encoding="utf-8")
+        os.utime(tmp_path / LOCK, (time.time() + 3600,) * 2)
+        assert lock_holder(tmp_path) is None
+        with pytest.raises(MachineError, match="no training is running here"):
+            run_manager.stop(tmp_path)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        assert lock_holder(tmp_path) == holder.pid
+        (tmp_path / LOCK).write_text(text, encoding="utf-8")
+        os.utime(tmp_path / LOCK, (time.time() + 3600,) * 2)
+        assert lock_holder(tmp_path) is None, "somebody holds it, but not the one who is named"
+        holder.communicate("\n")
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_look_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(f"{platform.node()}, process 1, since", encoding="utf-8")
+    looking = True
+
+    def look() -> None:
+        while looking:
+            lock_holder(tmp_path)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(50):
+            with lock_folder(tmp_path):
+                pass
+    finally:
+        looking = False
+        thread.join()

@@ -1,4 +1,4 @@
-"""Tokens are made once, from everything that decides them, and nothing else makes them anew."""
+"""The token cache: its key covers every deciding setting, and nothing else encodes again."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Ar
     return load_recipe(recipe)[0], artifact.open_artifact(folder / "out" / "prepare", "prepare")
 
 
-def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
+def test_cache_key_depends_on_all_settings_of_the_tokens(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
     reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
-    key = tokenized_data.key_of(made, reader)
+    key = tokenized_data.cache_key(made, reader)
 
-    def changed(**words: Any) -> str:
-        section = recipe.sft.model_copy(update=words)
-        return tokenized_data.key_of(made, tokenized_data.make_dialogue_encoder(recipe.base, section))
+    def changed(**settings: Any) -> str:
+        section = recipe.sft.model_copy(update=settings)
+        return tokenized_data.cache_key(made, tokenized_data.make_dialogue_encoder(recipe.base, section))
 
     assert changed(learning_rate=1.0, batch_size=3) == key
     others = {
@@ -40,10 +40,10 @@ def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_
     }
     assert len(others | {key}) == 5
     other_data = artifact.Artifact(made.path, {**made.manifest, "fingerprint": "f" * 64})
-    assert tokenized_data.key_of(other_data, reader) != key
+    assert tokenized_data.cache_key(other_data, reader) != key
 
 
-def test_encoding_is_done_once_and_goes_on_where_it_died(
+def test_encoding_is_cached_and_resumes_after_a_crash(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = dialogues(2600)
@@ -80,7 +80,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
     assert "already encoded" in capsys.readouterr().out
 
 
-def test_the_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
+def test_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
     reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
     found = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
@@ -94,7 +94,7 @@ def test_the_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None
     assert mask["stop_learned_share"] == 1
 
 
-def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) -> None:
+def test_source_weights_reach_the_epoch(chat_model: Path, tmp_path: Path) -> None:
     more = dialogues(30)
     for number, row in enumerate(more):
         row["instruction"] = f"另一个问题（{number}）"
@@ -122,11 +122,9 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
     assert not found.notices
 
 
-def test_a_share_that_few_long_samples_miss_is_said(
-    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missed_share_is_reported(chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = {"instruction": "说说天气。", "input": "", "output": "今天天气很好，我们去公园散步吧。" * 6}
-    for share, said in ((0.12, True), (0.175, False)):
+    for share, reported in ((0.12, True), (0.175, False)):
         folder = tmp_path / str(share)
         file = write_rows(folder / "long.jsonl", [long, {**long, "instruction": "再说说天气。"}])
         recipe = write_recipe(folder, chat_model, merge=False)
@@ -139,13 +137,13 @@ def test_a_share_that_few_long_samples_miss_is_said(
         drawn = ahead.draw(0)
         inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]
         got = sum(inside) / sum(ahead.store.lengths[index] for index in drawn)
-        assert bool(abs(got / share - 1) > 0.1) is said
+        assert bool(abs(got / share - 1) > 0.1) is reported
         notice = f"{file}: the recipe asks for {share} of the tokens, but the first epoch has {got:.3g}"
-        assert [notice in text for text in ahead.notices] == [True] * said
-        assert (notice in capsys.readouterr().out) is said
+        assert [notice in text for text in ahead.notices] == [True] * reported
+        assert (notice in capsys.readouterr().out) is reported
 
 
-def test_looking_ahead_sees_what_training_will(chat_model: Path, tmp_path: Path) -> None:
+def test_preview_matches_training_data(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
     reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
     ahead = tokenized_data.encode_in_memory(recipe, reader)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         default="",
         metavar="TYPE",
-        help=_("GGUF number type; f16 by default"),
+        help=_("GGUF dtype; f16 by default"),
     )
     parser.add_argument("--again", action="store_true", help=_("convert again; the old folder is kept"))
     parser.add_argument(

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="",
         metavar="NAME",
-        help=_("task lm_eval: the harness's name of the task"),
+        help=_("lm_eval: task name, such as ceval-valid"),
     )
     parser.add_argument("--before", default="", metavar="MODEL", help=_("a model to compare with"))
     parser.add_argument(

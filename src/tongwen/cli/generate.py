@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         required=True,
         metavar="F",
-        help=_("text (one a line), JSON with `prompt` or `messages`, or a data set with answers"),
+        help=_("text (one prompt per line), JSON with `prompt` or `messages`, or a data set with answers"),
     )
     parser.add_argument("--out", required=True, metavar="F", help=_("file for the answers"))
     parser.add_argument(

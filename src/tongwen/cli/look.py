@@ -14,7 +14,7 @@ def summary() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments.add_recipe(parser)
-    parser.add_argument("-n", type=int, default=3, help=_("how many"))
+    parser.add_argument("-n", type=int, default=3, help=_("number of samples"))
     parser.add_argument("--html", default="", metavar="FILE", help=_("write an HTML page instead"))
 
 

@@ -116,8 +116,8 @@ def _machine_cause(error: Exception) -> str | None:
     text = str(error)
     if is_out_of_memory(error):
         cures = _("a smaller model, shorter texts, or more memory")
-        return _("out of memory: {text}\n  → {cures}").format(
-            text=text.splitlines()[0][:160] if text else "", cures=cures
+        return _("out of memory: {text}\n  → {remedies}").format(
+            text=text.splitlines()[0][:160] if text else "", remedies=cures
         )
     if any(fragment in text for fragment in PEER_EXITED):
         return _(

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help=_("model"))
     _add_merge_inputs(parser)
     parser.add_argument("--out", required=True, help=_("folder of the merged model"))
-    parser.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=_("number type"))
+    parser.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=_("dtype"))
     parser.add_argument(
         "--to",
         default="hf",
@@ -88,10 +88,12 @@ def _add_merge_inputs(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.chat_vector and not arguments.adapter:
-        from tongwen.commands import chat_vector
+        from tongwen.commands import merge_chat_vector
 
         instruct, base = arguments.chat_vector
-        return chat_vector.run(arguments.base, instruct, base, arguments.scale, arguments.out, again=arguments.again)
+        return merge_chat_vector.run(
+            arguments.base, instruct, base, arguments.scale, arguments.out, again=arguments.again
+        )
     from tongwen.commands import merge
     from tongwen.core.errors import RecipeError
     from tongwen.workflows.merging import MergeOptions

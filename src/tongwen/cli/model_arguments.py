@@ -54,4 +54,4 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     from tongwen.infer.generation import Sampling
 
     explicit = {name: value for name, value in vars(arguments).items() if name in SAMPLING and value is not None}
-    return asdict(Sampling().with_(**{**PRESETS.get(arguments.preset, {}), **explicit}))
+    return asdict(Sampling().override(**{**PRESETS.get(arguments.preset, {}), **explicit}))

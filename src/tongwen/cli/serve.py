@@ -13,7 +13,7 @@ def summary() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_("as for chat"))
+    parser.add_argument("model", metavar="MODEL", help=_("folder, hub id, modelscope:id, .gguf, or a stage folder"))
     model_arguments.add_adapters(parser)
     parser.add_argument("--name", default="", help=_("the model's name; its folder's by default"))
     parser.add_argument(

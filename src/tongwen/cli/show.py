@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if len(arguments.path) > 1 or arguments.html:
-        from tongwen.commands import compare
+        from tongwen.commands import show_runs
 
-        return compare.run(arguments.path, arguments.html)
+        return show_runs.run(arguments.path, arguments.html)
     from tongwen.commands import show
 
     return show.run(arguments.path[0])

@@ -137,7 +137,7 @@ def _add_corpus(task: argparse.ArgumentParser) -> None:
         metavar="F",
         help=_("text or data of any format"),
     )
-    task.add_argument("--pieces", type=int, required=True, metavar="N", help=_("how many"))
+    task.add_argument("--pieces", type=int, required=True, metavar="N", help=_("number of new pieces"))
 
 
 def _add_script(task: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ def run(
     stream: bool,
 ) -> int:
     """Run the conversation until the user leaves."""
-    Sampling().with_(**sampling)
+    Sampling().override(**sampling)
     chat_model = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
 
     def reply(
@@ -33,7 +33,7 @@ def run(
     chat = TerminalChat(
         reply=reply,
         count=lambda messages: len(chat_model.prompt_ids(messages)),
-        check=lambda settings: Sampling().with_(**settings),
+        check=lambda settings: Sampling().override(**settings),
         context=chat_model.context,
         settings=sampling,
         stream=stream,

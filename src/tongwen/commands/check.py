@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from tongwen.core import console
+from tongwen.core import artifact, console
 from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import prepare_steps
@@ -20,6 +22,7 @@ from tongwen.recipe.data import Prepare
 from tongwen.recipe.schema import Recipe
 from tongwen.train import trackers
 from tongwen.workflows.pipeline import check_processes
+from tongwen.workflows.run_folder import check_folder
 from tongwen.workflows.stage_inputs import inputs
 
 
@@ -31,7 +34,7 @@ def run(recipe: Recipe) -> int:
         check_processes(recipe, recipe.stages)
     except RecipeError as error:  # a launcher may still start the processes
         console.notice(error.text())
-    for check in (_check_base, _check_export, _check_trackers):
+    for check in (_check_folder, _check_base, _check_export, _check_trackers):
         try:
             check(recipe)
         except TongwenError as error:
@@ -59,6 +62,11 @@ def run(recipe: Recipe) -> int:
     console.success(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
+
+
+def _check_folder(recipe: Recipe) -> None:
+    """Raise for an output folder in which `run` would replace what tongwen did not write."""
+    check_folder(recipe, [name for name in recipe.stages if not artifact.find(Path(recipe.out) / name)])
 
 
 def _check_base(recipe: Recipe) -> None:

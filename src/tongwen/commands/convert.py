@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tongwen.core import artifact, console
+from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.hub import upload
@@ -18,7 +18,7 @@ def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again:
         if to != "hf":
             raise RecipeError(_("only the hf format can be pushed to a hub"), place="--push", remedy="--to hf")
     target = Path(out)
-    artifact.clear_path(target, again=again)
+    originals.clear_path(target, [source], again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
     result = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
     address = upload.push(target, push, console.notice, public=public) if push else ""

@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import MachineError, ModelError
 from tongwen.core.i18n import _
 from tongwen.model.loading import load
@@ -53,13 +53,16 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
     start = time.monotonic()
     folder = Path(out)
     base = model or str(fetch_model())
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("dialogues.jsonl", "self_introduction.jsonl", "held_out.jsonl"):
-        text = (importlib.resources.files("tongwen.commands") / "demo_data" / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text, encoding="utf-8")
     comment = _("What `tongwen demo` ran. Change it and: tongwen run THIS_FILE --again")
     recipe_file = folder / "demo.yaml"
-    recipe_file.write_text(RECIPE.format(comment=comment, base=base, out=out), encoding="utf-8")
+    data = importlib.resources.files("tongwen.commands") / "demo_data"
+    names = ("dialogues.jsonl", "self_introduction.jsonl", "held_out.jsonl")
+    files = {folder / name: (data / name).read_text(encoding="utf-8") for name in names}
+    files[recipe_file] = RECIPE.format(comment=comment, base=base, out=out)
+    for file, text in files.items():
+        originals.check_new(file, text)
+    for file, text in files.items():
+        originals.write_new(file, text)
     recipe, _unused = load_recipe(recipe_file)
     pipeline.run(recipe, [str(recipe_file)], stages)
     report = json.loads((folder / "sft" / "report.json").read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.evaluation import read_task
 from tongwen.workflows.scoring import EvaluatedModel, evaluate_models, keep_answers
@@ -18,7 +18,7 @@ def run(
     """Evaluate the recipe's base with these adapters; write the result to `out` unless it is empty."""
     assert recipe.evaluate
     if out:
-        artifact.clear_path(Path(out), again=False)
+        originals.clear_path(Path(out), [recipe.base, before, *adapters], again=False)
     tasks = [read_task(task) for task in recipe.evaluate.tasks]
     model = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
     model_before = EvaluatedModel(before, (), template, thinking, weights) if before else None

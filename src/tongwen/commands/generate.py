@@ -13,14 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
+from tongwen.core.journal import check_journal
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.generation import Sampling
 from tongwen.recipe.data import SourceConfig
 from tongwen.workflows.chat_model import choose_engine, open_chat_model
 from tongwen.workflows.eval_prompts import EvalPrompt, read_questions
+
+SETTINGS = "generation_config.json"  # beside the answers, as the script of Chinese-LLaMA-Alpaca wrote it
+ANSWERED_WITH = {"model", "sampling", "prompts"}  # keys of the first line of a journal
+ROW_KEYS = ({"prompt", "messages", "answer"}, {"input", "predict", "target"}, {"Input", "Output"})  # of each form
 
 
 @dataclass(frozen=True)
@@ -38,25 +43,28 @@ class AnswerSource:
 
 @dataclass(frozen=True)
 class AnswerBackend:
-    """answer_each: (conversations, callback for each answer); prompt: a conversation -> its text as the model reads it."""
+    """answer_each: (questions, callback for each answer); prompt: a question -> its text as the model reads it."""
 
-    answer_each: Callable[[list[list[dict[str, Any]]], Callable[[int, str], None]], None]
-    prompt: Callable[[list[dict[str, Any]]], str]
+    answer_each: Callable[[list[EvalPrompt], Callable[[int, str], None]], None]
+    prompt: Callable[[EvalPrompt], str]
 
 
 def run(
     source: AnswerSource, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool
 ) -> int:
     """Answer every row that has no answer yet, then write all answers."""
-    file = Path(out)
+    file, inputs = Path(out), [prompts, *([] if source.endpoint else [source.model]), *source.adapters]
+    journal_file, settings_file = file.with_name(file.name + ".answers"), file.with_name(SETTINGS)
+    originals.check_output(file, inputs, moves=again)
     questions = read_questions(SourceConfig(path=prompts))
-    if file.exists():
-        artifact.clear_path(file, again=again)
-    digest = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
+    if form == "chinese-llama-alpaca":
+        originals.check_new(settings_file, artifact.as_json(sampling))
+    check_journal(journal_file, ANSWERED_WITH)
+    originals.clear_path(file, inputs, again=again, is_ours=_is_answers)
+    digest = hashlib.sha256(_asked(questions)).hexdigest()
     if source.engine == "auto" and not source.endpoint:
         source = replace(source, engine=choose_engine(source.model, source.adapters))
     settings = {**vars(source), "sampling": sampling, "prompts": f"{len(questions)} · {digest[:16]}"}
-    journal_file = file.with_name(file.name + ".answers")
     if again:
         journal_file.unlink(missing_ok=True)
     journal = AnswerJournal(journal_file, settings, _("--again starts over"))
@@ -70,7 +78,7 @@ def run(
             journal.add(missing[index], answer)
             bar.update(len(journal.answers))
 
-        answerer.answer_each([questions[row].messages for row in missing], on_answer)
+        answerer.answer_each([questions[row] for row in missing], on_answer)
     journal.close()
     _write(file, form, questions, journal.answers, answerer.prompt, sampling)
     journal_file.unlink()
@@ -85,11 +93,13 @@ def _open(source: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> An
             from tongwen.infer.endpoint import EndpointBackend
         except ImportError:
             raise MissingPackage("openai", _("getting answers from an endpoint"), "endpoint") from None
-        sampling_options = Sampling().with_(**sampling)
+        sampling_options = Sampling().override(**sampling)
         endpoint = EndpointBackend(source.endpoint, source.model, completion=source.template == "completion")
         return AnswerBackend(
-            lambda conversations, on_answer: endpoint.answer_each(conversations, sampling_options, on_answer),
-            lambda messages: str(messages[-1]["content"]),
+            lambda questions, on_answer: endpoint.answer_each(
+                [one.messages for one in questions], sampling_options, on_answer, [one.tools for one in questions]
+            ),
+            lambda question: question.last,
         )
     chat_model = open_chat_model(
         source.model,
@@ -101,9 +111,17 @@ def _open(source: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> An
         rows=batch_size,
     )
     return AnswerBackend(
-        lambda conversations, on_answer: chat_model.answer_each(conversations, on_answer, batch_size, **sampling),
-        chat_model.prompt_text,
+        lambda questions, on_answer: chat_model.answer_each(
+            [one.messages for one in questions], on_answer, batch_size, [one.tools for one in questions], **sampling
+        ),
+        lambda question: chat_model.prompt_text(question.messages, question.tools),
     )
+
+
+def _asked(questions: Sequence[EvalPrompt]) -> bytes:
+    """Return what an answer depends on in all questions, for the journal of answers."""
+    asked: list[Any] = [[one.messages, list(one.tools)] if one.tools else one.messages for one in questions]
+    return json.dumps(asked, ensure_ascii=False).encode()
 
 
 def _write(
@@ -111,7 +129,7 @@ def _write(
     form: str,
     questions: Sequence[EvalPrompt],
     answers: Mapping[int, str],
-    prompt: Callable[[list[dict[str, Any]]], str],
+    prompt: Callable[[EvalPrompt], str],
     sampling: dict[str, Any],
 ) -> None:
     """Write all rows in their order. belle, chinese-llama-alpaca: one array, as the scripts of these projects wrote it."""
@@ -119,15 +137,26 @@ def _write(
     if form == "jsonl":
         rows = [
             {"prompt": one.last, "messages": one.messages, "answer": answer}
+            | ({"tools": list(one.tools)} if one.tools else {})
             | ({"target": one.reference} if one.reference is not None else {})
             for one, answer in pairs
         ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     elif form == "belle":
-        table = [{"input": prompt(one.messages), "predict": answer, "target": one.reference} for one, answer in pairs]
+        table = [{"input": prompt(one), "predict": answer, "target": one.reference} for one, answer in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=4)
     else:
-        table = [{"Input": prompt(one.messages), "Output": answer} for one, answer in pairs]
+        table = [{"Input": prompt(one), "Output": answer} for one, answer in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=2)
-        artifact.write_json(file.with_name("generation_config.json"), sampling)
-    artifact.write_text(file, text)
+        originals.write_new(file.with_name(SETTINGS), artifact.as_json(sampling))
+    originals.write_new(file, text)
+
+
+def _is_answers(file: Path) -> bool:
+    """Whether a file has the first row of a file of answers, in any form."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        first = json.loads(text)[0] if text.startswith("[") else json.loads(text.partition("\n")[0])
+    except (OSError, ValueError, LookupError, RecursionError):
+        return False
+    return isinstance(first, dict) and any(keys <= first.keys() for keys in ROW_KEYS)

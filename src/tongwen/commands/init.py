@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tongwen.core import console
+from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
 
@@ -171,9 +171,8 @@ def run(name: str, out: str) -> int:
             print(text, end="")
         return 0
     target = Path(out)
-    if target.exists():
-        raise RecipeError(_("this file already exists"), place=out, remedy=_("choose another name"))
-    target.write_text(text, encoding="utf-8")
+    originals.check_new(target)
+    originals.write_new(target, text)
     console.success(_("{out} · next: tongwen check {out}").format(out=out))
     console.emit({"out": out})
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import console
+from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.html import render
 from tongwen.core.i18n import _
@@ -31,10 +31,12 @@ def run(recipe: Recipe, count: int, page: str) -> int:
             remedy="sft: {}",
         )
     found = {}
+    pretrain_page = str(Path(page).with_suffix(".pretrain.html")) if page and recipe.sft else page
+    for name in {page, pretrain_page if recipe.pretrain else ""} - {""}:
+        originals.check_sealed(Path(name))
     if recipe.pretrain:
         reader = make_document_encoder(base_of_stage(recipe, "pretrain", finished=True), recipe.pretrain)
-        pretrain_page = Path(page) if not recipe.sft else Path(page).with_suffix(".pretrain.html")
-        found["pretrain"] = _show(recipe, reader, reader.end, "", count, str(pretrain_page) if page else "")
+        found["pretrain"] = _show(recipe, reader, reader.end, "", count, pretrain_page)
     if recipe.sft:
         base = base_of_stage(recipe, "sft", finished=True)
         dialogues = make_dialogue_encoder(base, recipe.sft)
@@ -63,7 +65,7 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
                 for index in shown
             ],
         )
-        Path(page).write_text(text, encoding="utf-8")
+        originals.write_sealed(Path(page), text, originals.HTML)
         console.success(page)
     else:
         for index in shown:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tongwen.core import artifact, console
+from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.model.merging.combine import Combination
@@ -16,7 +16,7 @@ from tongwen.workflows.merging import MergeOptions, merge
 def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> int:
     """Merge into a new folder. again: rename an existing folder instead of refusing."""
     target = Path(out)
-    artifact.clear_path(target, again=again)
+    originals.clear_path(target, [base, *adapters], again=again)
     chosen = {
         "base": base,
         "adapters": adapters,
@@ -39,7 +39,7 @@ def make_combination(
             weights_count=len(weights), adapters_count=len(adapters)
         )
     elif not 0 < density <= 1:
-        problem = _("density {density:g} is not a share").format(density=density)
+        problem = _("density {density:g} must be above 0 and at most 1").format(density=density)
     if problem:
         raise RecipeError(
             problem, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.hub.names import current_id
@@ -78,10 +78,10 @@ def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> No
 
 
 def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
-    from tongwen.model.adapters.legacy import modernise
+    from tongwen.model.adapters.legacy import convert_legacy_adapter
 
-    artifact.clear_path(out, again=False)
-    made = modernise(folder, out, alpha)
+    originals.clear_path(out, [str(folder)], again=False)
+    made = convert_legacy_adapter(folder, out, alpha)
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     console.success(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
     console.info(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
@@ -138,11 +138,7 @@ def _output_recipe(text: str, target: str) -> None:
         for line in text.splitlines():
             console.info(line)
         return
-    file = Path(target)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise RecipeError(_("another file already exists here"), place=target, remedy="tongwen migrate --out FILE …")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    originals.write_new(Path(target), text)
     console.success(target)
 
 

@@ -22,9 +22,9 @@ from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.recipe.phases import training_phases
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Pretrain, Sft, Training, parts_of
-from tongwen.train.memory import SHARED, STREAMED, flops_per_token, own_memory, token_budget
+from tongwen.train.memory import SHARDED_PURPOSES, STREAMED, flops_per_token, own_memory, token_budget
 from tongwen.train.packing import BatchPlan, make_plan
-from tongwen.train.parallel import sharing_of
+from tongwen.train.parallel import sharding_plan
 from tongwen.workflows import tokenizer_files
 from tongwen.workflows.pipeline import Stages, check_ahead
 from tongwen.workflows.stage_inputs import base_of_stage
@@ -121,8 +121,8 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "trainable": shape.trainable,
         "memory_bytes": needs.bytes,
         "dtype": str(setting.dtype).removeprefix("torch."),
-        "engine": setting.sharing.engine or "single",
-        "shared_out": list(SHARED.get(setting.sharing.engine, ())) if recipe.devices > 1 else [],
+        "engine": setting.sharding.engine or "single",
+        "shared_out": list(SHARDED_PURPOSES.get(setting.sharding.engine, ())) if recipe.devices > 1 else [],
         "rehearsed": needs.rehearsed,
         "activation_checkpointing": setting.checkpointing,
         "disk": disk,
@@ -202,9 +202,9 @@ def _setting(section: Training, device: str, limit: int | None, world: int, rows
         guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
     )
     checkpointing = section.activation_checkpointing == "on"
-    sharing = sharing_of(section, world)
+    sharding = sharding_plan(section, world)
     return TrainingSetup(
-        section.adapter, section.trained_parts, dtype, device, section.optimizer, checkpointing, sharing, rows
+        section.adapter, section.trained_parts, dtype, device, section.optimizer, checkpointing, sharding, rows
     )
 
 
@@ -252,7 +252,7 @@ def _later_stages(recipe: Recipe) -> dict[str, Any]:
     """Print and return the needs of merging and exporting, which both read the model a block of rows at a time."""
     found: dict[str, Any] = {}
     config, _unused = _config(recipe, base_of_stage(recipe, "sft", finished=True))
-    skeleton = load.make_skeleton(config)
+    skeleton = load.build_on_meta(config)
     parameters = sum(part.numel() for part in skeleton.parameters())
     needs = {"libraries": memory_estimate.LIBRARIES, "blocks": STREAMED}
     width = getattr(config.dtype, "itemsize", 4)  # a config without a dtype means fp32

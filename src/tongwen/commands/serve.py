@@ -36,7 +36,7 @@ def run(
     except ImportError:
         raise MissingPackage("uvicorn", "tongwen serve", "serve") from None
 
-    Sampling().with_(**sampling)
+    Sampling().override(**sampling)
     loopback = auth.is_loopback(host)
     token, generated = auth.choose_token(loopback)
     with auth.open_port(host, port) as listening:
@@ -51,7 +51,7 @@ def run(
             text_ids=chat_model.text_ids,
             generate=generate,
             ended=chat_model.ended,
-            check=lambda settings: Sampling().with_(**settings),
+            check=lambda settings: Sampling().override(**settings),
             context=chat_model.context,
             settings=sampling,
         )

@@ -34,10 +34,10 @@ def run(path: str) -> int:
 
 def _show_model(path: str) -> int:
     """Print the family, the size, and the possible names in `adapter.targets`; reads only the config."""
-    from tongwen.model.loading.load import load_config, locate, make_skeleton
+    from tongwen.model.loading.load import build_on_meta, load_config, locate
 
     config = load_config(locate(path))
-    model = make_skeleton(config)
+    model = build_on_meta(config)
     layers: dict[str, list[tuple[int, int]]] = {}
     for name, module in model.named_modules():
         if hasattr(module, "in_features"):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.model.loading import load, sentencepiece
@@ -24,7 +24,7 @@ from tongwen.workflows.tokenizer_files import TokenizerFiles
 
 def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *, again: bool) -> int:
     """Train a tokenizer from scratch."""
-    target = _target(out, again)
+    target = _target(out, corpus, again)
     texts = tokenizer_files.iter_texts(corpus)
     with console.waiting(_("learning a tokenizer")):
         if kind == "byte-bpe":
@@ -48,7 +48,7 @@ def run_extend(
     again: bool,
 ) -> int:
     """Extend a base's tokenizer with pieces learned from nine tenths of a corpus; the rest measures their benefit."""
-    target = _target(out, again)
+    target = _target(out, [base, *corpus], again)
     opened = tokenizer_files.open_tokenizer_files(base)
     console.header("tokenizer extend", f"{base} + {pieces:,}")
     learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
@@ -72,7 +72,7 @@ def run_extend(
 
 def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: str, again: bool) -> int:
     """Append one SentencePiece model's pieces to another's."""
-    target = _target(out, again)
+    target = _target(out, [base, add], again)
     opened, other = tokenizer_files.open_tokenizer_files(base), tokenizer_files.open_tokenizer_files(add)
     for flag, one in (("--base", opened), ("--add", other)):
         if one.model is None:
@@ -112,6 +112,9 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
 
 def run_report(base: str, other: str, texts: list[str], out: str, script: str) -> int:
     """Measure a tokenizer on texts: against another one, or against itself with pieces learned from the same texts."""
+    folder, inputs = Path(out), [base, other, *texts]
+    if out:
+        originals.check_sealed(folder / "report.html", inputs)
     opened = tokenizer_files.open_tokenizer_files(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
     script_filter = Script(script)
@@ -146,18 +149,16 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     found["summary"] = f"{base} {'→ ' + other if other else ''} · {', '.join(texts)}"
     _show(found)
     if out:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(folder / "report.json", found)
-        (folder / "report.html").write_text(as_html(_("Vocabulary"), found), encoding="utf-8")
+        originals.write_new(folder / "report.json", artifact.as_json(found), inputs)
+        originals.write_sealed(folder / "report.html", as_html(_("Vocabulary"), found), originals.HTML, inputs)
         console.success(str(folder / "report.html"))
     console.emit(found)
     return 0
 
 
-def _target(out: str, again: bool) -> Path:
+def _target(out: str, inputs: Sequence[str], again: bool) -> Path:
     target = Path(out)
-    artifact.clear_path(target, again=again)
+    originals.clear_path(target, inputs, again=again)
     return target
 
 

@@ -16,7 +16,7 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import find_tensors
 from tongwen.export import checksums, pth
 from tongwen.model.loading import load
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 
 OF_TENSORS = ("model", "vocab", "sft", "pretrain")  # kinds whose fingerprint is that of their tensors
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
@@ -34,8 +34,8 @@ class VerifyReport:
             self.sources[name].append(source)
         else:
             self.add_problem(
-                _("its hash is {found}…, {witness} says {expected}…").format(
-                    found=found[:16], witness=source, expected=expected[:16]
+                _("its hash is {found}…, {source} says {expected}…").format(
+                    found=found[:16], source=source, expected=expected[:16]
                 ),
                 place,
             )
@@ -65,7 +65,7 @@ def run(path: str, against: str) -> int:
             found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
             verdicts.compare(name, expected, found, source, str(file))
         elif target.is_dir():
-            verdicts.add_problem(_("{witness} lists this file, but it is missing").format(witness=source), str(file))
+            verdicts.add_problem(_("{source} lists this file, but it is missing").format(source=source), str(file))
     _compare_published(hashes, verdicts, strict=against == "known")
     if stage and not verdicts.problems:
         _compare_stage(stage, verdicts)
@@ -84,8 +84,11 @@ def _lists(folder: Path, against: str) -> list[Path]:
 def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
     """Return (file name, its hash, the source) for every expected file."""
     out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
-    recorded = stage.manifest.get("files", {}) if stage else {}
-    return out + [(name, facts["sha256"], artifact.MANIFEST) for name, facts in recorded.items()]
+    manifest = stage.manifest if stage else {}
+    recorded = {name: facts["sha256"] for name, facts in manifest.get("files", {}).items()}
+    if stage and stage.kind == "prepare":  # its `files` are what it read, wherever that lies now
+        recorded = manifest.get("made", {})
+    return out + [(name, digest, artifact.MANIFEST) for name, digest in recorded.items()]
 
 
 def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]]:
@@ -132,7 +135,7 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
 def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
     """Compare with the fingerprint in the manifest, and name a tensor that changed since."""
     if stage.kind in OF_TENSORS:
-        lines = model_lines(load.ModelRef(str(stage.path), str(stage.path)))
+        lines = tensor_digests(load.ModelRef(str(stage.path), str(stage.path)))
         found, recorded = combine(lines), stage.manifest.get("tensors", {})
         changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
         place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)

@@ -146,8 +146,8 @@ def _vocabulary_backend(workspace: Workspace) -> VocabularyBackend:
 
 def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
     pieces = measure.pieces_of(coder, text)
-    facts = _("{pieces_count:,} tokens · {count_highest:.2f} characters each").format(
-        pieces_count=len(pieces), count_highest=len(text) / max(len(pieces), 1)
+    facts = _("{count:,} tokens · {characters_per_token:.2f} characters each").format(
+        count=len(pieces), characters_per_token=len(text) / max(len(pieces), 1)
     )
     return render("commands/tokens.html.jinja", name=name, facts=facts, pieces=pieces)
 
@@ -165,7 +165,7 @@ def _runs_backend(workspace: Workspace) -> RunsBackend:
         run_manager.start([str(file), *overrides], out)
         return display_path(out)
 
-    def picture(name: str) -> RunView:
+    def view(name: str) -> RunView:
         out = workspace.inside(name)
         return RunView(
             running=lock_holder(out) is not None,
@@ -181,7 +181,7 @@ def _runs_backend(workspace: Workspace) -> RunsBackend:
         read=lambda name: workspace.inside(name).read_text(encoding="utf-8", errors="replace"),
         start=start,
         runs=workspace.runs,
-        picture=picture,
+        view=view,
         stop=lambda name: run_manager.stop(workspace.inside(name)),
         resume=lambda name: run_manager.resume(workspace.inside(name)),
         compare=lambda names: run_manager.compare([workspace.inside(name) for name in names]),

@@ -26,6 +26,8 @@ from tongwen.core.errors import ArtifactError, MachineError, RecipeError, first_
 from tongwen.core.i18n import _
 
 MANIFEST = "manifest.json"
+MARK = ".tongwen"  # in a working folder: tongwen made it, and may empty it
+OLD_MARKS = ("run.json", "parts", ".fetch", "journal.jsonl")  # in the working folders of v0.1, which have no mark
 VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -95,6 +97,30 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def check_working(path: Path) -> None:
+    """Raise RecipeError when the name of a working folder is taken by a file or folder that tongwen did not make."""
+    working = partial_of(path)
+    if not os.path.lexists(working):
+        return
+    if working.is_dir() and not working.is_symlink():
+        names = {file.name for file in working.iterdir()}
+        if not names or names & {MARK, *OLD_MARKS}:
+            return
+    raise RecipeError(
+        _("the work is done under this name, but tongwen did not make it"),
+        place=str(working),
+        remedy=_("move it away, or choose another output"),
+    )
+
+
+def empty(working: Path) -> None:
+    """Delete the content of a working folder, which keeps its mark."""
+    if working.exists():
+        shutil.rmtree(working)
+    working.mkdir(parents=True)
+    (working / MARK).touch()
+
+
 @contextmanager
 def create(
     path: Path,
@@ -111,8 +137,11 @@ def create(
     remove_on_error: delete the working folder when the block fails: half of a model is large and useless.
     """
     working = partial_of(path)
-    if working.exists() and not resumable:  # a leftover that cannot be continued
-        shutil.rmtree(working)
+    if is_main_process():
+        check_working(path)
+        if not resumable or not working.exists():  # a leftover that cannot be continued is deleted
+            empty(working)
+        (working / MARK).touch()
     working.mkdir(parents=True, exist_ok=True)
     draft = Draft(working, kind, dict(parents), dict(settings))
     try:
@@ -137,7 +166,7 @@ class Draft:
 
     def record_files(self, chosen: Callable[[Path], bool]) -> None:
         """Record the sha256 of the chosen files, for `verify`. Tensors have their own entries in the fingerprint."""
-        files = sorted(file for file in self.path.rglob("*") if file.is_file() and chosen(file))
+        files = sorted(file for file in self.path.rglob("*") if file.is_file() and file.name != MARK and chosen(file))
         self.facts["files"] = {
             file.relative_to(self.path).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
             for file in files
@@ -145,6 +174,7 @@ class Draft:
 
     def finish(self, path: Path) -> None:
         """Sync all files to disk, write the manifest last, then rename the folder."""
+        (self.path / MARK).unlink(missing_ok=True)
         manifest = {
             "kind": self.kind,
             "tongwen": __version__,
@@ -159,9 +189,9 @@ class Draft:
         }
         sync_tree(self.path)
         write_json(self.path / MANIFEST, manifest)
-        if path.exists():
+        if os.path.lexists(path):
             raise ArtifactError(
-                _("the place of the finished stage is already taken"),
+                _("the finished stage cannot be moved here: the path exists"),
                 place=str(path),
                 remedy="--again",
             )
@@ -194,19 +224,6 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
     )
 
 
-def clear_path(path: Path, *, again: bool) -> None:
-    """Raise RecipeError when the path exists; with `again`, rename the existing file or folder instead."""
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    elif path.exists() and not again:
-        raise RecipeError(
-            _("this already exists"),
-            place=str(path),
-            remedy=_("choose another, or use --again to keep it under another name"),
-        )
-    put_aside(path)
-
-
 def check_disk(folder: Path, needed: int) -> None:
     """Raise MachineError when fewer than `needed` bytes of disk are free."""
     free = shutil.disk_usage(folder).free
@@ -222,10 +239,10 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def put_aside(path: Path) -> Path | None:
     """Rename a file or folder to a free name `NAME.old-K` and return it; None when the path does not exist."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{path.name}.old-{number}")):
         number += 1
     path.rename(aside)
     return aside
@@ -248,7 +265,7 @@ def fingerprint_files(folder: Path) -> str:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return {relative name: sha256} of the files in a folder, without the manifest."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, MARK))
     return {str(file.relative_to(folder)): hash_file(file) for file in files}
 
 
@@ -290,7 +307,11 @@ def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
-    write_text(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(file, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def write_text(file: Path, text: str) -> None:

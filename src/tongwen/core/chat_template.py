@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -27,12 +27,29 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.continuation import after_opener, continuation
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
+from tongwen.core.message_layout import (
+    DEFAULT_LAYOUT,
+    LAYOUT_OPTIONS,
+    MessageLayout,
+    Tools,
+    Turn,
+    apply_layout,
+    layouts,
+    one_call_each,
+)
 from tongwen.core.records import Dialogue, Message, Span
-from tongwen.core.render_proof import Planted, lost_part, plant, shape_of, shows, values_of
-from tongwen.core.row_spelling import OTHERS, USUAL, Spelling, Tools, Turn, spell, spellings
-from tongwen.core.template_cache import SENTINEL, RenderCache, make_render_cache
+from tongwen.core.render_proof import (
+    MarkedRow,
+    contains_value,
+    find_missing_part,
+    insert_sentinels,
+    shape_of,
+    values_of,
+)
+from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton
 from tongwen.core.template_guard import GUARD, IS_POSSIBLE, TemplateFailure
 
 SHIPPED = (
@@ -43,18 +60,25 @@ GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
 # Separates the characters of a control token in a user's text: the encoder tokenises the parts separately.
 APART = "\ufdd3"
-# The end of a prompt that opens a block of thinking, or writes an empty one.
-THINKING_BLOCK = re.compile(
-    r"(?P<open><\|START_THINKING\|>|[<\[◁][^<>\[\]◁▷|/\s]*think[^<>\[\]◁▷|\s]*[>\]▷])(?P<gap>\s*)(?P<close>(?:<\|END_THINKING\|>|[<\[◁]/[^<>\[\]◁▷\s]*think[^<>\[\]◁▷\s]*[>\]▷])\s*)?\Z",
-    re.IGNORECASE,
-)
 TAGS = frozenset("<[◁")  # begin a tag: such a content is never rendered from a skeleton
 OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
-EMPTY_BLOCK = re.compile(r"[<\[][^\s>\]]+[>\]]\s*(?:\w+\s*)?[<\[][^\s>\]]+[>\]]\s*")
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
 ANSWER: Turn = {"role": "assistant", "content": "A"}
 PLAIN = "aBc"
-TRIES = 2  # rows of one outline for which all spellings are tried in vain
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "string", "description": "x"}},
+            "required": ["x"],
+        },
+    },
+}
+CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+TRIES = 2  # rows of one outline for which all layouts are tried in vain
 SHAPES = 10_000  # proofs that are kept
 
 
@@ -111,11 +135,11 @@ def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
 
 def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
     """Put APART inside every control token, so that it becomes ordinary tokens: a user's text can neither end nor open
-    a turn. Raises RowRefused for a noncharacter, and for a control token of one character."""
+    a turn. Raises RowRejected for a noncharacter, and for a control token of one character."""
 
     def separate(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
-            raise RowRefused("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
+            raise RowRejected("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
         return APART.join(found[0])
 
     return forbidden_in_text(special)[1].sub(separate, text)
@@ -138,7 +162,7 @@ def _with_prefix(source: str, prefix: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedSample:
     """One sample: its spans in order. The last is the stop token of the last answer, learned if that answer is."""
 
     spans: tuple[Span, ...]
@@ -190,8 +214,10 @@ class Template:
     stop:    text of the token that ends an answer
     appended: the stop is not rendered with the answer (GLM-4: the next `<|user|>` is the stop)
     stops:   tokens that end an answer in a render: the last one, and earlier ones where the template ends them otherwise
-    usual:   the spelling of rows without thinking and tools
-    shapes, spellings, failures, prompts: what is proven of the shapes of rows
+    usual:   the layout of rows without thinking and tools
+    tools:   of the rows that find out about the template: one for a template of rows with tools alone
+    tool_use: the model's second template, for rows with tools; or why it cannot be used
+    shapes, layouts, failures, prompts: what is proven of the shapes of rows
     """
 
     name: str
@@ -202,23 +228,33 @@ class Template:
     stop: str = ""
     appended: bool = False
     stops: tuple[str, ...] = ()
-    usual: Spelling = USUAL
-    skeletons: dict[Any, RenderCache | None] = field(default_factory=dict, compare=False, repr=False)
-    shapes: dict[Any, TurnShape | RowRefused] = field(default_factory=dict, compare=False, repr=False)
-    spellings: dict[Any, list[Spelling]] = field(default_factory=dict, compare=False, repr=False)
+    usual: MessageLayout = DEFAULT_LAYOUT
+    tools: Tools = ()
+    tool_use: Template | ModelError | None = None
+    skeletons: dict[Any, RenderSkeleton | None] = field(default_factory=dict, compare=False, repr=False)
+    shapes: dict[Any, TurnShape | RowRejected] = field(default_factory=dict, compare=False, repr=False)
+    layouts: dict[Any, list[MessageLayout]] = field(default_factory=dict, compare=False, repr=False)
     failures: dict[Any, int] = field(default_factory=dict, compare=False, repr=False)
-    prompts: dict[Any, Spelling] = field(default_factory=dict, compare=False, repr=False)
+    prompts: dict[Any, tuple[bool, MessageLayout] | None] = field(default_factory=dict, compare=False, repr=False)
+    found: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(
-        cls, name: str, own_source: str | None, tokens: dict[str, str], special: Iterable[str], prefix: str = ""
+        cls,
+        name: str,
+        own_source: str | Mapping[str, str] | None,
+        tokens: dict[str, str],
+        special: Iterable[str],
+        prefix: str = "",
     ) -> Template:
         """Bind a template: `own`, a shipped name, or a .jinja file.
 
+        own_source: the model's own template, or several by name, of which transformers uses `tool_use` for rows with tools
         prefix: text that the tokenizer itself puts before every text (`<s>`); our own templates write it once.
         Raises ModelError when the tokenizer has no template, or cannot express this one.
         """
-        marked = ""
+        by_name = own_source if isinstance(own_source, Mapping) else {"default": own_source or ""}
+        own_source, tool_source, marked = by_name.get("default"), by_name.get("tool_use"), ""
         if name == "own":
             if not own_source:
                 raise ModelError(
@@ -235,10 +271,20 @@ class Template:
             if GENERATION_TAG.search(text):
                 marked = text
             source = GENERATION_TAG.sub("", text)
-        template = cls(name, source, marked, dict(tokens), tuple(special))
-        template = template._with_stop()
+        template = cls(name, source, marked, dict(tokens), tuple(special))._checked()
+        if name != "own" or not tool_source:
+            return template
+        try:
+            second: Template | ModelError = replace(template, source=tool_source, tools=(TOOL,))._checked()
+        except ModelError as error:
+            second = error
+        return replace(template, tool_use=second)
+
+    def _checked(self) -> Template:
+        """Return the template with its stop and its usual layout. Raises ModelError when it cannot be used."""
+        template = replace(self, skeletons={}, shapes={}, layouts={}, failures={}, prompts={}, found={})._with_stop()
         template._check_expressible()
-        if marked:
+        if template.marked:
             template._check_marks()
         return template
 
@@ -247,11 +293,33 @@ class Template:
         """Whether the template is known to be harmless: then it needs no process of its own."""
         return not IS_POSSIBLE or self.name in SHIPPED or self.source in shipped_forms(self.special)
 
+    @property
+    def texts(self) -> str:
+        """Return all that decides how rows are rendered."""
+        return self.source + (self.tool_use.source if isinstance(self.tool_use, Template) else "")
+
+    @property
+    def own_sources(self) -> str | dict[str, str]:
+        """Return what is stored with the tokenizer: the text, or both texts by name."""
+        if isinstance(self.tool_use, Template):
+            return {"default": self.source, "tool_use": self.tool_use.source}
+        return self.source
+
+    def _for_tools(self, tools: Tools) -> Template:
+        """Return the template that renders rows with or without tools. Raises RowRejected where it cannot be used."""
+        if not tools or self.tool_use is None:
+            return self
+        if isinstance(self.tool_use, ModelError):
+            rule = _("the model's template for rows with tools (tool_use) cannot be used: {rule}")
+            raise RowRejected("template_fails", rule.format(rule=self.tool_use.rule))
+        return self.tool_use
+
     # -- rendering ------------------------------------------------------------------------------------------------
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool = False) -> str:
         """Return the text up to the answer: the input of inference, and the prompt of training. Control tokens in message
-        texts are separated, for `Encoder.encode_prompt`."""
+        texts are separated, for `Encoder.encode_prompt`. Raises RowRejected when the prompt cannot show all parts."""
+        template = self._for_tools(tools)
         turns = [
             replace(
                 message,
@@ -260,15 +328,18 @@ class Template:
             ).to_dict()
             for message in messages
         ]
-        return self._render(turns, tools, self._spelling_of_prompt(turns, tools), thinking, add_generation_prompt=True)
+        turns, layout = template._spelled_prompt(turns, tools)
+        return template._render(turns, tools, layout, thinking, add_generation_prompt=True)
 
-    def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[Rendered]:
+    def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[RenderedSample]:
         """Return the samples of a dialogue: one, or one per answer if the template renders earlier answers
         differently from the last one (thinking models drop earlier thinking).
 
         learn: assistant | last_answer | everything; thinking: on | off | mixed.
-        Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
+        Raises RowRejected with a reason when this dialogue cannot be rendered faithfully.
         """
+        if dialogue.tools and (template := self._for_tools(dialogue.tools)) is not self:
+            return template.samples(dialogue, learn, thinking)
         self._refuse_control_tokens(dialogue)
         opens_tag = any(message.content.lstrip()[:1] in TAGS for message in dialogue.messages if message.content)
         if (
@@ -276,33 +347,45 @@ class Template:
             and (skeleton := self._skeleton(dialogue, learn, thinking))
             and skeleton.fits(dialogue.messages)
         ):
-            return [Rendered(spans) for spans in skeleton.fill(dialogue.messages)]
+            return [RenderedSample(spans) for spans in skeleton.fill(dialogue.messages)]
         return self._samples(dialogue, learn, thinking)
 
-    def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[Rendered]:
-        messages = _with_thinking(dialogue.messages, thinking)
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[RenderedSample]:
+        turns = [message.to_dict() for message in _with_thinking(dialogue.messages, thinking)]
+        try:
+            return self._samples_of(turns, dialogue.tools, learn, prove)
+        except RowRejected:
+            apart = one_call_each(turns)
+            if apart is None:
+                raise
+            try:
+                return self._samples_of(apart, dialogue.tools, learn, prove)
+            except RowRejected:
+                pass
+            raise
+
+    def _samples_of(self, turns: list[Turn], tools: Tools, learn: str, prove: bool) -> list[RenderedSample]:
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
-            raise RowRefused("no_answer", _("the dialogue has no answer to learn"))
+            raise RowRejected("no_answer", _("the dialogue has no answer to learn"))
         chosen = answers[-1:] if learn == "last_answer" else answers
-        learned = {index for index in chosen if messages[index].learn is not False}
-        learned |= {index for index in answers if messages[index].learn is True}
+        learned = {index for index in chosen if turns[index].get("learn") is not False}
+        learned |= {index for index in answers if turns[index].get("learn") is True}
         if not learned and learn != "everything":
-            raise RowRefused("nothing_to_learn", _("learning is turned off for every answer"))
-        turns = [message.to_dict() for message in messages[: answers[-1] + 1]]
-        rendered = self._render_turns(turns, dialogue.tools, answers, prove)
+            raise RowRejected("nothing_to_learn", _("learning is turned off for every answer"))
+        rendered = self._render_turns(turns[: answers[-1] + 1], tools, answers, prove)
         samples = _join_turns(rendered, answers, learned)
         if learn == "everything":
-            samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
+            samples = [RenderedSample(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
 
-    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderCache | None:
+    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderSkeleton | None:
         """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
         if dialogue.tools or any(message.to_dict().keys() - SIMPLE for message in dialogue.messages):
             return None
         shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
         if shape not in self.skeletons:
-            self.skeletons[shape] = make_render_cache(
+            self.skeletons[shape] = make_skeleton(
                 dialogue.messages,
                 lambda messages, prove: [
                     sample.spans
@@ -314,103 +397,181 @@ class Template:
     def _render_turns(
         self, turns: list[Turn], tools: Tools, answers: Sequence[int], prove: bool = True
     ) -> list[RenderedTurn]:
-        """Return every answer with its prompt, in the first spelling of the row that shows all its parts.
+        """Return every answer with its prompt, in the first layout of the row that shows all its parts.
 
-        Raises RowRefused with what the usual spelling lacks when there is none."""
-        refusals: list[RowRefused] = []
-        known = self.spellings.setdefault(_outline(turns, tools), [])
+        Raises RowRejected with what the usual layout lacks when there is none."""
+        refusals: list[RowRejected] = []
+        known = self.layouts.setdefault(_outline(turns, tools), [])
         for form in [turns, apart] if (apart := _split_thinking(turns, prove)) else [turns]:
-            for spelling in chain(tuple(known), self._untried(form, tools, known)):
+            for layout in chain(tuple(known), self._untried(form, tools, known)):
                 try:
-                    out = [self._turn(form[: index + 1], tools, spelling, prove) for index in answers]
-                except RowRefused as error:
+                    out = [self._turn(form[: index + 1], tools, layout, prove) for index in answers]
+                except RowRejected as error:
                     refusals.append(error)
                     continue
-                if spelling not in known:
-                    known.append(spelling)
+                if layout not in known:
+                    known.append(layout)
                 return out
         told = [error for error in refusals if error.reason != "template_fails"] or refusals
         raise told[0]
 
-    def _untried(self, turns: list[Turn], tools: Tools, known: Sequence[Spelling]) -> Iterator[Spelling]:
-        """Yield the spellings to try after the known ones; only the usual one where all others failed before."""
+    def _untried(self, turns: list[Turn], tools: Tools, known: Sequence[MessageLayout]) -> Iterator[MessageLayout]:
+        """Yield the layouts to try after the known ones; only the usual one where all others failed before."""
         outline = _outline(turns, tools)
-        inline = self._takes_thinking_inline
-        for number, spelling in enumerate(spellings(turns, tools, self.usual)):
-            if spelling.thinking == "inline" and not inline:
-                continue
-            if number and self.failures.get(outline, 0) >= TRIES:
-                return
-            if spelling not in known:
-                yield spelling
+        if self.usual not in known:
+            yield self.usual
+        if self.failures.get(outline, 0) >= TRIES:
+            return
+        for layout in layouts(turns, tools, self.usual):
+            if layout != self.usual and layout not in known and self._reads(layout):
+                yield layout
         self.failures[outline] = self.failures.get(outline, 0) + 1
 
-    @property
-    def _takes_thinking_inline(self) -> bool:
-        """Whether an answer's text may hold thinking as `<think>`: not where the template has another form for it."""
-        return "think>" in self.source or not any(map(OWN_THINKING.search, _words_read(self.source)))
+    def _reads(self, layout: MessageLayout) -> bool:
+        """Whether the template may read a row in this layout: it has the words for it. An answer's text may hold thinking as
+        `<think>` only where the template has no other form for it."""
+        if layout.ahead and self._form_of_thinking(layout) is None:
+            return False
+        if layout.thinking == "inline":
+            return "think>" in self.source or not any(map(OWN_THINKING.search, _names_used(self.source)))
+        return layout.thinking not in ("thinking", "reasoning", "blocks") or layout.thinking in self.source
 
-    def _spelling_of_prompt(self, turns: list[Turn], tools: Tools) -> Spelling:
-        """Return the first spelling in which the prompt shows every part of these turns, else the usual one."""
+    def _spelled_prompt(self, turns: list[Turn], tools: Tools) -> tuple[list[Turn], MessageLayout]:
+        """Return the turns and the first layout in which the prompt shows all their parts. Raises RowRejected without one."""
         if not tools and not any(turn.keys() - SIMPLE for turn in turns):
-            return self.usual
+            return turns, self.usual
         shape = shape_of(turns, tools)
         if shape not in self.prompts:
-            planted = plant([*turns, ANSWER], tools)
-            self.prompts[shape] = self.usual
-            for spelling in spellings(turns, tools, self.usual):
-                try:
-                    prompt = self._render(
-                        planted.turns[:-1], planted.tools, spelling, False, add_generation_prompt=True
-                    )
-                except RowRefused:
-                    continue
-                if lost_part(planted, prompt, planted.turns[-1]["content"]) is None:
-                    self.prompts[shape] = spelling
-                    break
-        return self.prompts[shape]
+            forms = enumerate([turns, one_call_each(turns)])
+            found = ((bool(number), self._prompt_spelling(form, tools)) for number, form in forms if form)
+            self.prompts[shape] = next(((apart, one) for apart, one in found if one), None)
+        if (known := self.prompts[shape]) is None:
+            raise RowRejected(
+                "part_lost",
+                _("the template does not render every part of this prompt, such as its tools; {remedy}").format(
+                    remedy=self._remedy("tool")
+                ),
+            )
+        return (one_call_each(turns) or turns) if known[0] else turns, known[1]
 
-    def _turn(self, turns: list[Turn], tools: Tools, spelling: Spelling, prove: bool = True) -> RenderedTurn:
-        """Return the last turn with its prompt. Raises RowRefused unless every part of the row is where it belongs."""
-        shape = self._prove_shape(turns, tools, spelling)
-        prompt, answer = self._split(turns, tools, spelling)
+    def _prompt_spelling(self, turns: list[Turn], tools: Tools) -> MessageLayout | None:
+        marked = insert_sentinels([*turns, ANSWER], tools)
+        for layout in filter(self._reads, layouts(turns, tools, self.usual)):
+            try:
+                prompt = self._render(marked.turns[:-1], marked.tools, layout, False, add_generation_prompt=True)
+            except RowRejected:
+                continue
+            if find_missing_part(marked, prompt, marked.turns[-1]["content"]) is None:
+                return layout
+        return None
+
+    def _turn(self, turns: list[Turn], tools: Tools, layout: MessageLayout, prove: bool = True) -> RenderedTurn:
+        """Return the last turn with its prompt. Raises RowRejected unless every part of the row is where it belongs."""
+        shape = self._prove_shape(turns, tools, layout)
+        prompt, answer = self._split(turns, tools, layout)
         ending = "" if shape.appended else shape.stop
         if not answer.endswith(ending + shape.after):
-            raise RowRefused(
+            raise RowRejected(
                 "no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=shape.stop)
             )
         answer = answer[: len(answer) - len(ending) - len(shape.after)]
         if prove:
             self._check_values(turns, prompt, answer)
             if not shape.shows_only_content(turns[-1], answer):
-                self._check_answer_unchanged(turns, tools, spelling, answer)
+                self._check_answer_unchanged(turns, tools, layout, answer)
         return RenderedTurn(prompt, answer, shape.stop)
 
-    def _split(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> tuple[str, str]:
+    def _split(self, turns: list[Turn], tools: Tools, layout: MessageLayout) -> tuple[str, str]:
         """Return (prompt as at inference, the render that continues it)."""
-        last = turns[-1]
-        thinking = bool(last.get("reasoning_content")) and spelling.thinking != "inline"
-        prompt = self._render(turns[:-1], tools, spelling, thinking, add_generation_prompt=True)
-        whole = self._render(turns, tools, spelling, thinking)
-        question = turns[-2]["content"] if len(turns) > 1 else ""
-        answer = _continuation(prompt, whole, question, last.get("reasoning_content") or "")
+        last, before = turns[-1], turns[:-1]
+        thought = last.get("reasoning_content") or ""
+        thinking = bool(thought) and layout.thinking != "inline"
+        if thinking and layout.ahead and not last.get("tool_calls"):
+            head, tail = self._form_of_thinking(layout) or ("", "")
+            ahead, thought = f"{head}{thought.strip()}{tail}", ""
+            turns = [*before, {key: value for key, value in last.items() if key != "reasoning_content"}]
+        else:
+            ahead = ""
+        prompt = self._render(before, tools, layout, thinking, add_generation_prompt=True)
+        whole = self._render(turns, tools, layout, thinking)
+        question = before[-1]["content"] if before else ""
+        answer = continuation(prompt, whole, question, thought)
+        if answer is None:
+            begin = self._render(before, tools, layout, thinking)
+            if found := after_opener(prompt, begin, whole, question):
+                answer = self._after_opener(*found, turns, tools, layout)
         if answer is not None:
-            return prompt, answer
-        raise RowRefused(
+            return prompt, ahead + answer
+        raise RowRejected(
             "prompt_differs",
             _("the template renders the full dialogue differently from its prompt; choose another `template`"),
         )
+
+    def _after_opener(
+        self, opener: str, rest: str, turns: list[Turn], tools: Tools, layout: MessageLayout
+    ) -> str | None:
+        """Return the answer where the prompt ends with an opener that the render of an answer lacks.
+
+        The opener may begin the thinking, such as Apriel's `Here are my reasoning steps:`: then the answer is the thinking and
+        what ends it. Or it opens a turn that the render holds open, such as Apertus' after a tool: then the answer must be the
+        one that follows a question. Otherwise the two differ, and None is returned.
+        """
+        thinking = (turns[-1].get("reasoning_content") or "").strip()
+        if thinking and rest.startswith(thinking):
+            return rest
+        if not thinking and (end := self._end_of_thinking(layout)) and opener in self._prompt_end(layout):
+            return end.lstrip() + rest
+        if len(turns) < 3 or turns[-2]["role"] != "tool":
+            return None
+        asked = [turn for turn in turns if turn["role"] == "user"][:1]
+        return rest if asked and self._split([*asked, turns[-1]], tools, layout)[1] == rest else None
+
+    def _form_of_thinking(self, layout: MessageLayout) -> tuple[str, str] | None:
+        """Return what a template writes around the thinking before a call, and nowhere else; None if it writes none."""
+        key = ("form", layout.thinking)
+        if key not in self.found:
+            self.found[key] = None
+            ask, usual = _turn_of("user", "A"), replace(layout, ahead=False, empty="empty", ids="row")
+            reply: Turn = {**_turn_of("assistant", ""), "tool_calls": [CALL]}
+            try:
+                bare = self._split([ask, reply], (TOOL,), usual)[1]
+                answer = self._split([ask, {**reply, "reasoning_content": SENTINEL}], (TOOL,), usual)[1]
+            except RowRejected:
+                return None
+            head, found, after = answer.partition(SENTINEL)
+            if found and after.endswith(bare):
+                self.found[key] = head, after[: len(after) - len(bare)]
+        form: tuple[str, str] | None = self.found[key]
+        return form
+
+    def _end_of_thinking(self, layout: MessageLayout) -> str:
+        """Return what the template writes between the thinking and the text of an answer; "" if it shows no thinking."""
+        key = ("end", layout.thinking)
+        if key not in self.found:
+            reply = {**_turn_of("assistant", APART), "reasoning_content": SENTINEL}
+            try:
+                whole = self._render([_turn_of("user", "A"), reply], (), layout, True)
+            except RowRejected:
+                whole = ""
+            self.found[key] = whole.partition(SENTINEL)[2].partition(APART)[0]
+        return str(self.found[key])
+
+    def _prompt_end(self, layout: MessageLayout) -> str:
+        """Return what the template writes after a question to ask for an answer with thinking."""
+        ask = [_turn_of("user", "A")]
+        begin = self._render(ask, (), layout, True)
+        return self._render(ask, (), layout, True, add_generation_prompt=True).removeprefix(begin)
 
     def _render(
         self,
         turns: Sequence[Turn],
         tools: Tools,
-        spelling: Spelling,
+        layout: MessageLayout,
         thinking: bool,
         add_generation_prompt: bool = False,
         marks: bool = False,
     ) -> str:
-        messages, definitions = spell(turns, tools, spelling)
+        messages, definitions = apply_layout(turns, tools, layout)
         context = {
             "messages": messages,
             "tools": definitions,
@@ -426,11 +587,12 @@ class Template:
                 return compile_template(self.marked if marks else self.source).render(context)
             return GUARD.render(self.source, self.name, context)
         except jinja2.TemplateError as error:
-            raise RowRefused(
-                "template_refuses", _("the template refuses this dialogue: {error}").format(error=error)
+            raise RowRejected(
+                "template_refuses",
+                _("the template refuses this dialogue: {error}; {remedy}").format(error=error, remedy=self._remedy("")),
             ) from None
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, OverflowError) as error:
-            raise RowRefused(
+            raise RowRejected(
                 "template_fails",
                 _("the template fails on this dialogue: {type}: {error}").format(
                     type=error.kind if isinstance(error, TemplateFailure) else type(error).__name__, error=error
@@ -439,50 +601,53 @@ class Template:
 
     # -- proofs ---------------------------------------------------------------------------------------------------
 
-    def _prove_shape(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> TurnShape:
-        """Return how the last turn of such rows ends, or raise RowRefused: proven once per shape of row and spelling."""
-        key = (spelling, *shape_of(turns, tools))
+    def _prove_shape(self, turns: list[Turn], tools: Tools, layout: MessageLayout) -> TurnShape:
+        """Return how the last turn of such rows ends, or raise RowRejected: proven once per shape of row and layout."""
+        key = (layout, *shape_of(turns, tools))
         found = self.shapes.get(key)
         if found is None:
             if len(self.shapes) >= SHAPES:
                 self.shapes.clear()
             try:
-                found = self._learn_shape(turns, tools, spelling)
-            except RowRefused as error:
+                found = self._derive_shape(turns, tools, layout)
+            except RowRejected as error:
                 found = error
             self.shapes[key] = found
-        if isinstance(found, RowRefused):
-            raise RowRefused(found.reason, found.rule)
+        if isinstance(found, RowRejected):
+            raise RowRejected(found.reason, found.rule)
         return found
 
-    def _learn_shape(self, turns: list[Turn], tools: Tools, spelling: Spelling) -> TurnShape:
-        planted = plant(turns, tools)
-        shown = planted.of(len(turns) - 1)
+    def _derive_shape(self, turns: list[Turn], tools: Tools, layout: MessageLayout) -> TurnShape:
+        marked = insert_sentinels(turns, tools)
+        shown = marked.of(len(turns) - 1)
         if all(part.kind == "thinking" for part in shown):
-            raise RowRefused("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
-        prompt, answer = self._split(planted.turns, planted.tools, spelling)
-        if part := lost_part(planted, prompt, answer):
-            raise RowRefused(
+            raise RowRejected("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
+        prompt, answer = self._split(marked.turns, marked.tools, layout)
+        if part := find_missing_part(marked, prompt, answer):
+            raise RowRejected(
                 "part_lost",
-                _("the template does not render {part}; {remedy}").format(part=part.place, remedy=_remedy(part.kind)),
+                _("the template does not render {part} at its place; {remedy}").format(
+                    part=part.place, remedy=self._remedy(part.kind)
+                ),
             )
         begin = min(answer.find(part.sentinel) for part in shown)
         end = max(answer.rfind(part.sentinel) + len(part.sentinel) for part in shown)
         tail = answer[end:]
         calls = bool(turns[-1].get("tool_calls"))
-        stop, at = self._find_stop(tail, calls)
+        after_call = self._stop_before_tool(marked, layout, prompt + answer) if calls and self.appended else ""
+        stop, at = self._find_stop(tail, calls and not after_call)
         if at < 0:  # the next turn begins with the stop
-            stop = self._stop_before_tool(planted, spelling, prompt + answer) if calls else self.stop
-            return TurnShape(stop, True, "", answer[:begin], tail)
+            return TurnShape(after_call or self.stop, True, "", answer[:begin], tail)
         return TurnShape(stop, False, tail[at + len(stop) :], answer[:begin], tail[:at])
 
-    def _find_stop(self, tail: str, calls: bool) -> tuple[str, int]:
-        """Return (stop token, its place) in the text after an answer; the place is -1 if the text has none."""
+    def _find_stop(self, tail: str, own: bool) -> tuple[str, int]:
+        """Return (stop token, its place) in the text after an answer; the place is -1 if the text has none. own: whether the
+        answer may end with a token of its own, as a call does."""
         places = [(place, -len(stop), stop) for stop in self.stops if (place := tail.find(stop)) >= 0]
         if places:
             place, _length, stop = min(places)
             return stop, place
-        if not self.appended and calls:  # a call may end with a token of its own
+        if own:
             places = [
                 (place + len(token), len(token), token)
                 for token in self.special
@@ -493,29 +658,38 @@ class Template:
                 return stop, place - length
         if self.appended:
             return self.stop, -1
-        raise RowRefused("no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop))
+        raise RowRejected("no_stop", _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop))
 
-    def _stop_before_tool(self, planted: Planted, spelling: Spelling, whole: str) -> str:
-        """Return the control token that a tool's answer begins with: there the model stops after a call."""
+    def _stop_before_tool(self, marked: MarkedRow, layout: MessageLayout, whole: str) -> str:
+        """Return the control token that a tool's answer begins with: there the model stops after a call. "" without one."""
         result = {"role": "tool", "content": SENTINEL}
         try:
-            longer = self._render([*planted.turns, result], planted.tools, spelling, False)
-        except RowRefused:
-            return self.stop
-        after = longer[len(whole) :].lstrip() if longer.startswith(whole) else ""
-        return max((token for token in self.special if token and after.startswith(token)), key=len, default=self.stop)
+            longer = self._render([*marked.turns, result], marked.tools, layout, False)
+        except RowRejected:
+            return ""
+        return self._first_special(longer[len(whole) :].lstrip()) if longer.startswith(whole) else ""
+
+    def _remedy(self, kind: str) -> str:
+        """Return what a user can do about a part that the template does not render: a template that this tokenizer can
+        express, too."""
+        name = "chatml" if {"<|im_start|>", "<|im_end|>"} <= {*self.special} else "plain"
+        if kind in ("call", "tool"):
+            return _("`template: {name}` renders tools and calls").format(name=name)
+        if kind == "thinking":
+            return _("`template: {name}` renders thinking, and `thinking: off` leaves it out").format(name=name)
+        return _("choose another `template`, such as `{name}`").format(name=name)
 
     def _check_values(self, turns: list[Turn], prompt: str, answer: str) -> None:
-        """Raise RowRefused unless the render shows the values of this row: a template may cut some, such as text before
+        """Raise RowRejected unless the render shows the values of this row: a template may cut some, such as text before
         `</think>`."""
         if not turns[-1]["content"].strip() and not turns[-1].get("tool_calls"):
-            raise RowRefused("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
+            raise RowRejected("empty_answer", _("turn {turn}: the answer is empty").format(turn=len(turns)))
         at = 0
         for number, turn in enumerate(turns, 1):
             last = number == len(turns)
             for kind, value in values_of(turn):
                 if last:
-                    shown = shows(answer, kind, value)
+                    shown = contains_value(answer, kind, value)
                 elif kind == "thinking":
                     shown = True
                 elif kind == "content" and turn["role"] == "assistant":
@@ -523,29 +697,29 @@ class Template:
                     found = prompt.find(value, at)
                     shown, at = found >= 0, max(at, found)
                 else:
-                    shown = shows(prompt, "call", value)
+                    shown = contains_value(prompt, "call", value)
                 if not shown:
-                    raise RowRefused(
+                    raise RowRejected(
                         "part_lost",
                         _(
                             "turn {turn}: the template does not render {text!r} as the row has it; choose another `template`, or change the text"
                         ).format(turn=number, text=value.strip()[:40]),
                     )
 
-    def _check_answer_unchanged(self, turns: list[Turn], tools: Tools, spelling: Spelling, answer: str) -> None:
-        """Check that the render has the answer unchanged (or trimmed), exactly where a sentinel would be. Raises RowRefused
+    def _check_answer_unchanged(self, turns: list[Turn], tools: Tools, layout: MessageLayout, answer: str) -> None:
+        """Check that the render has the answer unchanged (or trimmed), exactly where a sentinel would be. Raises RowRejected
         otherwise."""
         last = turns[-1]
         content = last["content"]
         if not content.strip() or "</think>" in content or last.get("tool_calls") or last.get("reasoning_content"):
             return  # found by their own sentinels; a thinking template rearranges thinking inside the answer's own text
-        probe = self._split([*turns[:-1], {**last, "content": SENTINEL}], tools, spelling)[1]
+        probe = self._split([*turns[:-1], {**last, "content": SENTINEL}], tools, layout)[1]
         head, found, tail = probe.partition(SENTINEL)
         if found and any(
             answer.startswith(head + text) and tail.startswith(answer[len(head + text) :]) for text in _trims(content)
         ):
             return
-        raise RowRefused(
+        raise RowRejected(
             "answer_changed",
             _(
                 "the template changes the text of an answer, so the model would not learn what the data says: {last!r}; choose another `template`"
@@ -554,7 +728,7 @@ class Template:
 
     def _check_marks(self) -> None:
         """Check that our own marks enclose exactly the learned text of the render, and leave the text unchanged."""
-        turns = [_say("user", "A"), _say("assistant", "B"), _say("user", "C"), _say("assistant", "D")]
+        turns = [_turn_of("user", "A"), _turn_of("assistant", "B"), _turn_of("user", "C"), _turn_of("assistant", "D")]
         marked = self._render(turns, (), self.usual, False, marks=True)
         unmarked = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
         inside = [part.split(LEARN_TO)[0] for part in marked.split(LEARN_FROM)[1:]]
@@ -569,7 +743,7 @@ class Template:
             )
 
     def _refuse_control_tokens(self, dialogue: Dialogue) -> None:
-        """Raise RowRefused for control tokens in a row: they would end the answer, or open a turn, in the middle."""
+        """Raise RowRejected for control tokens in a row: they would end the answer, or open a turn, in the middle."""
         firsts, forbidden = forbidden_in_text(self.special)
         for text in _texts(dialogue):
             for first in firsts:  # a search for one character is much cheaper than the pattern
@@ -580,11 +754,11 @@ class Template:
             if not (found := forbidden.search(text)):
                 continue
             if found[0] in self.special:
-                raise RowRefused(
+                raise RowRejected(
                     "control_token_in_text",
                     _("the text contains the control token {found!r}").format(found=found[0]),
                 )
-            raise RowRefused(
+            raise RowRejected(
                 "noncharacter_in_text",
                 _("the text contains a Unicode noncharacter"),
             )
@@ -592,22 +766,23 @@ class Template:
     def _with_stop(self) -> Template:
         """Find the stop token: the special token after the last answer, or the one after an earlier answer if the template
         writes none after the last (the next turn begins with it)."""
-        ask, reply = _say("user", "A"), _say("assistant", SENTINEL)
+        ask, reply = _turn_of("user", "A"), _turn_of("assistant", SENTINEL)
         one, two, usual = "", "", self.usual
-        for content in OTHERS["content"]:
+        refusals: list[RowRejected] = []
+        for content in LAYOUT_OPTIONS["content"]:
             usual = replace(self.usual, content=content)
             try:
-                one = self._render([ask, reply], (), usual, False)
-                two = self._render([ask, reply, ask, reply], (), usual, False)
-                plain = self._render([ask, _say("assistant", PLAIN)], (), usual, False)
-            except RowRefused as error:
-                refusal = error
+                one = self._render([ask, reply], self.tools, usual, False)
+                two = self._render([ask, reply, ask, reply], self.tools, usual, False)
+                plain = self._render([ask, _turn_of("assistant", PLAIN)], self.tools, usual, False)
+            except RowRejected as error:
+                refusals.append(error)
                 continue
             if two.count(SENTINEL) == 2 and one.count(SENTINEL) == 1:
                 break
         else:
             if not two:
-                raise ModelError(refusal.rule, place=f"template {self.name}") from None
+                raise ModelError(refusals[0].rule, place=f"template {self.name}") from None
             raise ModelError(
                 _("the template does not show each answer exactly once"),
                 place=f"template {self.name}",
@@ -632,14 +807,24 @@ class Template:
                 remedy=_("choose one of: {shipped}").format(shipped=_(", ").join(SHIPPED)),
             )
         stops = tuple(dict.fromkeys(filter(None, (final, inner))))
+        if not self._shows_system(usual):
+            usual = replace(usual, system="question")
         return replace(self, stop=stops[0], stops=stops, appended=not final, usual=usual)
+
+    def _shows_system(self, usual: MessageLayout) -> bool:
+        """Whether the template has a place for a system text. Gemma's has none: there it begins the first question."""
+        turns = [_turn_of("system", SENTINEL), _turn_of("user", "A")]
+        try:
+            return SENTINEL in self._render(turns, self.tools, usual, False, add_generation_prompt=True)
+        except RowRejected:
+            return False
 
     def _first_special(self, text: str) -> str:
         return max((token for token in self.special if token and text.startswith(token)), key=len, default="")
 
     def _check_expressible(self) -> None:
         """Raise ModelError unless all control tokens that the template writes are single tokens of this tokenizer."""
-        text = self._render([_say("user", "A"), _say("assistant", "B")], (), self.usual, False)
+        text = self._render([_turn_of("user", "A"), _turn_of("assistant", "B")], self.tools, self.usual, False)
         missing = sorted({found for found in re.findall(r"<\|[A-Za-z_]+\|>", text) if found not in self.special})
         if missing:
             raise ModelError(
@@ -650,7 +835,7 @@ class Template:
 
 
 @lru_cache(maxsize=16)
-def _words_read(source: str) -> frozenset[str]:
+def _names_used(source: str) -> frozenset[str]:
     """Return the variables, attributes and keys that a template reads."""
     tree = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(
         source
@@ -662,17 +847,8 @@ def _words_read(source: str) -> frozenset[str]:
     )
 
 
-def _say(role: str, content: str) -> Turn:
+def _turn_of(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
-
-
-def _remedy(kind: str) -> str:
-    """Return what a user can do about a part that a template does not render."""
-    if kind in ("call", "tool"):
-        return _("`template: chatml` renders tools and calls")
-    if kind == "thinking":
-        return _("choose another `template`, or `thinking: off`")
-    return _("choose another `template`")
 
 
 def _trims(text: str) -> tuple[str, ...]:
@@ -692,7 +868,7 @@ def _texts(dialogue: Dialogue) -> Iterator[str]:
 
 
 def _outline(turns: Sequence[Turn], tools: Tools) -> tuple[Any, ...]:
-    """Return what decides in which spelling a template reads a row."""
+    """Return what decides in which layout a template reads a row."""
     return bool(tools), frozenset(
         (turn["role"], bool(turn["content"]), bool(turn.get("reasoning_content")), len(turn.get("tool_calls") or ()))
         for turn in turns
@@ -714,75 +890,27 @@ def _split_thinking(turns: list[Turn], prove: bool) -> list[Turn] | None:
     return out
 
 
-def _continuation(prompt: str, whole: str, question: str, thinking: str) -> str | None:
-    """Return what follows the prompt in the render of the whole dialogue, None if the two differ.
-
-    A prompt may open a block of thinking that the render of an answer lacks: the thinking and the end of the block are
-    written as the model is to write them. It may write an empty block: then the answer alone is what follows.
-    """
-    rest = _after(prompt, whole, question)
-    block = THINKING_BLOCK.search(prompt)
-    if not block:
-        return rest if rest is not None else _after_empty_block(prompt, whole, thinking)
-    opening, gap = block["open"], block["gap"]
-    closing = opening.replace("START", "END") if "START" in opening else f"{opening[0]}/{opening[1:]}"
-    thinking = thinking.strip()
-    if rest is None:
-        rest = _after(prompt[: block.start()], whole, question)
-        if rest is not None and rest.lstrip().startswith(opening):  # the render has the block, with other blanks
-            inside, found, after = rest.lstrip()[len(opening) :].partition(closing)
-            return (after.lstrip() if block["close"] else inside.lstrip() + closing + after) if found else None
-    if rest is None or block["close"] or (thinking and rest.lstrip().startswith(thinking)):
-        return rest
-    if rest.lstrip().startswith(closing):
-        return thinking + (gap if thinking else "") + rest.lstrip()
-    return f"{thinking}{gap}{closing}{gap}{gap}{rest}"
-
-
-def _after(begin: str, whole: str, question: str) -> str | None:
-    """Return the text after `begin`, or after its end from the last question on: some templates write the system text before
-    the last question, or other things that depend on what follows."""
-    if whole.startswith(begin):
-        return whole[len(begin) :]
-    at = begin.rfind(question) if question else -1
-    place = whole.rfind(begin[at:]) if at >= 0 else -1
-    return whole[place + len(begin) - at :] if place >= 0 else None
-
-
-def _after_empty_block(prompt: str, whole: str, thinking: str) -> str | None:
-    """Return the answer of a row without thinking where the prompt ends with a block of the template's own that the render of
-    an answer lacks, such as Gemma's `<|channel>thought`."""
-    if thinking:
-        return None
-    length = next((at for at, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), len(whole))
-    shared = prompt[:length]
-    opened = max(shared.rfind("<"), shared.rfind("["))
-    if opened > max(shared.rfind(">"), shared.rfind("]")):
-        shared = shared[:opened]
-    return whole[len(shared) :] if EMPTY_BLOCK.fullmatch(prompt[len(shared) :]) else None
-
-
-def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[Rendered]:
+def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[RenderedSample]:
     """Return one sample if each turn's text begins with the turns before it, else one sample per learned turn."""
     spans: list[Span] = []
     text = ""
     for turn, index in zip(turns, answers, strict=True):
         if not turn.prompt.startswith(text):
             return [
-                Rendered((Span(turn.prompt, False), *turn.spans(True)))
+                RenderedSample((Span(turn.prompt, False), *turn.spans(True)))
                 for turn, index in zip(turns, answers, strict=True)
                 if index in learned
             ]
         spans += [Span(turn.prompt[len(text) :], False), *turn.spans(index in learned)]
         text = turn.prompt + turn.answer + turn.stop
-    return [Rendered(tuple(spans))]
+    return [RenderedSample(tuple(spans))]
 
 
 def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
     if thinking == "off":
         return [replace(message, thinking=None) for message in messages]
     if thinking == "on" and any(message.role == "assistant" and not message.thinking for message in messages[-1:]):
-        raise RowRefused(
+        raise RowRejected(
             "no_thinking",
             _("`thinking: on`, but the last answer has no thinking"),
         )

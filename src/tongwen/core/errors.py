@@ -3,7 +3,7 @@
     TongwenError                    exit code
       RecipeError                   2    recipe or command
       DataError                     3    data
-        RowRefused                       one row, with the reason that the ledger counts
+        RowRejected                       one row, with the reason that the ledger counts
       ModelError                    4    model or adapter
         ArtifactError                    a missing or wrong output folder of a stage
       MachineError                  5    disk, memory, device, permission, network
@@ -51,7 +51,7 @@ class DataError(TongwenError):
     exit_code = 3
 
 
-class RowRefused(DataError):
+class RowRejected(DataError):
     """One row is rejected. `reason` is the key in the ledger; the message explains what is wrong with the row."""
 
     def __init__(self, reason: str, rule: str) -> None:

@@ -6,18 +6,36 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from tongwen.core import console
-from tongwen.core.artifact import differences, refuse_changed, sync_folder
-from tongwen.core.errors import ArtifactError
+from tongwen.core.artifact import differences, refuse_changed, write_text
+from tongwen.core.errors import ArtifactError, RecipeError
 from tongwen.core.i18n import _
 
 SYNC_SECONDS = 1.0
 Self = TypeVar("Self", bound="Journal")
+
+
+def check_journal(file: Path, keys: Set[str]) -> None:
+    """Raise RecipeError if a file in a journal's place is none: its first line, the settings, lacks these keys."""
+    if not os.path.lexists(file) or (file.is_file() and not file.stat().st_size):
+        return
+    try:
+        with file.open("rb") as stream:
+            line = stream.readline()
+        if line.endswith(b"\n") and keys <= json.loads(line).keys():
+            return
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise RecipeError(
+        _("the answers are kept under this name, but tongwen did not write this file"),
+        place=str(file),
+        remedy=_("move it away, or choose another output"),
+    )
 
 
 class Journal(ABC):
@@ -39,19 +57,18 @@ class Journal(ABC):
         header = [] if settings is None else [json.loads(json.dumps(settings))]
         size = self._read(header, remedy) if file.is_file() else 0
         file.parent.mkdir(parents=True, exist_ok=True)
+        if not size:  # in one step, so that the first line of a journal is always whole
+            write_text(file, b"".join(map(_to_line, header)).decode())
         self._stream = file.open("ab")
-        self._stream.truncate(size)
-        sync_folder(file.parent)
-        if not size:
-            for line in header:
-                self.append(line)
+        if size:
+            self._stream.truncate(size)
 
     @abstractmethod
     def load(self, entry: Any) -> None:
         """Load an entry that an earlier process wrote. Raises ValueError, KeyError or TypeError for a damaged entry."""
 
     def append(self, entry: Any) -> None:
-        self._stream.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self._stream.write(_to_line(entry))
         self._stream.flush()
         if self.durable or time.monotonic() > self._synced + SYNC_SECONDS:
             os.fsync(self._stream.fileno())
@@ -95,3 +112,7 @@ class Journal(ABC):
                 place=f"{self.file}:1",
                 remedy=remedy,
             ) from None
+
+
+def _to_line(entry: Any) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

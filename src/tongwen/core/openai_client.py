@@ -5,6 +5,7 @@ Importing this module needs the package `openai`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -48,13 +49,15 @@ class OpenAIClient:
         await self._client.close()
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Return the answer to a conversation; empty when the model only produced thinking. Raises UnreadableReply."""
+        """Return the answer to a conversation, its calls of tools as the template `chatml` writes them; empty when the model
+        only produced thinking. Raises UnreadableReply."""
         turns: Any = [dict(turn) for turn in messages]
         reply = await self._read(self._chat.create(model=self.model, messages=turns, **options))
         message = getattr(_first_choice(reply), "message", None)
         if message is None:
             raise UnreadableReply(str(reply)[:60])
-        return str(getattr(message, "content", None) or "")
+        text = str(getattr(message, "content", None) or "")
+        return "\n".join(filter(None, [text, *map(_written, getattr(message, "tool_calls", None) or ())]))
 
     async def complete(self, prompt: str, **options: Any) -> str:
         """Return the continuation of a text. Raises UnreadableReply."""
@@ -96,6 +99,12 @@ class OpenAIClient:
             return await request
         except ValueError:  # not JSON
             return None
+
+
+def _written(call: Any) -> str:
+    function = getattr(call, "function", None)
+    name = json.dumps(getattr(function, "name", None), ensure_ascii=False)
+    return f'<tool_call>\n{{"name": {name}, "arguments": {getattr(function, "arguments", None) or "{}"}}}\n</tool_call>'
 
 
 def _first_choice(reply: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tongwen.core.i18n import _
-from tongwen.core.row_spelling import Tools, Turn, body_of, read_arguments
+from tongwen.core.message_layout import Tools, Turn, body_of, read_arguments
 
 # Keys of a JSON schema whose values are words of the schema, not of the user.
 SCHEMA_WORDS = ("type", "format", "$schema", "$ref", "strict", "additionalProperties", "required")
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass
-class Planted:
+class MarkedRow:
     """A row with sentinels in place of its parts."""
 
     turns: list[Turn] = field(default_factory=list)
@@ -48,9 +48,9 @@ class Planted:
         return [part for part in self.parts if part.turn == turn]
 
 
-class _Planter:
+class _SentinelWriter:
     def __init__(self) -> None:
-        self.out = Planted()
+        self.out = MarkedRow()
         self.words: dict[str, str] = {}  # a name: the same sentinel wherever the name stands
 
     def mark(self) -> str:
@@ -129,38 +129,40 @@ class _Planter:
         return {**call, "function": out} if inner is not call else out
 
 
-def plant(turns: Sequence[Turn], tools: Tools) -> Planted:
+def insert_sentinels(turns: Sequence[Turn], tools: Tools) -> MarkedRow:
     """Return the row with sentinels. Ids stay: templates ask for their form."""
-    planter = _Planter()
+    planter = _SentinelWriter()
     planter.out.tools = [planter.tool(tool) for tool in tools]
     for index, turn in enumerate(turns):
-        planted = dict(turn)
+        marked = dict(turn)
         if turn.get("reasoning_content"):
-            planted["reasoning_content"] = planter.text(index, "thinking", _("the thinking"))
+            marked["reasoning_content"] = planter.text(index, "thinking", _("the thinking"))
         if turn["content"]:
-            planted["content"] = planter.text(index, "content", _("the content"))
+            marked["content"] = planter.text(index, "content", _("the content"))
         if turn.get("tool_calls"):
-            planted["tool_calls"] = [planter.call(index, call) for call in turn["tool_calls"]]
+            marked["tool_calls"] = [planter.call(index, call) for call in turn["tool_calls"]]
         if turn["role"] == "tool" and isinstance(turn.get("name"), str):
-            planted["name"] = planter.words.get(turn["name"], turn["name"])
-        planter.out.turns.append(planted)
+            marked["name"] = planter.words.get(turn["name"], turn["name"])
+        planter.out.turns.append(marked)
     return planter.out
 
 
-def lost_part(planted: Planted, prompt: str, answer: str) -> Part | None:
+def find_missing_part(marked: MarkedRow, prompt: str, answer: str) -> Part | None:
     """Return the first part that the render of (prompt, answer of the last turn) lacks, or has at another place.
 
     The answer shows the parts of the last turn, its texts once each, its arguments as JSON writes them; the prompt shows
-    the rest in the order of the turns. Thinking of earlier turns may be cut, as it is at inference.
+    the rest in the order of the turns. Thinking of earlier turns may be cut, as it is at inference. A call with keywords,
+    `f(city='…')`, is written in Python's notation throughout (LFM2).
     """
-    last = len(planted.turns) - 1
+    last = len(marked.turns) - 1
+    keywords = any(part.kind == "call" and f"{part.sentinel}=" in answer for part in marked.of(last))
     at = 0
-    for part in planted.parts:
+    for part in marked.parts:
         text = answer if part.turn == last else prompt
         if part.turn != last and part.kind == "thinking":
             continue
         found = text.find(part.sentinel, at if part.turn != last and part.kind == "content" else 0)
-        if found < 0 or (part.turn == last and _is_misspelt(part, text)):
+        if found < 0 or (part.turn == last and not keywords and _is_misspelt(part, text)):
             return part
         if part.turn == last and part.kind != "call" and text.count(part.sentinel) > 1:
             return part
@@ -202,12 +204,16 @@ def _leaves(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def shows(text: str, kind: str, value: str) -> bool:
+def contains_value(text: str, kind: str, value: str) -> bool:
     """Whether a text contains a value of a row: trimmed, or as JSON writes it in the arguments of a call."""
     stripped = value.strip()
     if not stripped or stripped in text:
         return True
-    return kind == "call" and (json.dumps(value, ensure_ascii=False)[1:-1] in text or json.dumps(value)[1:-1] in text)
+    if kind != "call":
+        return False
+    quoted = json.dumps(value, ensure_ascii=False)[1:-1]
+    forms = quoted, json.dumps(value)[1:-1], quoted.replace('\\"', '"').replace("'", "\\'")
+    return any(form in text for form in forms)
 
 
 def shape_of(turns: Sequence[Turn], tools: Tools) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ BLOCK = 62_500
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorLocation:
     """The location of one tensor: a file and its bytes [begin, end)."""
 
     name: str
@@ -59,7 +59,7 @@ class Stored:
         return self.end - self.begin
 
 
-class Tensors(Protocol):
+class TensorSource(Protocol):
     """Tensors by name, in any storage. facts: name -> (type, shape).
 
     `raw` returns the bytes of rows [begin, end) as a flat numpy array: rows along the first dimension, or the elements of
@@ -71,7 +71,7 @@ class Tensors(Protocol):
     def raw(self, name: str, begin: int, end: int) -> Any: ...
 
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path) -> dict[str, TensorLocation]:
     """Return all tensors of a model or adapter folder by name; empty when it has no safetensors files.
 
     Raises ModelError when the index names a file outside the folder or one that is missing, when index and shards
@@ -83,7 +83,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         files = [folder / name for name in sorted(set(mapped.values()))]
     else:
         files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorLocation] = {}
     for file in files:
         for name, stored in read_header(file).items():
             if name in found:
@@ -93,7 +93,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         if name not in found or found[name].file.name != file_name:
             raise _broken(index, _("{name} is not in {file_name}").format(name=name, file_name=file_name))
     if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
-        raise _broken(index, _("the index does not list {strange}").format(strange=strange[0]))
+        raise _broken(index, _("the index does not list {name}").format(name=strange[0]))
     return found
 
 
@@ -118,7 +118,7 @@ def read_index(index: Path) -> dict[str, str]:
     return mapped
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, TensorLocation]:
     """Return the tensors of one file, in byte order. Raises ModelError when the file is damaged or incomplete."""
     length = file.stat().st_size
     with file.open("rb") as stream:
@@ -131,7 +131,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         try:
             header: dict[str, Any] = json.loads(stream.read(size))
             found = {
-                name: Stored(
+                name: TensorLocation(
                     name,
                     facts["dtype"],
                     tuple(int(number) for number in facts["shape"]),
@@ -189,7 +189,9 @@ def describe_wrong_file(file: Path) -> str:
     return ""
 
 
-def plan_shards(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, Stored]:
+def plan_shards(
+    folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int
+) -> dict[str, TensorLocation]:
     """Create safetensors files for these tensors (name -> type, shape), with headers, index and full length.
 
     Returns the location of each tensor; the caller writes the bytes.
@@ -203,7 +205,7 @@ def plan_shards(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
             filled = 0
         shards[-1].append(name)
         filled += size
-    planned: dict[str, Stored] = {}
+    planned: dict[str, TensorLocation] = {}
     for number, names in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         planned |= _make_file(folder / name, {name: tensors[name] for name in names})
@@ -214,7 +216,7 @@ def plan_shards(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     return planned
 
 
-def _make_file(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Stored]:
+def _make_file(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorLocation]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (dtype, shape) in tensors.items():
@@ -228,12 +230,12 @@ def _make_file(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -
         stream.truncate(8 + len(text) + at)
     start = 8 + len(text)
     return {
-        name: Stored(name, dtype, shape, file, *(start + offset for offset in header[name]["data_offsets"]))
+        name: TensorLocation(name, dtype, shape, file, *(start + offset for offset in header[name]["data_offsets"]))
         for name, (dtype, shape) in tensors.items()
     }
 
 
-def copy_bytes(source: Stored, target: Stored) -> None:
+def copy_bytes(source: TensorLocation, target: TensorLocation) -> None:
     """Copy a tensor's bytes from file to file, in the kernel if possible; both must have the same size."""
     assert source.size == target.size
     with source.file.open("rb") as reader, target.file.open("r+b") as writer:
@@ -258,7 +260,7 @@ def copy_bytes(source: Stored, target: Stored) -> None:
             done += len(block)
 
 
-def iter_bytes(stored: Stored) -> Iterator[bytes]:
+def iter_bytes(stored: TensorLocation) -> Iterator[bytes]:
     """Yield a tensor's bytes in chunks. Raises ModelError when the file ends early."""
     with stored.file.open("rb") as stream:
         stream.seek(stored.begin)

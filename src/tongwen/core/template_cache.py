@@ -137,7 +137,7 @@ for _kind in (TracedContent, ConcatenatedContent):
 
 
 @dataclass(frozen=True)
-class RenderCache:
+class RenderSkeleton:
     """samples: the spans of each sample as (literals and slots, span with the flags); absent: substrings
     that contents must not have."""
 
@@ -178,14 +178,14 @@ def _content(slot: Slot, messages: Sequence[Message]) -> str:
     return text
 
 
-def make_render_cache(messages: Sequence[Message], samples: Samples) -> RenderCache | None:
+def make_skeleton(messages: Sequence[Message], samples: Samples) -> RenderSkeleton | None:
     """Return the skeleton of a shape, or None. samples(messages, prove) renders the spans of each sample."""
     trace = RenderTrace()
     try:
         traced = tuple(
             replace(message, content=TracedContent.make(trace, Slot(index))) for index, message in enumerate(messages)
         )
-        skeleton = RenderCache(
+        skeleton = RenderSkeleton(
             tuple(tuple((_parts(span.text, trace), span) for span in sample) for sample in samples(traced, False)),
             tuple(sorted(trace.absent)),
         )
@@ -203,7 +203,7 @@ def _parts(text: str, trace: RenderTrace) -> tuple[str | Slot, ...]:
     )
 
 
-def _is_faithful(skeleton: RenderCache, messages: Sequence[Message], samples: Samples) -> bool:
+def _is_faithful(skeleton: RenderSkeleton, messages: Sequence[Message], samples: Samples) -> bool:
     """Whether the skeleton renders awkward contents exactly as the template does."""
     for turn in range(len(AWKWARD)):
         filled = tuple(

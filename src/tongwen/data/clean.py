@@ -1,6 +1,6 @@
 """Clean texts with named rules for Chinese: repair a text, or drop it with a reason. Each rule counts its changes.
 
-A rule takes a text and returns a text (the same object: unchanged) or a `Dropped`. NFKC is never used: it would turn ，
+A rule takes a text and returns a text (the same object: unchanged) or a `RejectedText`. NFKC is never used: it would turn ，
 into `,`. NFC alone is not enough: it keeps the radicals that PDFs contain instead of characters (⻓ for 长), and it
 replaces compatibility ideographs, which are distinct characters in names and old texts.
 """
@@ -22,14 +22,14 @@ from tongwen.recipe.data import Clean
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class RejectedText:
     """A dropped text: the reason that the ledger counts, and the message for the user."""
 
     reason: str
     rule: str
 
 
-Filter = Callable[[str], "str | Dropped"]
+Filter = Callable[[str], "str | RejectedText"]
 
 
 class Cleaner:
@@ -44,24 +44,24 @@ class Cleaner:
         self.checks: list[tuple[str, Filter]] = list(_check_rules(section, kind))
         self.changed: Counter[str] = Counter()
 
-    def clean(self, record: Document | Dialogue) -> Document | Dialogue | Dropped:
+    def clean(self, record: Document | Dialogue) -> Document | Dialogue | RejectedText:
         """Return the record with repaired texts, or why it is dropped."""
         return self._document(record) if isinstance(record, Document) else self._dialogue(record)
 
-    def _document(self, record: Document) -> Document | Dropped:
+    def _document(self, record: Document) -> Document | RejectedText:
         text = self._repair(record.text)
-        if isinstance(text, Dropped):
+        if isinstance(text, RejectedText):
             return text
         return self._check(text) or (record if text is record.text else replace(record, text=text))
 
-    def _dialogue(self, record: Dialogue) -> Dialogue | Dropped:
+    def _dialogue(self, record: Dialogue) -> Dialogue | RejectedText:
         messages: list[Message] = []
         for message in record.messages:
             content = self._repair(message.content) if message.content else message.content
             thinking = self._repair(message.thinking) if message.thinking else message.thinking
-            if isinstance(content, Dropped):
+            if isinstance(content, RejectedText):
                 return content
-            if isinstance(thinking, Dropped):
+            if isinstance(thinking, RejectedText):
                 return thinking
             same = content is message.content and thinking is message.thinking
             messages.append(message if same else replace(message, content=content, thinking=thinking))
@@ -70,22 +70,22 @@ class Cleaner:
         same = all(new is old for new, old in zip(messages, record.messages, strict=True))
         return record if same else replace(record, messages=tuple(messages))
 
-    def _repair(self, text: str) -> str | Dropped:
+    def _repair(self, text: str) -> str | RejectedText:
         before = text
         for name, rule in self.repairs:
             found = rule(text)
-            if isinstance(found, Dropped):
+            if isinstance(found, RejectedText):
                 return found
             if found is not text and found != text:
                 self.changed[name] += 1
                 text = found
         if text is not before and not text.strip():
-            return Dropped("empty_after_cleaning", _("nothing is left after cleaning"))
+            return RejectedText("empty_after_cleaning", _("nothing is left after cleaning"))
         return text
 
-    def _check(self, text: str) -> Dropped | None:
+    def _check(self, text: str) -> RejectedText | None:
         for _unused, rule in self.checks:
-            if isinstance(found := rule(text), Dropped):
+            if isinstance(found := rule(text), RejectedText):
                 return found
         return None
 
@@ -174,7 +174,7 @@ _AS_GBK = re.compile("[锛銆鐨鍦鏄涓浜鏈鍜浠鎴鍒鐢鍥瀵璇鏂绛闂
 _LOST = re.compile("锟斤拷|烫烫烫|屯屯屯|\ufffd")
 
 
-def repair_mojibake(text: str) -> str | Dropped:
+def repair_mojibake(text: str) -> str | RejectedText:
     """Decode a wrongly decoded text again with the right encoding (ftfy for Latin-1, our own step for GBK); drop it when
     bytes are lost."""
     if _LATIN.search(text):
@@ -185,10 +185,10 @@ def repair_mojibake(text: str) -> str | Dropped:
         try:
             return text.encode("gb18030").decode("utf-8")
         except UnicodeError:
-            return Dropped("mojibake", _("UTF-8 that was decoded as GBK and cannot be restored"))
+            return RejectedText("mojibake", _("UTF-8 that was decoded as GBK and cannot be restored"))
     lost = sum(map(len, _LOST.findall(text)))
     if lost > 0.01 * len(text):
-        return Dropped("mojibake", _("{lost} characters are corrupt (�, 锟斤拷)").format(lost=lost))
+        return RejectedText("mojibake", _("{lost} characters are corrupt (�, 锟斤拷)").format(lost=lost))
     return text
 
 
@@ -244,7 +244,7 @@ _TIGHT = re.compile("[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff]")
 
 
 def unwrap(text: str) -> str:
-    """Join lines that were wrapped at a fixed width: without a blank between Chinese characters, with a blank between
+    """Join lines that were wrapped at a fixed width: without a space between Chinese characters, with a space between
     words, and between the two as in the rest of the text.
 
     A line was wrapped if the beginning of the next line would not have fitted. The width is the text's own; at least two
@@ -302,10 +302,10 @@ def mask_personal_data(text: str) -> str:
     return text
 
 
-def refuse_personal_data(text: str) -> str | Dropped:
+def refuse_personal_data(text: str) -> str | RejectedText:
     for mark, pattern in _PERSONAL:
         if any(_is_real(mark, found[0]) for found in pattern.finditer(text)):
-            return Dropped("personal_data", _("contains personal data: {mark}").format(mark=mark))
+            return RejectedText("personal_data", _("contains personal data: {mark}").format(mark=mark))
     return text
 
 
@@ -326,11 +326,15 @@ def make_converter(direction: str) -> Filter:
     return convert
 
 
-def check_length(text: str, least: int, most: int | None) -> str | Dropped:
+def check_length(text: str, least: int, most: int | None) -> str | RejectedText:
     if len(text) < least:
-        return Dropped("too_short", _("{count} characters, min_chars is {least}").format(count=len(text), least=least))
+        return RejectedText(
+            "too_short", _("{count} characters, min_chars is {least}").format(count=len(text), least=least)
+        )
     if most and len(text) > most:
-        return Dropped("too_long_text", _("{count} characters, max_chars is {most}").format(count=len(text), most=most))
+        return RejectedText(
+            "too_long_text", _("{count} characters, max_chars is {most}").format(count=len(text), most=most)
+        )
     return text
 
 
@@ -343,17 +347,17 @@ def han_share(text: str) -> float:
     return len(_HAN.findall(text)) / max(1, len(_LETTER.findall(text)))
 
 
-def check_han(text: str, least: float) -> str | Dropped:
+def check_han(text: str, least: float) -> str | RejectedText:
     share = han_share(text)
     if share < least:
-        return Dropped(
+        return RejectedText(
             "language",
             _("{share:.0%} Chinese characters, min_han is {least:g}").format(share=share, least=least),
         )
     return text
 
 
-def check_repetition(text: str) -> str | Dropped:
+def check_repetition(text: str) -> str | RejectedText:
     """Drop texts of at least 200 characters with more than half in repeated lines, or that deflate to under a tenth.
     (Chinese prose deflates to about a half.)"""
     if len(text) < 200:
@@ -363,12 +367,12 @@ def check_repetition(text: str) -> str | Dropped:
         counts = Counter(lines)
         repeated = sum(len(line) * (count - 1) for line, count in counts.items())
         if repeated > 0.5 * len(text):
-            return Dropped(
+            return RejectedText(
                 "repetition",
                 _("{repeated:.0%} of the text is repeated lines").format(repeated=repeated / len(text)),
             )
     data = text[:100_000].encode("utf-8", "surrogatepass")
     ratio = len(zlib.compress(data, 1)) / len(data)
     if ratio < 0.1:
-        return Dropped("repetition", _("the text compresses to {ratio:.1%}").format(ratio=ratio))
+        return RejectedText("repetition", _("the text compresses to {ratio:.1%}").format(ratio=ratio))
     return text

@@ -103,8 +103,8 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
         foreign.append("split")
     if foreign:
         raise DataError(
-            _("the entry uses unsupported options: {foreign}").format(
-                foreign=_(", ").join(f"{key}: {entry[key]!r}" for key in foreign)
+            _("the entry uses unsupported options: {names}").format(
+                names=_(", ").join(f"{key}: {entry[key]!r}" for key in foreign)
             ),
             place=place,
             remedy=_("name the file itself in the recipe: {path: …, format: …, columns: {…}}"),

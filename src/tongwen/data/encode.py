@@ -2,7 +2,7 @@
 
 Each prompt part and each answer is tokenised separately, as at inference: the prompt is tokenised whole, then the tokens of
 the answer follow one by one. So no token crosses a boundary, and the mask depends on positions, never on comparing ids
-(pad = eos is common and harmless). If a tokenizer puts a blank before every text (SentencePiece's dummy prefix), a
+(pad = eos is common and harmless). If a tokenizer puts a space before every text (SentencePiece's dummy prefix), a
 continuation is tokenised after an anchor, and the tokens of the anchor are removed.
 """
 
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tongwen.core import console
-from tongwen.core.chat_template import APART, Rendered, Template
-from tongwen.core.errors import DataError, ModelError, RowRefused
+from tongwen.core.chat_template import APART, RenderedSample, Template
+from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Span
-from tongwen.data.ledger import Ledger, Rejected
-from tongwen.data.tiktoken_encoder import FastEncoder, make_fast
+from tongwen.data.ledger import Ledger, RejectedRow
+from tongwen.data.tiktoken_encoder import TiktokenEncoder, make_tiktoken_encoder
 from tongwen.data.token_store import Batch, TokenStore, spans_of
 from tongwen.recipe.training import Sft
 
@@ -50,8 +50,8 @@ class Encoder:
 
     tokenizer: a fast transformers tokenizer
     prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; written exactly once
-    anchor:    text before a continuation when it is tokenised; "" if the tokenizer adds no blank, or if the model was
-               trained with the blank (ChatGLM)
+    anchor:    text before a continuation when it is tokenised; "" if the tokenizer adds no space, or if the model was
+               trained with the space (ChatGLM)
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -62,10 +62,10 @@ class Encoder:
                 place=type(tokenizer).__name__,
                 remedy="AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
-        self.fast: FastEncoder | None = None
+        self.fast: TiktokenEncoder | None = None
         self._fast_searched = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = "" if getattr(tokenizer, "answers_start_with_blank", False) else self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_start_with_space", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_searched and len(texts) >= FAST_FROM:
@@ -81,9 +81,9 @@ class Encoder:
     def _slow_ids(self, texts: list[str]) -> list[Ids]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _find_fast(self, texts: list[str]) -> FastEncoder | None:
+    def _find_fast(self, texts: list[str]) -> TiktokenEncoder | None:
         """Return tiktoken with the same vocabulary, if it provably gives the same ids and does so for these texts."""
-        fast = make_fast(self.backend)
+        fast = make_tiktoken_encoder(self.backend)
         if fast is None:
             return None
         for text, wanted in zip(texts, self._slow_ids(texts), strict=True):
@@ -98,7 +98,7 @@ class Encoder:
         return fast
 
     def _find_anchor(self) -> str:
-        """Return a text after which a continuation gets no dummy blank; "" when the tokenizer adds none."""
+        """Return a text after which a continuation gets no dummy prefix space; "" when the tokenizer adds none."""
         alone = self._slow_ids(["是"])[0]
         for anchor in ANCHORS:
             head, joined = self._slow_ids([anchor, f"{anchor}是"])
@@ -216,7 +216,7 @@ def encode_dialogues(
     encoder: Encoder,
     section: Sft,
     ledger: Ledger,
-    reject: Callable[[Rejected], None],
+    reject: Callable[[RejectedRow], None],
 ) -> Iterator[Batch]:
     """Yield the samples of the dialogues, in batches. `sft.too_long` decides about samples that are too long; `reject` gets
     the samples that cannot be trained, and the ledger counts them. A row counts as kept when at least one of its samples
@@ -249,17 +249,17 @@ def _trainable_samples(
     encoder: Encoder,
     section: Sft,
     ledger: Ledger,
-    reject: Callable[[Rejected], None],
+    reject: Callable[[RejectedRow], None],
 ) -> list[_Sample]:
     """Return the trainable samples of some dialogues; reject the others."""
-    rendered: list[tuple[int, Rendered]] = []
+    rendered: list[tuple[int, RenderedSample]] = []
     for number, dialogue in enumerate(chunk):
         try:
             rendered += [(number, sample) for sample in template.samples(dialogue, section.learn, section.thinking)]
-        except RowRefused as error:
+        except RowRejected as error:
             ledger.enter(0)
             ledger.lose(error.reason, 0)
-            reject(Rejected(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
+            reject(RejectedRow(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
     encoded = encoder.encode([sample.spans for _, sample in rendered])
     samples = [
         _Sample(
@@ -284,7 +284,7 @@ def _trainable_samples(
             dialogue = chunk[sample.dialogue]
             reasons[sample.dialogue] = reason
             ledger.lose(reason, sample.size, items=0)
-            reject(Rejected(dialogue.origin, reason, rule, dialogue.to_dict()))
+            reject(RejectedRow(dialogue.origin, reason, rule, dialogue.to_dict()))
         else:
             kept.append(sample)
     taken = {sample.dialogue for sample in kept}
@@ -315,7 +315,7 @@ def _shorten(
     def fitting(messages: Sequence[Message]) -> _Sample | None:
         try:
             samples = template.samples(replace(dialogue, messages=tuple(messages)), section.learn, section.thinking)
-        except RowRefused:
+        except RowRejected:
             return None
         pieces = encoder.encode([samples[0].spans])[0]
         size = sum(len(piece.ids) for piece in pieces)
@@ -530,7 +530,7 @@ def check_round_trip(
     records: Iterable[Any], count: int, render: Callable[[Any], Iterable[Sequence[Span]]], encoder: Encoder
 ) -> dict[str, int]:
     """Count the samples that do not decode to the rendered text, because the tokenizer lacks or changes characters. Prefix
-    tokens and blanks are ignored. At most ROUND_TRIPS records are checked, evenly spread."""
+    tokens and spaces are ignored. At most ROUND_TRIPS records are checked, evenly spread."""
     checked = differ = 0
     stream = islice(records, 0, None, max(1, -(-count // ROUND_TRIPS)))
     while chunk := list(islice(stream, BATCH)):
@@ -546,13 +546,13 @@ def check_round_trip(
 def token_bytes(tokenizer: Any) -> np.ndarray:
     """Return (V,) int32: the number of UTF-8 bytes of each token, from the raw token; special tokens count 0.
 
-    Byte-level BPE writes one character per byte; SentencePiece writes U+2581 for a blank and <0xNN> for a byte.
+    Byte-level BPE writes one character per byte; SentencePiece writes U+2581 for a space and <0xNN> for a byte.
     """
     pieces: dict[str, int] = tokenizer.get_vocab()
     sizes = np.zeros(max(pieces.values()) + 1, dtype=np.int32)
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    written = getattr(tokenizer, "written", {})  # texts of ChatGLM's pieces with other names: line ends, runs of blanks
+    written = getattr(tokenizer, "written", {})  # texts of ChatGLM's pieces with other names: line ends, runs of spaces
     special |= {index for index, token in added.items() if token.special}
     sentencepiece = any(piece.startswith("\u2581") for piece in pieces) and "Ġ" not in pieces
     for piece, index in pieces.items():

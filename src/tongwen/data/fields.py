@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.i18n import _
 from tongwen.recipe.data import SourceConfig
 
@@ -49,7 +49,7 @@ class Fields:
     def get(self, *names: str) -> Any:
         """Return the value under one of the names, which all mean the same; None when there is none.
 
-        Raises RowRefused when two of them have different contents.
+        Raises RowRejected when two of them have different contents.
         """
         if self._columns:
             keys = tuple(key for name in names if (key := self.key(name)) is not None)
@@ -61,7 +61,7 @@ class Fields:
         filled = [key for key in keys if not is_empty(self.values[key])]
         for other in filled[1:]:
             if self.values[other] != self.values[filled[0]]:
-                raise RowRefused(
+                raise RowRejected(
                     "ambiguous",
                     _("{one} and {other} mean the same, but differ").format(
                         one=self.place + filled[0], other=self.place + other

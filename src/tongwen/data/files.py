@@ -394,7 +394,7 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
             _("unpack it"),
         )
     if foreign := next((name for sign, name in _FOREIGN.items() if head.startswith(sign)), ""):
-        raise refuse(_("this is a {foreign} file; it contains no rows").format(foreign=foreign))
+        raise refuse(_("this is a {kind} file; it contains no rows").format(kind=foreign))
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise refuse(_("this is a Git LFS pointer, not the data"), "git lfs pull")
     if re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tongwen.core.errors import DataError, RecipeError, RowRefused
+from tongwen.core.errors import DataError, RecipeError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data.fields import Fields, is_empty
@@ -70,14 +70,14 @@ Read = tuple[list[Message], list[Any]]  # the messages and the tools of a row
 
 
 def recognise(row: Any) -> str | None:
-    """Return the format of a row by its keys; None when it is unknown. Raises RowRefused when two formats match."""
+    """Return the format of a row by its keys; None when it is unknown. Raises RowRejected when two formats match."""
     if not isinstance(row, dict):
         return None
     turns = [name for name in TURNS if row.get(name) is not None]
     is_alpaca = "instruction" in row and not row.keys().isdisjoint(("output", "input", "target"))
     if len(turns) > 1 or (turns and is_alpaca and row.get("instruction")):
         names = [*turns, *(["instruction"] if is_alpaca else [])]
-        raise RowRefused(
+        raise RowRejected(
             "ambiguous",
             _("the row matches more than one format: it has {names}; name the format in the recipe").format(
                 names=_(", ").join(names)
@@ -109,7 +109,7 @@ def _pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
 def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     """Return the format of a row of a dialogue source.
 
-    Raises DataError when the first row or the kind of data shows that the whole file has no known format, and RowRefused
+    Raises DataError when the first row or the kind of data shows that the whole file has no known format, and RowRejected
     when only this row has none.
     """
     row = raw.value
@@ -131,7 +131,7 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     if columns:
         rule += _suggestion(*next(iter(columns.items())))
     if raw.row > 1:
-        raise RowRefused("unknown_format", rule)
+        raise RowRejected("unknown_format", rule)
     raise DataError(rule, place=place, remedy=_columns_line(columns, raw.value))
 
 
@@ -159,7 +159,7 @@ def _similar_columns(row: Any) -> dict[str, str]:
     known = {ours: row.get(theirs) for ours, theirs in folded.items()}
     try:
         return columns if recognise(known) not in (None, "text") else {}
-    except RowRefused:
+    except RowRejected:
         return {}
 
 
@@ -197,9 +197,9 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
 
 
 def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[str, str], origin: Origin) -> Dialogue:
-    """Convert one row to a dialogue. Raises RowRefused, or DataError when the recipe lacks a setting."""
+    """Convert one row to a dialogue. Raises RowRejected, or DataError when the recipe lacks a setting."""
     if not isinstance(row, dict):
-        raise RowRefused("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(row)))
+        raise RowRejected("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(row)))
     if format_ == "text":
         raise DataError(
             _("plain text is not a dialogue"),
@@ -221,11 +221,17 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
     return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
 
 
-def read_question(row: dict[str, Any], source: SourceConfig) -> Read:
-    """Return (messages, tools) of a row that ends with a question: turns, or one question after a system text and a
-    history. Raises RowRefused."""
+def read_question(row: dict[str, Any], source: SourceConfig, origin: Origin) -> Dialogue:
+    """Convert a row that ends with a question: turns, or one question after a system text and a history. Raises RowRejected."""
     fields = Fields(row, source)
     check_media(fields)
+    messages, tools = _read_question(fields, source)
+    tools = without_padding(tools, messages)
+    check_data(tools, "tools")
+    return Dialogue(tuple(messages), origin, tuple(tools), unread=fields.unread())
+
+
+def _read_question(fields: Fields, source: SourceConfig) -> Read:
     if fields.has("messages"):
         return _read_messages(fields, source)
     question = next(name for name in ("prompt", "instruction", "question", "query") if fields.has(name))
@@ -235,17 +241,17 @@ def read_question(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
-    """Convert one row to a document. Raises RowRefused."""
+    """Convert one row to a document. Raises RowRejected."""
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
         rule = _("no text under {theirs!r}: the row has {keys}").format(theirs=theirs, keys=keys_of(row))
         if isinstance(row, dict) and text is not None:
-            raise RowRefused("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
+            raise RowRejected("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
         likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
-        raise RowRefused("no_text", rule + (_suggestion("text", likely) if likely and likely != theirs else ""))
+        raise RowRejected("no_text", rule + (_suggestion("text", likely) if likely and likely != theirs else ""))
     if is_blank(text):
-        raise RowRefused("empty_text", _("the text is empty"))
+        raise RowRejected("empty_text", _("the text is empty"))
     unread = () if len(row) == 1 else tuple(key for key in row if key != theirs and key not in source.ignore and not is_empty(row[key]))  # fmt: skip
     return Document(check_text(text, theirs), origin, unread=unread)
 
@@ -365,10 +371,10 @@ def _with_system(row: Fields, source: SourceConfig, read: Read) -> Read:
     system, tools = _system(row, source), read_tools(row)
     if system and messages and messages[0].role == "system":
         if messages[0].content != system[0].content:
-            raise RowRefused("ambiguous", _("the row has a system text, and its first turn has another"))
+            raise RowRejected("ambiguous", _("the row has a system text, and its first turn has another"))
         system = []
     if tools and inside and tools != inside:
-        raise RowRefused("ambiguous", _("the row has tools, and one of its turns has others"))
+        raise RowRejected("ambiguous", _("the row has tools, and one of its turns has others"))
     return [*system, *messages], tools or inside
 
 
@@ -390,7 +396,7 @@ def _with_thinking(messages: list[Message], row: Fields) -> list[Message]:
         return messages
     last = messages[answers[-1]]
     if last.thinking not in (None, thinking):
-        raise RowRefused("ambiguous", _("the row has thinking, and its answer has another"))
+        raise RowRejected("ambiguous", _("the row's thinking field and the thinking in its answer differ"))
     messages[answers[-1]] = replace(last, thinking=thinking)
     return messages
 
@@ -414,7 +420,7 @@ def _history(row: Fields) -> list[Message]:
         isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
         for turn in turns
     ):
-        raise RowRefused("bad_history", _("history must be a list of [question, answer]"))
+        raise RowRejected("bad_history", _("history must be a list of [question, answer]"))
     return [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
@@ -429,7 +435,7 @@ def _split_turns(text: str) -> list[Message]:
     """Split a text with role marks into turns; drop an empty `Assistant:` at the end, since the output follows."""
     marks = list(_MARK.finditer(text))
     if text[: marks[0].start() if marks else len(text)].strip():
-        raise RowRefused("no_mark", _("the text does not begin with `Human:` or `User:`"))
+        raise RowRejected("no_mark", _("the text does not begin with `Human:` or `User:`"))
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     messages = [
         Message(_MARK_ROLES[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)
@@ -451,7 +457,7 @@ def _rounds(row: Fields, key: str, source: SourceConfig) -> list[Message]:
         turn = open_turn(row, values, key)
         names = _round_of(turn.values)
         if names is None:
-            raise RowRefused(
+            raise RowRejected(
                 "bad_turn",
                 _("turn {number} has no question and answer; it has {keys}").format(
                     number=number, keys=keys_of(turn.values)
@@ -466,7 +472,7 @@ def _rounds(row: Fields, key: str, source: SourceConfig) -> list[Message]:
 
 
 def _text(row: Fields, key: str, source: SourceConfig, default: str | None = None) -> str:
-    """Return the text of a key, or the default when the key is missing. Raises RowRefused."""
+    """Return the text of a key, or the default when the key is missing. Raises RowRejected."""
     value = row.get(key)
     if value is None and default is not None:
         return default
@@ -474,11 +480,11 @@ def _text(row: Fields, key: str, source: SourceConfig, default: str | None = Non
     if not row.has(key):
         near = next((str(name) for name in row.values if str(name).strip().lower() == key), "")
         rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=keys_of(row.values))
-        raise RowRefused("missing_key", rule + (_suggestion(key, near) if near else ""))
+        raise RowRejected("missing_key", rule + (_suggestion(key, near) if near else ""))
     if not isinstance(value, str):
-        raise RowRefused("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
+        raise RowRejected("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
     if (key in ANSWERS or key == "target") and is_blank(value):
-        raise RowRefused("empty_answer", _("{shown} is empty: there is no answer to learn").format(shown=shown))
+        raise RowRejected("empty_answer", _("{shown} is empty: there is no answer to learn").format(shown=shown))
     if default is None and value[:1] in ("{", '"') and _is_encoded_again(value):
         raise double_encoded(shown)
     return value
@@ -491,7 +497,7 @@ def _is_encoded_again(text: str) -> bool:
     try:
         value = json.loads(text)
         return "\\u" in text if isinstance(value, str) else recognise(value) not in (None, "text")
-    except (ValueError, RecursionError, RowRefused):
+    except (ValueError, RecursionError, RowRejected):
         return False
 
 
@@ -501,9 +507,9 @@ def _is_encoded_again(text: str) -> bool:
 def _check_dialogue(messages: Sequence[Message]) -> None:
     for turn, message in enumerate(messages, 1):
         if message.role == "assistant" and not message.tool_calls and is_blank(message.content):
-            raise RowRefused("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
+            raise RowRejected("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
         if message.role == "user" and is_blank(message.content):
-            raise RowRefused("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
+            raise RowRejected("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
         check_text(message.content, turn)
         if message.thinking:
             check_text(message.thinking, turn)
@@ -516,38 +522,38 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
             )
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise RowRefused("no_answer", _("the dialogue has no answer to learn"))
+        raise RowRejected("no_answer", _("the dialogue has no answer to learn"))
     if "user" not in roles and "tool" not in roles:
-        raise RowRefused("no_question", _("the dialogue has no question"))
+        raise RowRejected("no_question", _("the dialogue has no question"))
     _check_order(roles)
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    """Raise RowRefused unless roles are in order: at most one system message first, then a question, then alternating."""
+    """Raise RowRejected unless roles are in order: at most one system message first, then a question, then alternating."""
     if "system" in roles[1:]:
         turn = roles.index("system", 1) + 1
-        raise RowRefused(
+        raise RowRejected(
             "late_system",
             _("turn {turn}: a system message after the first turn").format(turn=turn),
         )
     start = int(roles[0] == "system")
     if roles[start] == "assistant":
-        raise RowRefused("answer_first", _("the dialogue begins with an answer"))
+        raise RowRejected("answer_first", _("the dialogue begins with an answer"))
     before = "user"
     for turn, role in enumerate(roles[start:], start + 1):
         if turn > start + 1 and role == before and role != "tool":
-            raise RowRefused(
+            raise RowRejected(
                 "roles_repeat",
                 _("turn {turn}: {role} speaks twice in a row").format(turn=turn, role=role),
             )
         if role == "tool" and before == "user":
-            raise RowRefused(
+            raise RowRejected(
                 "tool_first",
                 _("turn {turn}: a tool answers before it is called").format(turn=turn),
             )
         before = role
     if before != "assistant":
-        raise RowRefused(
+        raise RowRejected(
             "ends_unanswered",
             _("the dialogue ends with turn {count}, a {before} turn").format(count=len(roles), before=before),
         )
@@ -559,10 +565,10 @@ def _split_thinking(message: Message, turn: int) -> Message:
         return message
     thinking = found[1].strip()
     if message.thinking is not None and thinking and thinking != message.thinking.strip():
-        raise RowRefused("ambiguous", _("turn {number} has two kinds of thinking").format(number=turn))
+        raise RowRejected("ambiguous", _("turn {number} has two different thinking texts").format(number=turn))
     content = message.content[found.end() :]
     if is_blank(content) and not message.tool_calls:
-        raise RowRefused(
+        raise RowRejected(
             "only_thinking",
             _("turn {turn}: the answer contains only thinking").format(turn=turn),
         )

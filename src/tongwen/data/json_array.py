@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.i18n import _
 from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile
@@ -114,20 +114,20 @@ def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
     if not refused:
         try:
             check_object(value, text)
-        except RowRefused as error:
+        except RowRejected as error:
             refused = error
     return (
         RawRow(name, number, text, size, refused.rule, refused.reason) if refused else RawRow(name, number, value, size)
     )
 
 
-def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]:
+def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRejected | None]:
     """Return (value, end, reason of refusal); the end is -1 when more text must be read."""
     text, place = buffer.text, buffer.place
     try:
         try:
             return *DECODER.raw_decode(text, place), None
-        except RowRefused as error:
+        except RowRejected as error:
             return None, LENIENT.raw_decode(text, place)[1], error
         except RecursionError:
             raise

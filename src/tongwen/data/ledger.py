@@ -89,7 +89,7 @@ def table_rows(table: dict[str, Any], name: str, kept: str) -> list[tuple[str, i
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedRow:
     """A rejected row, as written to rejected.jsonl."""
 
     origin: Origin

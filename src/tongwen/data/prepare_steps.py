@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from tongwen.core import artifact
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin, from_dict
 from tongwen.data import dedup, formats
-from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.input_parts import KINDS, InputPart, Notify
-from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.ledger import Ledger, RejectedRow
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
@@ -42,21 +42,21 @@ SHOWN = 20  # unread fields shown in a message
 
 def iter_rows(
     part: InputPart, section: Prepare, cleaner: Cleaner, notify: Notify
-) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
+) -> Iterator[tuple[RawRow, Document | Dialogue | RejectedText | RowRejected]]:
     """Yield every row of a file with its record, or with the reason why it has none."""
     known = part.source.format
     for raw in read_rows(part.file, part.source, notify):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:
-                raise RowRefused(raw.reason, raw.problem)
+                raise RowRejected(raw.reason, raw.problem)
             record: Document | Dialogue
             if part.kind == "documents":
                 record = formats.read_document(raw.value, part.source, origin)
             else:
                 format_ = known or formats.recognise_row(raw, part.source)
                 record = formats.read_dialogue(raw.value, format_, part.source, section.fill, origin)
-        except RowRefused as refused:
+        except RowRejected as refused:
             yield raw, refused
         except DataError as error:
             raise DataError(error.rule, place=error.place or str(origin), remedy=error.remedy) from None
@@ -72,7 +72,7 @@ def iter_records(
         if part.kind == kind and part.role == "train":
             for raw, record in iter_rows(part, section, Cleaner(section.clean, kind), notify):
                 counts.count(raw, record)
-                if not isinstance(record, (Dropped, RowRefused)):
+                if not isinstance(record, (RejectedText, RowRejected)):
                     yield record
 
 
@@ -86,15 +86,15 @@ class ScanCounts:
     first_bad: list[tuple[str, str]] = field(default_factory=list)
     unread: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def count(self, raw: RawRow, record: Document | Dialogue | Dropped | RowRefused) -> None:
+    def count(self, raw: RawRow, record: Document | Dialogue | RejectedText | RowRejected) -> None:
         self.ledger.enter(raw.size)
-        if not isinstance(record, (Dropped, RowRefused)):
+        if not isinstance(record, (RejectedText, RowRejected)):
             self.ledger.keep(raw.size)
             if record.unread:
                 self.unread.setdefault(raw.file, Counter()).update(record.unread)
             return
         self.ledger.lose(record.reason, raw.size)
-        if isinstance(record, RowRefused):
+        if isinstance(record, RowRejected):
             self.bad += 1
             if self.bad <= FIRST:
                 self.first_bad.append((f"{raw.file}:{raw.row}", record.rule))
@@ -126,9 +126,9 @@ def scan(part: InputPart, section: Prepare, out: Path, notify: Notify) -> None:
     ):
         for raw, record in iter_rows(part, section, cleaner, notify):
             tally.count(raw, record)
-            if isinstance(record, (Dropped, RowRefused)):
+            if isinstance(record, (RejectedText, RowRejected)):
                 origin = Origin(raw.file, raw.row)
-                rejected.write(Rejected(origin, record.reason, record.rule, raw.value).to_line())
+                rejected.write(RejectedRow(origin, record.reason, record.rule, raw.value).to_line())
                 continue
             line = as_line(record)
             folded = dedup.fold(dedup.text_of(record))
@@ -376,7 +376,7 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
             if reason:
                 ledger.move(reason, int(entry["size"]))
                 value = {key: text for key, text in record.to_dict().items() if key != "origin"}
-                lost.write(Rejected(record.origin, reason, rule, value).to_line())
+                lost.write(RejectedRow(record.origin, reason, rule, value).to_line())
                 counts[reason] += 1
             else:
                 kept.write(line)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.data import charset, files, tables
 from tongwen.data.charset import Charset
@@ -359,7 +359,7 @@ def _parsed(lines: Iterator[Line], name: str) -> Iterator[RawRow]:
         elif text and not text.isspace():
             try:
                 value = parse_json(text)
-            except RowRefused as error:
+            except RowRejected as error:
                 yield RawRow(name, number, text, size, error.rule, error.reason)
             else:
                 yield RawRow(name, number, value, size)

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.i18n import N_, _
 
 CAP = 1 << 24  # maximal bytes of a row
@@ -35,12 +35,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         keys = [key for key, _ in pairs]
         key = next(key for key in keys if keys.count(key) > 1)
-        raise RowRefused("duplicate_key", _("the key {key!r} appears twice").format(key=key))
+        raise RowRejected("duplicate_key", _("the key {key!r} appears twice").format(key=key))
     return out
 
 
 def _constant(name: str) -> Any:
-    raise RowRefused("not_a_number", _("{name} is not JSON").format(name=name))
+    raise RowRejected("not_a_number", _("{name} is not JSON").format(name=name))
 
 
 # The hook takes at most a third of the parsing time; counting keys afterwards takes more.
@@ -50,7 +50,7 @@ LENIENT = json.JSONDecoder(strict=False, parse_constant=lambda name: None, parse
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Parse a line that holds one object. Raises RowRefused."""
+    """Parse a line that holds one object. Raises RowRejected."""
     try:
         value = DECODER.decode(text)
     except RecursionError:
@@ -62,12 +62,12 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def check_object(value: Any, text: str) -> None:
-    """Raise RowRefused unless the value is an object of at most DEPTH levels. text: the JSON of the value."""
+    """Raise RowRejected unless the value is an object of at most DEPTH levels. text: the JSON of the value."""
     if value.__class__ is not dict:
         rule = _("a row must be an object, this is {kind}").format(kind=kind(value))
         if isinstance(value, str) and value.lstrip().startswith("{"):
             rule += _(": JSON that was encoded again as text")
-        raise RowRefused("not_an_object", rule)
+        raise RowRejected("not_an_object", rule)
     if text.count("[") + text.count("{") > DEPTH and is_deep(value):
         raise too_deep()
 
@@ -87,22 +87,22 @@ def is_deep(value: Any) -> bool:
     return True
 
 
-def too_deep() -> RowRefused:
-    return RowRefused("too_deep", _("nested deeper than {depth} levels").format(depth=DEPTH))
+def too_deep() -> RowRejected:
+    return RowRejected("too_deep", _("nested deeper than {depth} levels").format(depth=DEPTH))
 
 
-def not_json(error: ValueError, text: str, start: int = 0) -> RowRefused:
+def not_json(error: ValueError, text: str, start: int = 0) -> RowRejected:
     """Return the error for a text that is not JSON from `start` on, with a guess at the cause."""
     if not isinstance(error, json.JSONDecodeError):
-        return RowRefused("not_json", _("not JSON: {error}").format(error=error))
+        return RowRejected("not_json", _("not JSON: {error}").format(error=error))
     if error.msg.startswith("Invalid control character"):
         letter = text[error.pos : error.pos + 1]
         name = f"U+{ord(letter):04X}" if letter else ""
         rule = _("the unescaped control character {name} in a string").format(name=name)
-        return RowRefused("nul_character" if letter == "\0" else "control_character", rule)
+        return RowRejected("nul_character" if letter == "\0" else "control_character", rule)
     place = _("at character {pos}").format(pos=error.pos - start + 1)
     guess = _guess(error, text[start:], error.pos - start)
-    return RowRefused("not_json", _("not JSON: {msg} {place}{guess}").format(msg=error.msg, place=place, guess=guess))
+    return RowRejected("not_json", _("not JSON: {msg} {place}{guess}").format(msg=error.msg, place=place, guess=guess))
 
 
 def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:

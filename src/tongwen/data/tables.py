@@ -116,7 +116,9 @@ def _damage(pa: Any) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:200]
-        raise DamagedFile(_("this table is damaged: {told}").format(told=reason), _("fetch the file again")) from None
+        raise DamagedFile(
+            _("this table is damaged: {reason}").format(reason=reason), _("fetch the file again")
+        ) from None
 
 
 def _parquet(raw: Any, file: Path) -> Iterator[Any]:

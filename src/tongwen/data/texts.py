@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.i18n import _
 from tongwen.data.row import kind
 
@@ -20,7 +20,7 @@ def is_blank(text: str) -> bool:
 
 
 def check_text(text: str, place: str | int) -> str:
-    """Return a text without surrogates and NUL, else raise RowRefused. place: its key, or the number of its turn."""
+    """Return a text without surrogates and NUL, else raise RowRejected. place: its key, or the number of its turn."""
     broken = False
     try:
         text.encode()
@@ -29,26 +29,26 @@ def check_text(text: str, place: str | int) -> str:
     if broken or "\0" in text:
         key = _("turn {place}").format(place=place) if isinstance(place, int) else place
         if broken:
-            raise RowRefused("lone_surrogate", _("{key} contains an unpaired surrogate").format(key=key))
-        raise RowRefused("nul_character", _("{key} contains a NUL character").format(key=key))
+            raise RowRejected("lone_surrogate", _("{key} contains an unpaired surrogate").format(key=key))
+        raise RowRejected("nul_character", _("{key} contains a NUL character").format(key=key))
     return text
 
 
 def check_data(value: Any, key: str) -> None:
-    """Raise RowRefused for tools or arguments that are not valid JSON: lone surrogates, NaN or infinity."""
+    """Raise RowRejected for tools or arguments that are not valid JSON: lone surrogates, NaN or infinity."""
     if not value:
         return
     try:
         check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
     except (ValueError, RecursionError) as error:
-        raise RowRefused("not_a_number", f"{key}: {error}") from None
+        raise RowRejected("not_a_number", f"{key}: {error}") from None
 
 
 def parse_inside(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowRefused(
+        raise RowRejected(
             "bad_json_inside", _("{where} is not JSON: {error}").format(where=where, error=error)
         ) from None
 
@@ -62,8 +62,8 @@ def as_yaml(name: str) -> str:
     return name if re.fullmatch(r"\w[\w .-]*(?<! )", name) else json.dumps(name, ensure_ascii=False)
 
 
-def double_encoded(key: str) -> RowRefused:
-    return RowRefused(
+def double_encoded(key: str) -> RowRejected:
+    return RowRejected(
         "double_encoded",
         _("{key} contains JSON that was encoded again as text").format(key=key),
     )

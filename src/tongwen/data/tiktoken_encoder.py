@@ -32,7 +32,7 @@ _SURE = (
 _UNSURE = re.compile(f"[^{_SURE}]")
 
 
-class FastEncoder:
+class TiktokenEncoder:
     """encode(text) returns (L,) uint32 ids, or None for a text that the tokenizers library must encode."""
 
     def __init__(self, encoding: Any, composed: bool) -> None:
@@ -64,7 +64,7 @@ def _threads() -> int:
     return int(wanted) if wanted.isdecimal() and int(wanted) else os.cpu_count() or 1
 
 
-def make_fast(backend: Any) -> FastEncoder | None:
+def make_tiktoken_encoder(backend: Any) -> TiktokenEncoder | None:
     """Return the same tokenizer with tiktoken, or None when its kind is not supported or the check fails."""
     import tiktoken
 
@@ -82,7 +82,7 @@ def make_fast(backend: Any) -> FastEncoder | None:
     if ranks is None or not _all_are_reached(tokenizer, backend, special):
         return None
     encoding = tiktoken.Encoding("tongwen", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    return FastEncoder(encoding, composed=normalizer == "NFC")
+    return TiktokenEncoder(encoding, composed=normalizer == "NFC")
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Message
 from tongwen.data.fields import Fields
@@ -19,7 +19,7 @@ def calls_of(turn: Fields, number: int) -> list[Any]:
     if isinstance(calls, str):
         calls = parse_inside(calls, "tool_calls")
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
-        raise RowRefused(
+        raise RowRejected(
             "bad_tool_calls",
             _("turn {number}: tool_calls must be a list of objects").format(number=number),
         )
@@ -36,7 +36,7 @@ def read_tools(row: Fields) -> list[Any]:
             parse_inside(tool, "tools") if isinstance(tool, str) and tool.startswith("{") else tool for tool in tools
         ]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowRefused("bad_tools", _("tools must be a list of objects"))
+        raise RowRejected("bad_tools", _("tools must be a list of objects"))
     return tools
 
 
@@ -47,7 +47,7 @@ def read_call(call: Any, turn: Fields, number: int) -> dict[str, Any]:
     inner = fields.inside(function, "function") if fields and isinstance(function, dict) else fields
     name = inner.get("name") if inner else None
     if fields is None or inner is None or not isinstance(name, str):
-        raise RowRefused("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
+        raise RowRejected("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
     fields.get("type")
     arguments = inner.get("arguments", "parameters")
     if isinstance(arguments, str):
@@ -55,13 +55,13 @@ def read_call(call: Any, turn: Fields, number: int) -> dict[str, Any]:
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise RowRefused(
+        raise RowRejected(
             "bad_tool_calls",
             _("turn {number}: the arguments of a tool call are {kind}, not an object").format(
                 number=number, kind=kind(arguments)
             ),
         )
-    id_ = word_of(fields, "id", number)
+    id_ = optional_string(fields, "id", number)
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}
     check_data(made, _("turn {number}: tool_calls").format(number=number))
     return {"id": id_, **made} if id_ else made
@@ -112,12 +112,12 @@ def _without_undeclared_nulls(call: dict[str, Any], declared: Mapping[str, set[s
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def word_of(turn: Fields, key: str, number: int) -> str | None:
+def optional_string(turn: Fields, key: str, number: int) -> str | None:
     """Return a name or an id; None when there is none."""
     value = turn.get(key)
     if value is None or isinstance(value, str):
         return value or None
-    raise RowRefused(
+    raise RowRejected(
         "bad_name",
         _("turn {number}: {key} is {kind}, not text").format(number=number, key=key, kind=kind(value)),
     )

@@ -11,13 +11,13 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Message
 from tongwen.data.fields import Fields, is_empty
 from tongwen.data.row import kind
 from tongwen.data.texts import as_yaml, double_encoded, is_blank, keys_of, parse_inside
-from tongwen.data.tool_calls import calls_of, read_call, read_tools, word_of
+from tongwen.data.tool_calls import calls_of, optional_string, read_call, read_tools
 from tongwen.recipe.data import SourceConfig
 
 ROLES = {
@@ -62,19 +62,19 @@ _MEDIA_NAMES = {"image": "images", "img": "images", "video": "videos", "audio": 
 
 
 def list_turns(row: Fields, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number, turn). Raises RowRefused for a turn that is not an object."""
+    """Yield (number, turn). Raises RowRejected for a turn that is not an object."""
     turns = row.get(key)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         raise double_encoded(key)
     if not isinstance(turns, list) or not turns:
         found = _("empty") if turns == [] else kind(turns)
-        raise RowRefused(
+        raise RowRejected(
             "no_messages",
             _("{key} must be a non-empty list, this is {found}").format(key=key, found=found),
         )
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise RowRefused(
+            raise RowRejected(
                 "bad_turn",
                 _("turn {number} is {kind}, not an object").format(number=number, kind=kind(turn)),
             )
@@ -82,7 +82,7 @@ def list_turns(row: Fields, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def open_turn(row: Fields, turn: dict[str, Any], key: str) -> Fields:
-    """Return the fields of a turn. Raises RowRefused for one with media."""
+    """Return the fields of a turn. Raises RowRejected for one with media."""
     fields = row.inside(turn, key, with_columns=True)
     check_media(fields)
     return fields
@@ -128,7 +128,7 @@ def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[
         found = parse_inside(text, _("turn {number}").format(number=number))
         calls, text = found if isinstance(found, list) else [found], ""
     if thinking and more_thinking and thinking != more_thinking:
-        raise RowRefused("ambiguous", _("turn {number} has two kinds of thinking").format(number=number))
+        raise RowRejected("ambiguous", _("turn {number} has two different thinking texts").format(number=number))
     made = tuple(read_call(call, turn, number) for call in (*calls, *more_calls))
     message = Message(
         role,
@@ -136,8 +136,8 @@ def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[
         thinking or more_thinking or None,
         made,
         read_learn(turn, number, role),
-        word_of(turn, "name", number),
-        word_of(turn, "tool_call_id", number) if role == "tool" else None,
+        optional_string(turn, "name", number),
+        optional_string(turn, "tool_call_id", number) if role == "tool" else None,
     )
     return message, is_call
 
@@ -147,7 +147,7 @@ def _thinking(turn: Fields, number: int) -> str | None:
     if isinstance(value, list) and value:
         value = _joined_parts(value)
     if value is not None and not isinstance(value, str):
-        raise RowRefused(
+        raise RowRejected(
             "bad_thinking",
             _("turn {number}: reasoning_content is {kind}").format(number=number, kind=kind(value)),
         )
@@ -178,7 +178,7 @@ def _content(turn: Fields, number: int, optional: bool, answers: bool) -> tuple[
         value = fields.get("text", "value", "thinking", "reasoning") if meaning else None
         value = _joined_parts(value) if isinstance(value, list) else value
         if meaning is None or not isinstance(value, (str, dict)) or (meaning != "text" and not answers):
-            raise RowRefused(
+            raise RowRejected(
                 "not_only_text",
                 _("turn {number} has a part of type {type!r}; only text is supported").format(
                     number=number, type=type_
@@ -191,8 +191,8 @@ def _content(turn: Fields, number: int, optional: bool, answers: bool) -> tuple[
     return "".join(found["text"]), "".join(found["thinking"]), calls
 
 
-def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRefused:
-    return RowRefused(
+def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRejected:
+    return RowRejected(
         "bad_content",
         _("turn {number}: {key} is {kind}, not text; the turn has {keys}").format(
             number=number, key=key, kind=kind(content), keys=keys_of(turn)
@@ -203,7 +203,7 @@ def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> R
 def read_learn(turn: Fields, number: int, role: str) -> bool | None:
     learn = turn.get(*LEARN)
     if learn not in (None, 0, 1):
-        raise RowRefused(
+        raise RowRejected(
             "bad_learn",
             _("turn {number}: {learn!r} does not say whether to learn it; write true or false").format(
                 number=number, learn=learn
@@ -220,7 +220,7 @@ def _role(value: Any, number: int, source: SourceConfig, turns: Any) -> str:
     if isinstance(value, str):
         role = source.roles.get(value) or ROLES.get(value.lower())
     if role is None:
-        raise RowRefused(
+        raise RowRejected(
             "unknown_role",
             _("turn {number}: unknown role {value!r}; map it in the recipe: roles: {{{roles}}}").format(
                 number=number, value=value, roles=_likely_roles(value, turns, source)
@@ -247,10 +247,10 @@ def _media_keys(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def check_media(row: Fields) -> None:
-    """Raise RowRefused for a row or turn that cannot be understood without a picture, a video or a sound."""
+    """Raise RowRejected for a row or turn that cannot be understood without a picture, a video or a sound."""
     for key, reason in _media_keys(row.shape):
         if not is_empty(row.values[key]) and not isinstance(row.values[key], (bool, int, float)):
-            raise RowRefused(
+            raise RowRejected(
                 reason,
                 _("{key} is not empty, and only text is learned (ignore: [{key}] if the text stands alone)").format(
                     key=row.place + key

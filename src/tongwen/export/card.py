@@ -49,9 +49,7 @@ def _method(manifest: Mapping[str, Any]) -> str:
     settings = manifest.get("settings", {})
     section = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
     adapter = section.get("adapter", {})
-    rank = (
-        adapter.get("rank") if adapter.get("method") == "lora" else None
-    )  # an adapter that is trained further keeps its own rank
+    rank = adapter.get("rank")  # an adapter that is trained further keeps its own, and its settings name none
     parts = [adapter.get("method"), f"rank {rank}" if rank else None]
     parts += [
         f"{key} {section[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if section.get(key)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tongwen.core.errors import MissingPackage, ModelError, NumbersError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, blocks, row_count
+from tongwen.core.safetensors_io import TensorSource, blocks, row_count
 from tongwen.export import kquants
 from tongwen.export.gguf_metadata import ARCHITECTURES, add_metadata, extra_tensors, head_width
 from tongwen.export.gguf_vocab import Vocabulary
@@ -32,26 +32,26 @@ PERMUTED_ARCHITECTURES = ("llama", "smollm3")  # the architectures with that ord
 
 
 def check_type(kind: str) -> None:
-    """Raise ModelError or MissingPackage for a number type that cannot be written."""
+    """Raise ModelError or MissingPackage for a dtype that cannot be written."""
     _library()
     if kind in kquants.KINDS:
         kquants.check_library()
     elif kind not in TYPES:
         raise ModelError(
-            _("unknown GGUF number type {kind!r}").format(kind=kind),
+            _("unknown GGUF dtype {kind!r}").format(kind=kind),
             place="--quantize",
             remedy=", ".join((*TYPES, *kquants.KINDS)),
         )
 
 
 def bytes_per_weight(kind: str) -> float:
-    """Return the bytes per weight of most tensors in a file of this number type."""
+    """Return the bytes per weight of most tensors in a file of this dtype."""
     gguf = _library()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kquants.KINDS.get(kind, kind.upper())]]
     return float(size / block)
 
 
-def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
+def vocabulary_rows(tensors: TensorSource, config: Mapping[str, Any]) -> int:
     """Return the number of rows of the embedding."""
     embedding = next(
         hf_name for hf_name, gguf_name in _names(tensors, config).items() if gguf_name == "token_embd.weight"
@@ -60,7 +60,7 @@ def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
 
 
 def write(
-    tensors: Tensors,
+    tensors: TensorSource,
     config: Mapping[str, Any],
     vocabulary: Vocabulary | None,
     template: str | None,
@@ -68,7 +68,7 @@ def write(
     kind: str,
     progress: Callable[[int], None],
 ) -> None:
-    """Write a GGUF file of one number type. config: must have passed `gguf_metadata.check_config`."""
+    """Write a GGUF file of one dtype. config: must have passed `gguf_metadata.check_config`."""
     gguf = _library()
     names, extra = _names(tensors, config), extra_tensors(config)
     writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
@@ -115,7 +115,9 @@ def _title(config: Mapping[str, Any], vocabulary: Vocabulary | None) -> str:
     return f"phi-3 {title}" if vocabulary.drops_blanks else "phi"
 
 
-def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str) -> None:
+def check(
+    tensors: TensorSource, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str
+) -> None:
     """Read the file back and compare every tensor's shape, type and first, middle and last rows, to the bit.
 
     Raises NumbersError when they differ.
@@ -177,7 +179,7 @@ def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, A
     return kind.upper()
 
 
-def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[Any]:
+def iter_rows(tensors: TensorSource, name: str, config: Mapping[str, Any]) -> Iterator[Any]:
     """Yield a tensor's rows in fp32 in llama.cpp's order, in blocks: (n, columns); (n, 1) for a vector."""
     width = _permuted_width(name, config)
     _unused, shape = tensors.facts[name]
@@ -185,7 +187,7 @@ def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterato
         yield _fp32(tensors, name, begin, end, config)
 
 
-def _some_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+def _some_rows(tensors: TensorSource, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
     """Yield (first row, rows) at the beginning, the middle and the end of a tensor."""
     count, height = row_count(tensors.facts[name][1]), _permuted_width(name, config) or 1
     for begin in sorted({at // height * height for at in (0, count // 2, count - 1)}):
@@ -199,7 +201,7 @@ def _permuted_width(name: str, config: Mapping[str, Any]) -> int:
     return head_width(config)
 
 
-def _fp32(tensors: Tensors, name: str, begin: int, end: int, config: Mapping[str, Any]) -> Any:
+def _fp32(tensors: TensorSource, name: str, begin: int, end: int, config: Mapping[str, Any]) -> Any:
     gguf = _library()
     rows = read_rows(tensors, name, begin, end, _permuted_width(name, config))
     numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensors.facts[name][0]])
@@ -224,17 +226,17 @@ def _checked(data: Any, stored: str, name: str) -> Any:
     return data
 
 
-def check_tensors(tensors: Tensors, config: Mapping[str, Any]) -> None:
+def check_tensors(tensors: TensorSource, config: Mapping[str, Any]) -> None:
     """Raise ModelError for a tensor without a llama.cpp name, or with a dtype other than fp32, fp16 and bf16."""
     _names(tensors, config)
 
 
-def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
+def _names(tensors: TensorSource, config: Mapping[str, Any]) -> dict[str, str]:
     """Return transformers' name -> llama.cpp's. Raises ModelError for a tensor without one."""
     gguf = _library()
     kind = str(config["model_type"])
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
-        raise ModelError(_("weights of type {odd}").format(odd=odd[0]), place="--to gguf", remedy="--to hf")
+        raise ModelError(_("weights of type {dtype}").format(dtype=odd[0]), place="--to gguf", remedy="--to hf")
     arch = gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()]
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}

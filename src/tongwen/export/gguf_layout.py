@@ -16,7 +16,7 @@ import numpy as np
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import FAMILIES
-from tongwen.core.safetensors_io import Tensors
+from tongwen.core.safetensors_io import TensorSource
 from tongwen.export.gguf_metadata import check_family
 
 # LLaMA's config key -> other families' keys for the same value.
@@ -49,7 +49,7 @@ class ReorderedTensors:
 
     def __init__(
         self,
-        source: Tensors,
+        source: TensorSource,
         runs: Mapping[str, Sequence[RowRange]],
         transposed: Sequence[str] = (),
         hidden: Sequence[str] = (),
@@ -103,7 +103,7 @@ def with_llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+def for_llama_cpp(tensors: TensorSource, config: Mapping[str, Any]) -> TensorSource:
     """Return the tensors in llama.cpp's layout, without those that the model does not use."""
     kind, layers = str(config["model_type"]), int(config["num_hidden_layers"])
     heads = [name for name in HEADS if name in tensors.facts and config.get("tie_word_embeddings")]
@@ -127,7 +127,7 @@ def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return tensors
 
 
-def _stacked(tensors: Tensors, experts: int) -> ReorderedTensors:
+def _stacked(tensors: TensorSource, experts: int) -> ReorderedTensors:
     """Concatenate each layer's separate experts: (experts x rows, columns)."""
     runs = {}
     alone = [name for name in tensors.facts if ".experts." in name]
@@ -140,7 +140,7 @@ def _stacked(tensors: Tensors, experts: int) -> ReorderedTensors:
     return ReorderedTensors(tensors, runs, hidden=alone)
 
 
-def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> ReorderedTensors:
+def _decompressed(tensors: TensorSource, config: Mapping[str, Any]) -> ReorderedTensors:
     """Split DeepSeek's decompression into one matrix for keys, transposed head by head, and one for values."""
     key, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
     begins = range(0, int(config["num_attention_heads"]) * (key + value), key + value)
@@ -152,7 +152,7 @@ def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> ReorderedTenso
     return ReorderedTensors(tensors, {**keys, **values}, transposed=list(keys), hidden=fused)
 
 
-def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[Tensors, dict[str, Any]]:
+def as_llama(tensors: TensorSource, config: Mapping[str, Any], place: str) -> tuple[TensorSource, dict[str, Any]]:
     """Return a Baichuan-7B's tensors and config as a LLaMA. Raises ModelError for other Baichuan models."""
     packed = [name for name in tensors.facts if name.endswith(".W_pack.weight")]
     if "model_max_length" in config or not packed:  # only the 13B models have this key: they use ALiBi

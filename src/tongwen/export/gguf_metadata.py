@@ -156,7 +156,7 @@ def _theta(config: Config) -> float:
 
 
 def add_metadata(writer: Any, config: Config, name: str, rows: int, kind: str) -> None:
-    """Write the metadata that llama.cpp needs to build the model. rows: of the embedding; kind: number type."""
+    """Write the metadata that llama.cpp needs to build the model. rows: of the embedding; kind: dtype."""
     import gguf
 
     family, heads = str(config["model_type"]), int(config["num_attention_heads"])

@@ -41,7 +41,7 @@ class Vocabulary:
     drops_blanks: bool = False  # after special tokens
     unsupported: list[str] = field(
         default_factory=list
-    )  # other tokens that drop blanks, which llama.cpp does not support
+    )  # other tokens that drop spaces, which llama.cpp does not support
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -90,7 +90,7 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
             return added["content"], UNKNOWN
         if added["special"]:
             return added["content"], CONTROL
-        # llama.cpp finds it in the text before blanks are replaced, and writes it out verbatim.
+        # llama.cpp finds it in the text before spaces are replaced, and writes it out verbatim.
         return added["content"].replace("\u2581", " ") if sentencepiece else added["content"], USER_DEFINED
     if token is None:
         return f"[PAD{index}]", UNUSED
@@ -100,8 +100,8 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
 
 
 def _blank_dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
-    """Return (whether the tokenizer drops blanks after special tokens as Phi-3's does, after all but three; if not, the
-    tokens that drop blanks, which llama.cpp does not support)."""
+    """Return (whether the tokenizer drops spaces after special tokens as Phi-3's does, after all but three; if not, the
+    tokens that drop spaces, which llama.cpp does not support)."""
     dropping = {token["content"]: bool(token["rstrip"]) for token in added if token["special"] or token["rstrip"]}
     kept = {token for token, drops in dropping.items() if not drops}
     if "</s>" in dropping and kept == PHI3_KEEPS:
@@ -128,7 +128,7 @@ def _pattern(definition: Mapping[str, Any]) -> str:
 
 
 def _adds_space(definition: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer puts a blank before every text."""
+    """Whether the tokenizer puts a space before every text."""
     text = json.dumps([definition.get("normalizer"), definition.get("pre_tokenizer")])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Stored, Tensors, blocks, plan_shards
+from tongwen.core.safetensors_io import TensorLocation, TensorSource, blocks, plan_shards
 
 
-def write(tensors: Tensors, out: Path, shard_bytes: int, progress: Callable[[int], None]) -> dict[str, Stored]:
+def write(
+    tensors: TensorSource, out: Path, shard_bytes: int, progress: Callable[[int], None]
+) -> dict[str, TensorLocation]:
     """Write safetensors files with one block of rows in memory at a time; returns each tensor's place."""
     stored = plan_shards(out, tensors.facts, shard_bytes)
     for done, (name, place) in enumerate(stored.items(), 1):
@@ -24,11 +26,11 @@ def write(tensors: Tensors, out: Path, shard_bytes: int, progress: Callable[[int
     return stored
 
 
-def check_same(source: Tensors, written: Tensors, place: str) -> None:
+def check_same(source: TensorSource, written: TensorSource, place: str) -> None:
     """Raise NumbersError unless the two have bitwise equal tensors."""
     if source.facts != written.facts:
         odd = sorted(source.facts.items() ^ written.facts.items())[0][0]
-        raise NumbersError(_("read back from the file, {odd} differs from the original").format(odd=odd), place=place)
+        raise NumbersError(_("read back from the file, {name} differs from the original").format(name=odd), place=place)
     for name, (_unused, shape) in source.facts.items():
         for rows in blocks(shape):
             if not np.array_equal(source.raw(name, *rows), written.raw(name, *rows)):

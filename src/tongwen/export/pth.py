@@ -24,7 +24,7 @@ import numpy as np
 
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import ITEM_BYTES, Tensors, blocks
+from tongwen.core.safetensors_io import ITEM_BYTES, TensorSource, blocks
 
 # (Hugging Face's name, LLaMA's name, axis that is sliced over the files; None: each file has the whole tensor)
 OUTSIDE = (
@@ -80,7 +80,7 @@ def find_files(folder: Path) -> list[Path]:
 class PthTensors:
     """A folder of `.pth` files as a model's tensors, with Hugging Face's names and row order."""
 
-    def __init__(self, parts: Sequence[Tensors], folder: Path) -> None:
+    def __init__(self, parts: Sequence[TensorSource], folder: Path) -> None:
         self.parts, self.params = parts, _read_params(folder)
         self.config = _config(parts, self.params, folder)
         self.facts: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -97,7 +97,7 @@ class PthTensors:
             self._at[hf_name] = (llama_name, axis)
         spare = parts[0].facts.keys() - {llama_name for llama_name, _ in self._at.values()}
         if odd := sorted(name for name in spare if not name.endswith("rope.freqs")):
-            raise ModelError(_("{odd} does not belong to a LLaMA model").format(odd=odd[0]), place=str(folder))
+            raise ModelError(_("{name} does not belong to a LLaMA model").format(name=odd[0]), place=str(folder))
 
     def raw(self, name: str, begin: int, end: int) -> Any:
         if not name.endswith(PERMUTED):
@@ -127,10 +127,10 @@ class PthTensors:
         return np.concatenate(out)
 
 
-class with_head:  # noqa: N801 (used like a function)
+class UntiedTensors:
     """The same tensors with a separate head: LLaMA's format does not support tied weights."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: TensorSource) -> None:
         self.tensors = tensors
         self.facts = {"lm_head.weight": tensors.facts["model.embed_tokens.weight"], **tensors.facts}
 
@@ -138,13 +138,13 @@ class with_head:  # noqa: N801 (used like a function)
         return self.tensors.raw(name if name in self.tensors.facts else "model.embed_tokens.weight", begin, end)
 
 
-def write(tensors: Tensors, config: Mapping[str, Any], out: Path, progress: Callable[[int], None]) -> int:
+def write(tensors: TensorSource, config: Mapping[str, Any], out: Path, progress: Callable[[int], None]) -> int:
     """Write `consolidated.NN.pth` and `params.json`, in the published number of files; returns that number.
 
     Raises ModelError for a model that LLaMA's own code cannot run.
     """
     params = make_params(tensors, config)
-    tensors = with_head(tensors)
+    tensors = UntiedTensors(tensors)
     files = FILES_BY_WIDTH.get(int(config["hidden_size"]), 1)
     with ExitStack() as stack:
         parts = [stack.enter_context(PthFile(out / f"consolidated.{number:02d}.pth")) for number in range(files)]
@@ -156,7 +156,7 @@ def write(tensors: Tensors, config: Mapping[str, Any], out: Path, progress: Call
 
 
 def _spread(
-    tensors: Tensors, hf_name: str, llama_name: str, axis: int | None, parts: Sequence[PthFile], width: int
+    tensors: TensorSource, hf_name: str, llama_name: str, axis: int | None, parts: Sequence[PthFile], width: int
 ) -> None:
     """Write one tensor to all files, reading its rows once."""
     dtype, shape = tensors.facts[hf_name]
@@ -185,13 +185,13 @@ def heads(rows: int, width: int) -> Iterator[tuple[int, int]]:
         yield begin, begin + width
 
 
-def read_rows(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
+def read_rows(tensors: TensorSource, name: str, begin: int, end: int, width: int) -> Any:
     """Return rows as bytes, (n, bytes per row). width: head width, to order rows by rotation pairs; 0: no reordering."""
     rows = tensors.raw(name, begin, end).reshape(end - begin, -1)
     return np.ascontiguousarray(rows[head_order(end - begin, width, to_halves=False)]) if width else rows
 
 
-def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
+def make_params(tensors: TensorSource, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of `params.json`. Raises ModelError that names a feature the format cannot express."""
     wanted = {hf_name for hf_name, _, _ in names(int(config.get("num_hidden_layers", 0)))}
     spare = sorted(tensors.facts.keys() - wanted)
@@ -322,7 +322,7 @@ def _read_params(folder: Path) -> dict[str, Any]:
         raise ModelError(_("not JSON: {error}").format(error=error), place=str(file)) from None
 
 
-def _config(parts: Sequence[Tensors], params: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _config(parts: Sequence[TensorSource], params: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return config.json for a LLaMA model. The format has no context length: use that of the matching release."""
     dim, heads = int(params["dim"]), int(params["n_heads"])
     theta = float(params.get("rope_theta", 10000.0))
@@ -357,7 +357,7 @@ def _config(parts: Sequence[Tensors], params: Mapping[str, Any], folder: Path) -
     return config
 
 
-def _fact(part: Tensors, name: str, folder: Path) -> tuple[str, tuple[int, ...]]:
+def _fact(part: TensorSource, name: str, folder: Path) -> tuple[str, tuple[int, ...]]:
     if name not in part.facts:
         raise ModelError(_("{name} is missing from a part").format(name=name), place=str(folder))
     return part.facts[name]

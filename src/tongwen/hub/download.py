@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ArtifactError, DataError, MachineError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.i18n import _
 from tongwen.hub.names import HubRef, Notify, nearest, resolve
@@ -157,6 +156,8 @@ def fetch(
         "code": ref.code,
         **(settings or {}),
     }
+    originals.check_output(out)
+    artifact.check_working(out)
     with _folder_lock(out, notify):
         found = _find_existing(out)
         if found is not None and not again:
@@ -318,8 +319,7 @@ def _reuse(found: artifact.Artifact, out: Path, notify: Notify, *, link: bool) -
     """Move a finished folder aside and hard-link its files into the new one, so that no byte is fetched twice. link: False
     for a downloader that may write into existing files."""
     partial = artifact.partial_of(out)
-    if partial.exists():
-        shutil.rmtree(partial)
+    artifact.empty(partial)
     aside = artifact.put_aside(out)
     assert aside is not None
     notify(_("the old folder is kept as {aside}").format(aside=aside))
@@ -332,7 +332,7 @@ def _reuse(found: artifact.Artifact, out: Path, notify: Notify, *, link: bool) -
 
 def _remove_leftovers(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
     """Delete files of the draft that are neither downloaded nor made: partial files, and files of an earlier plan."""
-    keep = {*files, *draft.facts.get("made", {})}
+    keep = {*files, *draft.facts.get("made", {}), artifact.MARK}
     for path in sorted(draft.path.rglob("*"), reverse=True):
         name = path.relative_to(draft.path).as_posix()
         if path.is_dir() and not path.is_symlink():

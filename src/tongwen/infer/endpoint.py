@@ -33,24 +33,29 @@ class EndpointBackend:
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         sampling: Sampling,
         on_answer: Callable[[int, str], None],
+        tools: Sequence[Sequence[Mapping[str, Any]]] = (),
     ) -> None:
-        """Call `on_answer` with the index and text of each answer. Raises MachineError if the endpoint cannot be reached,
-        ModelError if it refuses."""
+        """Call `on_answer` with the index and text of each answer. tools: of each conversation, if any has some. Raises
+        MachineError if the endpoint cannot be reached, ModelError if it refuses."""
         if sampling.beams > 1:
             raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
-        asyncio.run(self._answer_each(conversations, _options(sampling), on_answer))
+        offered = tools or [()] * len(conversations)
+        if self.completion and any(offered):
+            raise ModelError(_("a text that is continued has no place for the tools of its row"), place=self.url)
+        asyncio.run(self._answer_each(list(zip(conversations, offered, strict=True)), _options(sampling), on_answer))
 
     async def _answer_each(
         self,
-        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        asked: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]],
         options: dict[str, Any],
         on_answer: Callable[[int, str], None],
     ) -> None:
-        indexed = enumerate(conversations)
+        indexed = enumerate(asked)
 
         async def worker_loop() -> None:
-            for index, messages in indexed:  # shared by all workers
-                on_answer(index, await self._request(client, messages, options))
+            for index, (messages, tools) in indexed:  # shared by all workers
+                offered = {"tools": [*map(dict, tools)]} if tools else {}
+                on_answer(index, await self._request(client, messages, {**options, **offered}))
 
         async with OpenAIClient(self.url, self.model, os.environ.get("OPENAI_API_KEY", ""), retries=RETRIES) as client:
             workers = [asyncio.create_task(worker_loop()) for _ in range(CONCURRENCY)]
@@ -87,7 +92,7 @@ class EndpointBackend:
             ) from None
         except UnreadableReply as error:
             raise ModelError(
-                _("what comes from there is no answer: {error!r}").format(error=str(error)),
+                _("the endpoint's reply contains no answer: {error!r}").format(error=str(error)),
                 place=self.url,
                 remedy=_("the address ends with /v1 for most endpoints"),
             ) from None

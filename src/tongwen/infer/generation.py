@@ -51,7 +51,7 @@ class Sampling:
                     remedy=f"{low} … {high}",
                 )
 
-    def to_generate(self) -> dict[str, Any]:
+    def generation_kwargs(self) -> dict[str, Any]:
         """Return the arguments of transformers' `generate`."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
@@ -64,7 +64,7 @@ class Sampling:
             options["min_new_tokens"] = self.min_new_tokens
         return options
 
-    def with_(self, **changes: Any) -> Sampling:
+    def override(self, **changes: Any) -> Sampling:
         unknown = sorted(set(changes) - set(asdict(self)))
         if unknown:
             raise ModelError(
@@ -252,7 +252,10 @@ class TextGenerator:
         from transformers import GenerationConfig
 
         return GenerationConfig(
-            eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True, **sampling.to_generate()
+            eos_token_id=list(self.stop_ids),
+            pad_token_id=self.stop_ids[0],
+            use_cache=True,
+            **sampling.generation_kwargs(),
         )
 
     def _until_stop(self, row: list[int]) -> list[int]:

@@ -60,7 +60,7 @@ class LlamaCppBackend(TextGenerator):
             for _index in range(self._limit_new_tokens(len(prompt), sampling).max_new_tokens):
                 # A different seed for each token: with the same seed, each would be drawn with the same random number.
                 seed = None if sampling.seed is None else (sampling.seed + len(new_ids)) % (1 << 32)
-                one_token = sampling.with_(max_new_tokens=1, seed=seed)
+                one_token = sampling.override(max_new_tokens=1, seed=seed)
                 result = self._complete([*prompt, *new_ids], one_token)
                 new_ids += result["tokens"]
                 yield from result["tokens"]

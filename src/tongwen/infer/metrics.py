@@ -176,7 +176,6 @@ def _perplexity_of(sums: np.ndarray) -> dict[str, float]:
 
 
 LIKELIHOOD = {"bits_per_byte": _bits_of, "perplexity": _perplexity_of}
-LOWER_IS_BETTER = tuple(LIKELIHOOD)
 
 
 def accuracy_of(sums: np.ndarray) -> dict[str, float]:

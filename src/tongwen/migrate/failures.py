@@ -39,7 +39,7 @@ def find(name: str) -> KnownFailure:
     known_failures = failures()
     if found is None or (id_ := f"F-{int(found[1]):02}") not in known_failures:
         raise RecipeError(
-            _("no failure has the number {name!r}").format(name=name),
+            _("unknown failure number: {name!r}").format(name=name),
             place="tongwen doctor",
             remedy=_("{lowest} to {highest}; docs/from-older-projects.md lists them all").format(
                 lowest=min(known_failures), highest=max(known_failures)

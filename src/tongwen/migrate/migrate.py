@@ -148,7 +148,7 @@ def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -
     position = next((index for index, argument in enumerate(rest) if _script_name(rest, index)), None)
     if position is None:
         raise RecipeError(
-            _("this names no program of an older project"),
+            _("no known script of an older project is in this command"),
             place=old,
             remedy=_nearest_scripts(rest),
         )
@@ -247,7 +247,7 @@ def _flags(
         else:
             reader.add_problem(
                 place,
-                _("{word!r} does not belong to any flag").format(word=argument),
+                _("{argument!r} follows no flag").format(argument=argument),
                 _("an extra space?"),
             )
     if waiting is not None:

@@ -1,1 +1,1 @@
-"""Models: opened, adapted, folded, named by their fingerprint, and scored in bits per byte."""
+"""Models: loading, adapters, merging, kernels, and ChatGLM."""

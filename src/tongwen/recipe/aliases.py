@@ -76,7 +76,7 @@ NEEDLESS = {
     "eval_on_start": N_("the held-out set is always scored before and after"),
     "metric_for_best_model": N_("`patience` goes by the held-out bits per byte"),
     "greater_is_better": N_("`patience` goes by the held-out bits per byte"),
-    "resume_from_checkpoint": N_("the same command continues by itself"),
+    "resume_from_checkpoint": N_("the same command continues the run"),
     "remove_unused_columns": N_("there are no columns"),
     "label_names": N_("there are no columns"),
     "dataloader_drop_last": N_("no sample is dropped"),

@@ -100,7 +100,7 @@ class Synthesize(Section):
     topics: list[str] = setting([], "topics; absent: the 82 included ones")
     documents: SourceConfigs = setting([], "documents for the conversations")
     temperature: Number = setting(1.0, "0: always the likeliest", ge=0, le=2)
-    top_p: Number = setting(1.0, "nucleus sampling (top-p) share", gt=0, le=1)
+    top_p: Number = setting(1.0, "top-p (nucleus sampling)", gt=0, le=1)
     max_tokens: Count = setting(2048, "maximum tokens of a reply", ge=1)
     json_schema: Literal["auto", "off"] = setting(
         "auto", "request JSON that follows a schema, if the endpoint supports it"

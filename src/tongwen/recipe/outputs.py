@@ -14,7 +14,7 @@ from tongwen.recipe.fields import Count, Number, Rules, Section, read_list, read
 class Merge(Section):
     """Merge the adapter into the base."""
 
-    dtype: Literal["base", "fp32", "bf16", "fp16"] = setting("base", "number type of the merged model")
+    dtype: Literal["base", "fp32", "bf16", "fp16"] = setting("base", "dtype of the merged model")
     parity: Literal["streamed", "full"] = setting(
         "streamed",
         "compare its logits with base + adapters: layer by layer, or with both models in memory",
@@ -110,7 +110,7 @@ class Export(Section):
     )
     quantize: str = setting(
         "f16",
-        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m etc.)",
+        "dtype of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m etc.)",
     )
     push: str = setting(
         "",

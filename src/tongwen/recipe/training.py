@@ -339,7 +339,7 @@ class Pretrain(Training):
         )
         yield (
             {"full", "lora"} <= self.trained_parts,
-            _("the phases train both an adapter and, in full, its base weights: keep one of the two"),
+            _("the phases train an adapter and also all base weights: choose one"),
         )
         yield (
             self.adapter.method == "adalora" and sum("lora" in parts_of(train) for train in self.trains) > 1,

@@ -298,8 +298,8 @@ class ApiServer:
         except ValidationError as error:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if request.model != self.backend.name:
-            message = _("this server has no model {model!r}, only {speech!r}").format(
-                model=request.model, speech=self.backend.name
+            message = _("this server has no model {model!r}, only {served!r}").format(
+                model=request.model, served=self.backend.name
             )
             raise RequestError(404, "model_not_found", message)
         try:

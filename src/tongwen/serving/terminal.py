@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
 from tongwen.core.stop_signals import StopSignal
@@ -37,6 +37,7 @@ class TerminalChat:
     check:    raises TongwenError for invalid settings
     context:  maximum number of tokens, prompt and answer together
     settings: max_new_tokens, temperature, …
+    saved:    file that `/save` wrote -> its hash
     """
 
     reply: Callable[[Messages, dict[str, Any], Callable[[int], None]], Iterator[str]]
@@ -47,6 +48,7 @@ class TerminalChat:
     stream: bool = True
     messages: Messages = field(default_factory=list)
     thought: str = ""
+    saved: dict[Path, str] = field(default_factory=dict)
 
     def start(self, system: str) -> None:
         self.messages = [{"role": "system", "content": system}] if system else []
@@ -142,10 +144,18 @@ class TerminalChat:
             console.info(_("no answer yet"))
 
     def _save(self, file: Path) -> None:
+        """Write the conversation to a new file, or to the one that it was saved to before."""
+        text = artifact.as_json({"messages": self.messages})
         try:
-            artifact.write_json(file, {"messages": self.messages})
+            if file in self.saved and file.is_file() and artifact.hash_file(file) == self.saved[file]:
+                artifact.write_text(file, text)
+            else:
+                originals.write_new(file, text)
+            self.saved[file] = artifact.hash_file(file)
         except OSError as error:
             console.error(f"{file}: {error.strerror}")
+        except TongwenError as error:
+            console.error(error.text())
         else:
             console.success(str(file))
 

@@ -27,11 +27,11 @@ def check_ahead(recipe: Recipe) -> None:
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the documents and train on them."""
-    from tongwen.workflows.training.documents import document_job
+    from tongwen.workflows.training.documents import make_document_job
     from tongwen.workflows.training.job import train_stage
 
     assert recipe.pretrain
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("pretrain", f"{base_of_stage(recipe, 'pretrain')} · {' → '.join(recipe.pretrain.trains)}")
-    job = document_job(recipe, prepared, out.parent / "tokens" / "pretrain")
+    job = make_document_job(recipe, prepared, out.parent / "tokens" / "pretrain")
     return train_stage(job, out)

@@ -24,11 +24,11 @@ def check_ahead(recipe: Recipe) -> None:
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the dialogues and train on them."""
-    from tongwen.workflows.training.dialogues import dialogue_job
+    from tongwen.workflows.training.dialogues import make_dialogue_job
     from tongwen.workflows.training.job import train_stage
 
     assert recipe.sft
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("sft", f"{base_of_stage(recipe, 'sft')} · {recipe.sft.adapter.method}")
-    job = dialogue_job(recipe, prepared, out.parent / "tokens" / "sft")
+    job = make_dialogue_job(recipe, prepared, out.parent / "tokens" / "sft")
     return train_stage(job, out)

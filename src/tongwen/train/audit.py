@@ -188,7 +188,7 @@ def first_not_finite(model: Any, optimizer: Any = None, *, frozen: bool = False)
     held = [(name, part.detach()) for part, name in names.items() if getattr(part, "quant_state", None) is None]
     for part, kept in optimizer.state.items() if optimizer else ():
         held += [
-            (f"{names.get(part, 'shared out')} · {key}", value)
+            (f"{names.get(part, 'sharded')} · {key}", value)
             for key, value in kept.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]

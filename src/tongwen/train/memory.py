@@ -39,7 +39,7 @@ CUDA_CONTEXT = 600_000_000  # bytes of a GPU that CUDA and its libraries take be
 MAX_TOKENS = 65536  # at once; enough to hide the kernel launches of any model
 
 # What each engine shards. ZeRO stage 1: the optimizer; stage 2: gradients as well; stage 3: weights as well.
-SHARED = {
+SHARDED_PURPOSES = {
     "zero1": ("optimizer",),
     "zero2": ("gradients", "optimizer"),
     "zero3": ("weights", "gradients", "optimizer"),
@@ -48,7 +48,7 @@ SHARED = {
 
 
 @dataclass(frozen=True)
-class Sharing:
+class ShardingPlan:
     """How an engine divides a training among processes, each with a GPU of its own.
 
     engine:    "" for one process, ddp, zero1 to zero3, or fsdp2
@@ -86,7 +86,7 @@ class Sharing:
                 out["weights"] -= 2 * shape.trainable
                 out["gradients"] //= 2
                 out["optimizer"] += 4 * shape.trainable
-        shared = SHARED.get(self.engine, ())
+        shared = SHARDED_PURPOSES.get(self.engine, ())
         for purpose in shared:
             out[purpose] = -(-out[purpose] // self.world)
         if "weights" in shared:
@@ -97,7 +97,7 @@ class Sharing:
         return {purpose: 0 if purpose in self.offloaded else size for purpose, size in out.items()}
 
 
-ALONE = Sharing()
+SINGLE_PROCESS = ShardingPlan()
 
 
 def kept_for_backward(shape: ModelShape, *, checkpointing: bool) -> int:
@@ -148,7 +148,9 @@ def own_memory(device: str) -> int:
     return device_memory(device) if distributed.world_size() == 1 else 0
 
 
-def is_estimated_to_fit(model: Any, config: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
+def is_estimated_to_fit(
+    model: Any, config: Training, sharding: ShardingPlan, width: int, tokens: int, memory: int
+) -> bool:
     """Return whether a micro-batch of `tokens` fits a GPU without activation recomputation.
 
     Uses only what is equal on all processes (their GPUs are of one kind), so that all get the same answer. If only some
@@ -159,7 +161,7 @@ def is_estimated_to_fit(model: Any, config: Training, sharing: Sharing, width: i
     shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)
     weights = sum(part.numel() * part.element_size() for part in model.parameters())
     needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[config.optimizer] * learning}
-    needed = sum(sharing.of(needs, shape, width, width).values())
+    needed = sum(sharding.of(needs, shape, width, width).values())
     if config.sharded_by == "deepspeed":  # DeepSpeed shards after the audit
         needed = max(needed, needs["weights"] + needs["gradients"])
     activations = tokens * 2 * kept_for_backward(rough, checkpointing=False)

@@ -110,13 +110,13 @@ def trace_step(
         prepare(model)
         width = head.weight.shape[0]  # with trainable token rows, peft builds the whole weight at each access
         batch, live, arrived = _batch(lengths), LiveTensors(), set[int]()
-        learners = [part for part in model.parameters() if part.requires_grad]
-        of_layer = len(learners) // layers
+        trainable = [part for part in model.parameters() if part.requires_grad]
+        of_layer = len(trainable) // layers
 
         def on_gradient(part: torch.nn.Parameter) -> None:
             arrived.add(id(part))
             live.rename(part.grad, "gradients")
-            if len(arrived) > len(learners) - of_layer:
+            if len(arrived) > len(trainable) - of_layer:
                 live.part = FIRST_LAYER
             elif len(arrived) > of_layer:
                 live.part = BETWEEN
@@ -125,7 +125,7 @@ def trace_step(
             live.purpose = "head"
             arguments[0].register_hook(lambda gradient: setattr(live, "part", LAST_LAYER))
 
-        for part in learners:
+        for part in trainable:
             part.register_post_accumulate_grad_hook(on_gradient)
         head.register_forward_pre_hook(on_head)
         with live:

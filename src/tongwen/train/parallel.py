@@ -24,7 +24,7 @@ from tongwen.core.errors import MachineError, MissingPackage, RecipeError
 from tongwen.core.i18n import _
 from tongwen.recipe import engine_config
 from tongwen.recipe.training import Training
-from tongwen.train.memory import SHARED, Sharing
+from tongwen.train.memory import SHARDED_PURPOSES, ShardingPlan
 
 BUCKET = 500_000_000  # DeepSpeed's default
 FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
@@ -180,12 +180,12 @@ def choose_engine(section: Training) -> Engine:
     return Engine("ddp" if distributed.is_launched() else "single")
 
 
-def sharing_of(section: Training, world: int) -> Sharing:
+def sharding_plan(section: Training, world: int) -> ShardingPlan:
     """Return how `world` processes will share a training. Raises RecipeError for an engine file that cannot be read."""
     if section.sharded_by == "fsdp2":
         config = _fsdp_config(section)
-        offloaded = SHARED["fsdp2"] if section.offload else ()
-        return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
+        offloaded = SHARDED_PURPOSES["fsdp2"] if section.offload else ()
+        return ShardingPlan("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
     if section.sharded_by == "deepspeed":
         zero = _deepspeed_config(section)["zero_optimization"]
         stage = zero["stage"]
@@ -194,8 +194,8 @@ def sharing_of(section: Training, world: int) -> Sharing:
         copies = 2 if stage < 3 and zero.get("overlap_comm") else 1
         size = zero.get("reduce_bucket_size", BUCKET)
         bucket = 0 if size == "auto" else copies * int(size)  # auto: the hidden size squared, which is small
-        return Sharing(f"zero{stage}", world, offloaded, bucket=bucket)
-    return Sharing("ddp" if world > 1 else "", world)
+        return ShardingPlan(f"zero{stage}", world, offloaded, bucket=bucket)
+    return ShardingPlan("ddp" if world > 1 else "", world)
 
 
 def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
@@ -324,7 +324,7 @@ def true_on_any_rank(parts: Iterable[torch.Tensor], predicate: Any) -> list[bool
     return [bool(flag) for flag in flags.tolist()]
 
 
-def from_first_rank(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Return the first rank's value on all ranks. Call it on all ranks.
 
     Values computed per rank may differ in the last bits, and so would decisions based on them.

@@ -104,7 +104,7 @@ class PhaseRun:
     evaluate: Callable[[int], dict[str, Any]] | None
     metrics: MetricsCallback
     engine: Engine
-    learners: Sequence[torch.nn.Parameter] = ()
+    trainable: Sequence[torch.nn.Parameter] = ()
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     allocator: RankAllocator | None = None
@@ -461,7 +461,7 @@ class PlannedTrainer(Trainer):
             staged, self._staging = self._staging / f"checkpoint-{self.state.global_step}", None
         if self._is_shared_adapter:
             # accelerate omits tied names, and tensors that only an earlier phase has trained.
-            whole = gather(self.job.model, self.job.learners)
+            whole = gather(self.job.model, self.job.trainable)
             if self.args.should_save:
                 torch.save(whole, staged / FSDP_FILE)
         self.accelerator.wait_for_everyone()

@@ -53,7 +53,7 @@ def is_byte_level(definition: dict[str, Any]) -> bool:
     return definition["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(definition.get("decoder"))
 
 
-def spelling_of(definition: dict[str, Any]) -> list[bytes]:
+def token_bytes_of(definition: dict[str, Any]) -> list[bytes]:
     """Return the bytes of every id, including added tokens; b"" for an id without a token."""
     vocabulary: dict[str, int] = definition["model"]["vocab"]
     added = {token["content"]: token["id"] for token in definition.get("added_tokens") or ()}
@@ -127,15 +127,15 @@ def counts_of(learned: LearnedMerges) -> list[int]:
 
 
 def with_words(
-    learned: LearnedMerges, spelling: list[bytes], words: Sequence[str], extended: Tokenizer
+    learned: LearnedMerges, token_bytes: list[bytes], words: Sequence[str], extended: Tokenizer
 ) -> LearnedMerges:
     """Append whole words to the learned merges. Each word is merged from the left out of its tokens in `extended`.
 
-    extended: the base with the learned merges. In scripts that separate words by blanks, a word also gets a form with a
-    leading blank. Raises RecipeError for a word that the pre-tokeniser splits: merges cannot join it.
+    extended: the base with the learned merges. In scripts that separate words by spaces, a word also gets a form with a
+    leading space. Raises RecipeError for a word that the pre-tokeniser splits: merges cannot join it.
     """
     out = LearnedMerges(learned.first_new, list(learned.merges), list(learned.pieces), list(learned.counts))
-    id_of = {piece: index for index, piece in reversed(list(enumerate(spelling)))}
+    id_of = {piece: index for index, piece in reversed(list(enumerate(token_bytes)))}
     for form in forms_of(words):
         found: list[tuple[str, Any]] = (
             extended.pre_tokenizer.pre_tokenize_str(form) if extended.pre_tokenizer else [(form, None)]
@@ -154,7 +154,7 @@ def with_words(
             tokens = _joined(tokens, left, right, made)
         while len(tokens) > 1:
             left, right = tokens[:2]
-            piece = _spelled(left, spelling, out) + _spelled(right, spelling, out)
+            piece = _spelled(left, token_bytes, out) + _spelled(right, token_bytes, out)
             if piece not in id_of:
                 id_of[piece] = out.first_new + len(out.pieces)
                 out.pieces.append(piece)
@@ -165,7 +165,7 @@ def with_words(
 
 
 def forms_of(words: Sequence[str]) -> Iterator[str]:
-    """Yield each word, and also with a leading blank if its script separates words by blanks."""
+    """Yield each word, and also with a leading space if its script separates words by spaces."""
     for word in words:
         yield word
         if word[0].isalpha() and not any(Script(name).occurs_in(word) for name in UNSPACED):
@@ -196,5 +196,5 @@ def _joined(tokens: list[int], left: int, right: int, made: int) -> list[int]:
     return out
 
 
-def _spelled(index: int, spelling: list[bytes], learned: LearnedMerges) -> bytes:
-    return learned.pieces[index - learned.first_new] if index >= learned.first_new else spelling[index]
+def _spelled(index: int, token_bytes: list[bytes], learned: LearnedMerges) -> bytes:
+    return learned.pieces[index - learned.first_new] if index >= learned.first_new else token_bytes[index]

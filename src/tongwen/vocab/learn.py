@@ -60,7 +60,7 @@ class WordCounts:
 
 def learn_merges(
     words: Mapping[tuple[int, ...], int],
-    spelling: list[bytes],
+    token_bytes: list[bytes],
     allows: Callable[[bytes], bool],
     pieces: int,
     *,
@@ -71,14 +71,14 @@ def learn_merges(
 ) -> LearnedMerges:
     """Learn merges for at most `pieces` new tokens from words (base tokens -> count).
 
-    spelling:  the bytes of every base token by id
+    token_bytes: the bytes of every base token by id
     allows:    whether bytes may become a piece
     first_new: the id of the first new piece
     forbidden: bytes that must not become a piece: those of special tokens
     progress:  called now and then with the number of new tokens
     Ends early when no allowed pair occurs `min_count` times.
     """
-    learner = _Learner(WordCounts(words), spelling, allows, first_new, min_count, set(forbidden))
+    learner = _Learner(WordCounts(words), token_bytes, allows, first_new, min_count, set(forbidden))
     while len(learner.out.pieces) < pieces and (best := learner.best()) is not None:
         learner.merge(*best)
         if len(learner.out.merges) % 100 == 0:
@@ -90,15 +90,15 @@ class _Learner:
     def __init__(
         self,
         corpus: WordCounts,
-        spelling: list[bytes],
+        token_bytes: list[bytes],
         allows: Callable[[bytes], bool],
         first_new: int,
         min_count: int,
         forbidden: set[bytes],
     ) -> None:
         self.corpus, self.allows, self.min_count, self.forbidden = corpus, allows, min_count, forbidden
-        self.spelling = dict(enumerate(spelling))
-        self.id_of = {piece: index for index, piece in reversed(self.spelling.items())}
+        self.token_bytes = dict(enumerate(token_bytes))
+        self.id_of = {piece: index for index, piece in reversed(self.token_bytes.items())}
         self.out = LearnedMerges(first_new)
         self.count: dict[int, int] = {}
         self.places: dict[int, list[np.ndarray]] = {}
@@ -120,7 +120,7 @@ class _Learner:
     def merge(self, pair: int, count: int) -> None:
         """Replace the pair by one token wherever it occurs."""
         left, right = pair >> 32, pair & 0xFFFFFFFF
-        made = self._id_of(self.spelling[left] + self.spelling[right])
+        made = self._id_of(self.token_bytes[left] + self.token_bytes[right])
         corpus, at = self.corpus, self._occurrences(pair, left, right)
         second = corpus.after[at]
         self._remove(at, second)
@@ -137,7 +137,7 @@ class _Learner:
         """Return the id of a piece, adding it if it is new."""
         if piece not in self.id_of:
             self.id_of[piece] = new = self.out.first_new + len(self.out.pieces)
-            self.spelling[new] = piece
+            self.token_bytes[new] = piece
             self.out.pieces.append(piece)
         return self.id_of[piece]
 
@@ -198,13 +198,13 @@ class _Learner:
     def _is_allowed(self, pair: int) -> bool:
         known = self.allowed.get(pair)
         if known is None:
-            piece = self.spelling[pair >> 32] + self.spelling[pair & 0xFFFFFFFF]
+            piece = self.token_bytes[pair >> 32] + self.token_bytes[pair & 0xFFFFFFFF]
             known = self.allowed[pair] = piece not in self.forbidden and self.allows(piece)
         return known
 
     def _is_partial(self, pair: int) -> bool:
         try:
-            (self.spelling[pair >> 32] + self.spelling[pair & 0xFFFFFFFF]).decode("utf-8")
+            (self.token_bytes[pair >> 32] + self.token_bytes[pair & 0xFFFFFFFF]).decode("utf-8")
         except UnicodeDecodeError:
             return True
         return False

@@ -19,7 +19,7 @@ Ids = list[list[int]]
 CURVE = (1_000, 2_000, 4_000, 8_000, 16_000)
 SEEN_ENOUGH = 100  # occurrences in the corpus that should be enough to learn a row in one pass
 WORTH = 0.25  # share of the cost per character that extension must save
-# Texts that tokenizers get wrong: rare Han, emoji, full-width and half-width forms, control characters, blanks.
+# Texts that tokenizers get wrong: rare Han, emoji, full-width and half-width forms, control characters, spaces.
 PROBES = (
     "𠮷野家の𪚥龘靐",
     "👩‍👩‍👧‍👦🏳️‍🌈👍🏽",
@@ -27,7 +27,7 @@ PROBES = (
     "ｶﾀｶﾅ ㈱ ㎡ ½",
     "a\u0000b\u0007c\u001bd",
     "\ttab\r\nline\n\n\n",
-    "  two  blanks  ",
+    "  two  spaces  ",
     "\u200b\u200e\ufeff",
     "é e\u0301 ñ",
     "𝒳 ∑ ≠ → “quotes” – —",
@@ -56,7 +56,7 @@ class MeasuredTokenizer:
 
     encode:        encodes whole texts, without special tokens
     encode_inside: encodes texts as they would be in the middle of a text
-    spelling:      the bytes of each id
+    token_bytes:     the bytes of each id
     special:       ids of special tokens
     """
 
@@ -64,12 +64,12 @@ class MeasuredTokenizer:
     encode: Callable[[Sequence[str]], Ids]
     encode_inside: Callable[[Sequence[str]], Ids]
     decode: Callable[[list[int]], str]
-    spelling: list[bytes]
+    token_bytes: list[bytes]
     special: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
-        return len(self.spelling)
+        return len(self.token_bytes)
 
 
 def fertility(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
@@ -113,7 +113,7 @@ def pieces_in_use(tokenizer: MeasuredTokenizer, first_new: int, texts: Sequence[
     whole, beginnings = [], 0
     for index in new:
         try:
-            whole.append((index, tokenizer.spelling[index].decode("utf-8")))
+            whole.append((index, tokenizer.token_bytes[index].decode("utf-8")))
         except UnicodeDecodeError:
             beginnings += 1
     encoded = tokenizer.encode_inside([text for _, text in whole])
@@ -219,8 +219,8 @@ def advise(
     if best.seen_enough < 0.9 * best.pieces:
         reasons.append(
             _(
-                "only {enough:,} of the {pieces:,} pieces occur at least {enough_2} times in the corpus: use more text or fewer pieces"
-            ).format(enough=best.seen_enough, pieces=best.pieces, enough_2=SEEN_ENOUGH)
+                "only {enough:,} of the {pieces:,} pieces occur at least {min_count} times in the corpus: use more text or fewer pieces"
+            ).format(enough=best.seen_enough, pieces=best.pieces, min_count=SEEN_ENOUGH)
         )
     bearable = damage is None or damage <= longer - 1
     if damage is not None:
@@ -265,7 +265,7 @@ def pieces_of(tokenizer: MeasuredTokenizer, text: str) -> list[str]:
     """Return the tokens of a text in readable form; incomplete characters as hexadecimal bytes."""
     out = []
     for index in tokenizer.encode([text])[0]:
-        piece = tokenizer.spelling[index]
+        piece = tokenizer.token_bytes[index]
         try:
             out.append(piece.decode("utf-8"))
         except UnicodeDecodeError:

@@ -24,7 +24,7 @@ from tongwen.vocab.script import Script, no_text_in_script
 BLANK = "\u2581"
 PAD = "[PAD]"
 BPE = 2  # TrainerSpec.ModelType
-EXACT = float(1 << 23)  # 32-bit floats distinguish whole scores up to here; LLaMA's runs of blanks are far below -EXACT
+EXACT = float(1 << 23)  # 32-bit floats distinguish whole scores up to here; LLaMA's runs of spaces are far below -EXACT
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
@@ -130,7 +130,7 @@ def check_base(base: Any, place: str) -> None:
 
 
 def allows(script: Script, piece: str) -> bool:
-    """Whether a piece consists of letters of the script, with or without a leading blank, or of its marks."""
+    """Whether a piece consists of letters of the script, with or without a leading space, or of its marks."""
     return script.spells(piece) or (piece.startswith(BLANK) and script.spells(piece[1:]) and script.occurs_in(piece))
 
 
@@ -152,14 +152,14 @@ def learn_pieces(
         runs.update(script.runs(text))
     if not runs:
         raise no_text_in_script(script)
-    spelling = spelling_of(base)
-    missing, words = _as_tokens(base, runs, encode, spelling)
+    token_bytes = token_bytes_of(base)
+    missing, words = _as_tokens(base, runs, encode, token_bytes)
     learned = learn_merges(
         words,
-        spelling,
+        token_bytes,
         lambda piece: _allows_bytes(script, piece),
         pieces,
-        first_new=len(spelling),
+        first_new=len(token_bytes),
         progress=progress,
     )
     made, gains = list[str](), list[int]()
@@ -172,7 +172,7 @@ def learn_pieces(
     return sorted(found, key=lambda one: -one[1])[:pieces]
 
 
-def spelling_of(model: Any) -> list[bytes]:
+def token_bytes_of(model: Any) -> list[bytes]:
     """Return the bytes of every piece by id."""
     return [
         bytes([int(piece.piece[3:5], 16)])
@@ -190,12 +190,12 @@ def disagreement(encode: Encode, fast: Encode, texts: Sequence[str]) -> list[int
 
 
 def _as_tokens(
-    base: Any, runs: Counter[str], encode: Encode, spelling: list[bytes]
+    base: Any, runs: Counter[str], encode: Encode, token_bytes: list[bytes]
 ) -> tuple[dict[str, int], dict[tuple[int, ...], int]]:
     """Return (character -> tokens it would save as a piece, word -> count) for runs of text.
 
     A word is a tuple of the base's tokens. A character that the base encodes as bytes becomes one new token, which is
-    appended to `spelling`; only such characters are in the first dict.
+    appended to `token_bytes`; only such characters are in the first dict.
     """
     is_byte = [piece.type == piece.BYTE for piece in base.pieces]
     places: dict[bytes, int] = {}
@@ -207,14 +207,14 @@ def _as_tokens(
             if not is_byte[token]:
                 word.append(token)
                 continue
-            waiting += spelling[token]
+            waiting += token_bytes[token]
             try:
                 character = waiting.decode("utf-8")
             except UnicodeDecodeError:
                 continue
             if waiting not in places:
-                places[waiting] = len(spelling)
-                spelling.append(waiting)
+                places[waiting] = len(token_bytes)
+                token_bytes.append(waiting)
             missing[character] += count * (len(waiting) - 1)
             word.append(places[waiting])
             waiting = b""
@@ -231,7 +231,7 @@ def _allows_bytes(script: Script, piece: bytes) -> bool:
 
 
 def without_prefix(model: Any) -> Any:
-    """Return a copy that puts no blank before a text, so that a run is encoded as in the middle of a text."""
+    """Return a copy that puts no space before a text, so that a run is encoded as in the middle of a text."""
     out = _copy(model)
     out.normalizer_spec.add_dummy_prefix = False
     out.normalizer_spec.remove_extra_whitespaces = False

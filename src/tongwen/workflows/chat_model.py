@@ -13,7 +13,7 @@ from typing import Any
 
 from tongwen.core import console
 from tongwen.core.chat_template import Template, separate_control_tokens
-from tongwen.core.errors import DataError, ModelError, RowRefused
+from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Message
@@ -68,7 +68,7 @@ class ChatModel:
         sampling = self._sampling(options)
         left = max(self.context - len(ids), 1)
         yield from self.generator.stream(
-            ids, sampling.with_(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
+            ids, sampling.override(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
         )
 
     def ended(self, ids: Sequence[int]) -> bool:
@@ -87,10 +87,14 @@ class ChatModel:
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         on_answer: Callable[[int, str], None],
         batch_size: int = ROWS,
+        tools: Sequence[Sequence[dict[str, Any]]] = (),
         **options: Any,
     ) -> None:
-        """Call `on_answer(index of the conversation, answer)` for each answer as soon as it is complete."""
-        ids = [self._numbered(number, messages) for number, messages in enumerate(conversations, 1)]
+        """Call `on_answer(index of the conversation, answer)` for each answer as soon as it is complete. tools: of each
+        conversation, if any has some."""
+        offered = tools or [()] * len(conversations)
+        pairs = zip(conversations, offered, strict=True)
+        ids = [self._numbered(number, messages, one) for number, (messages, one) in enumerate(pairs, 1)]
         if ids:
             self.generator.answer_all(
                 ids,
@@ -99,17 +103,20 @@ class ChatModel:
                 batch_size,
             )
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Return the ids of the conversation, up to where the model's answer begins."""
-        text = self.prompt_text(messages)
+        text = self.prompt_text(messages, tools)
         return self.text_ids(text) if self.template is None else self.encoder.encode_prompt(text)
 
-    def prompt_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the conversation as text, up to where the model's answer begins."""
+    def prompt_text(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """Return the conversation as text, up to where the model's answer begins. Raises RowRejected for tools without a
+        template."""
         turns = [Message.from_dict(turn) for turn in messages]
-        if self.template is None:
-            return "".join(turn.content for turn in turns)
-        return self.template.prompt(turns, thinking=self.thinking)
+        if self.template is not None:
+            return self.template.prompt(turns, tools, thinking=self.thinking)
+        if tools:
+            raise RowRejected("part_lost", _("a text that is continued has no place for the tools of its row"))
+        return "".join(turn.content for turn in turns)
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue without a template; control tokens in it are encoded as plain text."""
@@ -117,14 +124,16 @@ class ChatModel:
             separate_control_tokens(text, tuple(chat_setup.special_texts(self.generator.tokenizer)))
         )
 
-    def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _numbered(
+        self, number: int, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]]
+    ) -> list[int]:
         try:
-            return self.prompt_ids(messages)
-        except RowRefused as error:
+            return self.prompt_ids(messages, tools)
+        except RowRejected as error:
             raise DataError(error.rule, place=_("prompt {number}").format(number=number)) from None
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        return Sampling().with_(**options)
+        return Sampling().override(**options)
 
 
 def open_chat_model(
@@ -250,8 +259,8 @@ def _open_with_engine(
     if backend.context < context:
         console.notice(
             _(
-                "it sees at most {voice_context:,} tokens here, of the model's {context:,}: more need too much memory"
-            ).format(voice_context=backend.context, context=context)
+                "the context is limited to {available:,} of the model's {context:,} tokens: more do not fit in memory"
+            ).format(available=backend.context, context=context)
         )
     return backend
 

@@ -8,7 +8,6 @@ held-out data are rejected too. The steps on files run in this process, or as ta
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,8 @@ def _start(folder: Path, parts: list[InputPart], settings: dict[str, Any]) -> No
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == now:
         console.notice(_("continuing the interrupted work"))
         return
-    shutil.rmtree(folder)
-    file.parent.mkdir(parents=True)
+    artifact.empty(folder)
+    file.parent.mkdir()
     artifact.write_json(file, now)
 
 
@@ -97,7 +96,7 @@ def _report_ledger(tables: dict[str, Any], changed: dict[str, int]) -> None:
     for name, table in tables.items():
         rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            label = _("of which held out") if table["from_training"] else _("held out: a file")
+            label = _("of which held out") if table["from_training"] else _("held out, from a file")
             rows.append((f"    {label}", table["held_out"], ""))
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:

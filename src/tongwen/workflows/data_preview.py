@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.html import render
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data import formats, prepare_steps, token_store
-from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.input_parts import InputPart, kind_of
-from tongwen.data.ledger import Ledger, Rejected, table_rows
+from tongwen.data.ledger import Ledger, RejectedRow, table_rows
 from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.data import Prepare, SourceConfig
@@ -55,7 +55,7 @@ def inspect(file: Path) -> DataPreview:
     found = DataPreview(kind, name, prepare_steps.ScanCounts())
     for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda text: None):
         found.counts.count(raw, record)
-        if not isinstance(record, (Dropped, RowRefused)):
+        if not isinstance(record, (RejectedText, RowRejected)):
             if len(found.records) < ENCODED:
                 found.records.append(record)
         elif len(found.problems) < PROBLEMS:
@@ -94,7 +94,7 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
     else:
         record_encoder = dialogues = make_dialogue_encoder(base, Sft(template=template))
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
-    rejected: list[Rejected] = []
+    rejected: list[RejectedRow] = []
     store = token_store.in_memory(
         record_encoder.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append)
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.errors import DataError, MissingPackage, RowRefused
+from tongwen.core.errors import DataError, MissingPackage, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Origin
 from tongwen.data.files import find_files
@@ -121,10 +121,10 @@ def _documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
                 origin = Origin(row.file, row.row)
                 try:
                     if row.problem:
-                        raise RowRefused("unreadable", row.problem)
+                        raise RowRejected("unreadable", row.problem)
                     value = row.value if isinstance(row.value, dict) else {"text": row.value}
                     yield read_document(value, source, origin).text, str(origin)
-                except RowRefused as error:
+                except RowRejected as error:
                     console.notice(f"{origin}: {error.rule}")
 
 

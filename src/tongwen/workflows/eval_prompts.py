@@ -6,7 +6,8 @@ question. An unreadable row stops the command: a score over fewer rows would not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from tongwen.data.formats import (
     recognise_row,
     with_columns,
 )
+from tongwen.data.prepare_steps import describe_unread
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.recipe.data import SourceConfig
@@ -36,12 +38,15 @@ REFERENCES = (*ANSWERS, "target", "std_answer")
 class EvalPrompt:
     """A conversation to answer.
 
-    messages: dictionaries with `role` and `content`; reference: the answer in the data, if any; place: file and row.
+    messages: dictionaries with `role` and `content`; reference: the text of the answer in the data, if any; place: file
+    and row; tools: that the answer may call; unread: fields of the row that nothing reads.
     """
 
     messages: list[dict[str, Any]]
     reference: str | None
     place: str
+    tools: Sequence[dict[str, Any]] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def last(self) -> str:
@@ -49,8 +54,12 @@ class EvalPrompt:
 
 
 def read_questions(source: SourceConfig) -> list[EvalPrompt]:
-    """Return all rows of a file, folder or glob. Raises DataError at the first row without a question."""
-    return [_question(row, source) for row in _rows(source.model_copy(update={"records": source.records or "line"}))]
+    """Return all rows of a file, folder or glob; a notice names their unread fields. Raises DataError at the first row
+    without a question."""
+    lines = source.model_copy(update={"records": source.records or "line"})
+    questions = [_question(row, source) for row in _rows(lines)]
+    _report_unread(questions, source.path)
+    return questions
 
 
 def read_records(source: SourceConfig) -> list[Document | Dialogue]:
@@ -59,13 +68,21 @@ def read_records(source: SourceConfig) -> list[Document | Dialogue]:
     rows = list(_rows(source))
     answered = [row for row in rows if not _is_unanswered(row.value)]
     report_unanswered(len(rows) - len(answered), source.path)
-    return [_record(row, source) for row in answered]
+    records = [_record(row, source) for row in answered]
+    _report_unread(records, source.path)
+    return records
 
 
 def report_unanswered(count: int, path: str) -> None:
     """Print how many rows have no reference answer, if any."""
     if count:
         console.notice(_("{path}: {count} rows without an answer are not scored").format(path=path, count=count))
+
+
+def _report_unread(records: Iterable[EvalPrompt | Document | Dialogue], path: str) -> None:
+    counts = Counter(name for record in records for name in record.unread)
+    if notice := describe_unread({path: counts}):
+        console.notice(notice)
 
 
 def _rows(source: SourceConfig) -> Iterator[RawRow]:
@@ -82,12 +99,13 @@ def _place(row: RawRow) -> str:
 
 def _question(row: RawRow, source: SourceConfig) -> EvalPrompt:
     if _asks_only(with_columns(row.value, source) if isinstance(row.value, dict) else None):
-        return EvalPrompt(_without_answer(row, source), None, _place(row))
+        return _without_answer(row, source)
     record = _record(row, source)
     if isinstance(record, Document):
-        return EvalPrompt([{"role": "user", "content": record.text}], None, _place(row))
+        return EvalPrompt([{"role": "user", "content": record.text}], None, _place(row), unread=record.unread)
     turns = [message.to_dict() for message in record.messages]
-    return EvalPrompt(turns[:-1], record.messages[-1].content, _place(row))
+    reference = record.messages[-1].content or None  # an answer that only calls tools has no text
+    return EvalPrompt(turns[:-1], reference, _place(row), record.tools, record.unread)
 
 
 def _record(row: RawRow, source: SourceConfig) -> Document | Dialogue:
@@ -103,13 +121,14 @@ def _record(row: RawRow, source: SourceConfig) -> Document | Dialogue:
         ) from None
 
 
-def _without_answer(row: RawRow, source: SourceConfig) -> list[dict[str, Any]]:
+def _without_answer(row: RawRow, source: SourceConfig) -> EvalPrompt:
     """Return the conversation of a row that ends with a question."""
     try:
-        messages, _tools = read_question(row.value, source)
+        found = read_question(row.value, source, Origin(row.file, row.row))
     except DataError as error:
         raise DataError(error.rule, place=_place(row), remedy=SHAPES) from None
-    return [message.to_dict() for message in messages]
+    turns = [message.to_dict() for message in found.messages]
+    return EvalPrompt(turns, None, _place(row), found.tools, found.unread)
 
 
 def _asks_only(value: Any) -> bool:

@@ -7,7 +7,7 @@ of them could not be scored on some rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from tongwen.workflows.likelihood import Likelihood
 
 Figures = Callable[[np.ndarray], dict[str, float]]
 Progress = Callable[[int], None]
-Ask = Callable[[Sequence[Sequence[Mapping[str, Any]]], Progress], list[str]]
+Ask = Callable[[Sequence[EvalPrompt], Progress], list[str]]
 
 
 @dataclass
@@ -67,7 +67,7 @@ class EvalTask(ABC):
 
     @abstractmethod
     def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        """Score a model on the task. ask: returns the answer to each conversation."""
+        """Score a model on the task. ask: returns the answer to each question."""
 
     def result(self, scores: Scores) -> dict[str, Any]:
         """Return the task's entry in scores.json. Raises DataError if no row was scored."""
@@ -137,7 +137,7 @@ class GenerationTask(EvalTask):
         return metrics.TEXT[self.config.task].figures
 
     def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        answers = ask([one.messages for one in self.questions], progress)
+        answers = ask(self.questions, progress)
         measure, scores = metrics.TEXT[self.config.task], Scores()
         for row, (question, answer) in enumerate(zip(self.questions, answers, strict=True)):
             prompt = metrics.AnsweredPrompt(question.last, metrics.without_thinking(answer), str(question.reference))

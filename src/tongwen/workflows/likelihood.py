@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tongwen.core.errors import RowRefused
+from tongwen.core.errors import RowRejected
 from tongwen.core.records import Dialogue, Document, Message, Origin, Span
 from tongwen.data.encode import Piece, token_bytes
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss
@@ -64,7 +64,7 @@ class Likelihood:
         assert self.chat_model.template
         try:
             samples = self.chat_model.template.samples(dialogue)
-        except RowRefused:
+        except RowRejected:
             return []
         encoded = self.encoder.encode([sample.spans for sample in samples])
         if max(sum(len(piece.ids) for piece in pieces) for pieces in encoded) > self.chat_model.generator.context:

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, find_tensors
+from tongwen.core.safetensors_io import TensorSource, find_tensors
 from tongwen.export import pth
 from tongwen.export.hf import check_same
 from tongwen.model.adapters import lineage
 from tongwen.model.adapters.read import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.loading import chat_setup, load, quantized
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.names import all_names
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import parity
@@ -83,7 +83,7 @@ def merge(
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
     place = load.ensure_local(place)
     with console.waiting(_("reading the base")):
-        lines = model_lines(place)
+        lines = tensor_digests(place)
     fingerprint = combine(lines)
     forced = _check_lineage(place, fingerprint, links, options)
     parents = {"base": {"path": place.name, "fingerprint": fingerprint}}
@@ -122,7 +122,7 @@ def _as_pth(draft: artifact.Draft) -> None:
     with console.progress(len(tensors.facts), "pth") as bar:
         pth.write(tensors, config, draft.path, bar.update)
     back = pth.PthTensors([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
-    check_same(pth.with_head(tensors), back, str(draft.path))
+    check_same(pth.UntiedTensors(tensors), back, str(draft.path))
     for file in merged:
         file.unlink()
 
@@ -197,10 +197,10 @@ def _trained_on(links: list[lineage.AdapterLink]) -> str:
 
 
 def _distance(
-    original: Tensors, seen: quantized.QuantizedTensors, merged: MergeResult, config: dict[str, Any]
+    original: TensorSource, seen: quantized.QuantizedTensors, merged: MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure and print the distance between the merged model and the trained one, whose base was quantised."""
-    with console.waiting(_("measuring the difference that {kind} makes").format(kind=seen.kind)):
+    with console.waiting(_("comparing the {kind} base with the original").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
         sides = parity.logits_of_both(seen, merged, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
@@ -215,7 +215,7 @@ def _distance(
 
 def _compare(
     place: load.ModelRef,
-    base: Tensors,
+    base: TensorSource,
     merged: MergeResult,
     config: dict[str, Any],
     links: list[lineage.AdapterLink],
@@ -230,7 +230,7 @@ def _compare(
     """
     of_peft = options.mix is None and options.onto == "original"
     if options.parity == "full" and not of_peft:
-        console.notice(_("peft has no live model of such a merge; its logits are compared layer by layer"))
+        console.notice(_("peft cannot run this combination unmerged; logits are compared layer by layer"))
     if made is None and options.parity == "full" and of_peft:
         made = _with_peft(place, base, links)
     if made is not None:
@@ -265,14 +265,14 @@ def _compare_with_peft(made: PeftMerge, merged: MergeResult, out: Path) -> dict[
     return {**parity.check_difference(made.logits, logits, parity.limit_of(merged)), "judge": "peft"}
 
 
-def _with_peft(place: load.ModelRef, base: Tensors, links: list[lineage.AdapterLink]) -> PeftMerge:
+def _with_peft(place: load.ModelRef, base: TensorSource, links: list[lineage.AdapterLink]) -> PeftMerge:
     from tongwen.model.merging import in_memory
 
     with console.waiting(_("opening base and adapters with peft")):
         return in_memory.merge_with_peft(place, base, [link.adapter.folder for link in links])
 
 
-def _fits_in_memory(base: Tensors) -> bool:
+def _fits_in_memory(base: TensorSource) -> bool:
     """Whether both models in fp32 take less than a quarter of the memory that is free."""
     import psutil
 
@@ -281,7 +281,7 @@ def _fits_in_memory(base: Tensors) -> bool:
 
 
 def _merge_in_memory(
-    place: load.ModelRef, base: Tensors, links: list[lineage.AdapterLink], options: MergeOptions, reason: str
+    place: load.ModelRef, base: TensorSource, links: list[lineage.AdapterLink], options: MergeOptions, reason: str
 ) -> PeftMerge:
     """Merge with peft and the whole model in memory, for adapters whose tensors do not map one to one."""
     if options.mix or options.onto != "original":
@@ -300,7 +300,7 @@ def _merge_in_memory(
 
 
 def _plan_from_peft(
-    base: Tensors, config: dict[str, Any], made: PeftMerge, links: list[lineage.AdapterLink], dtype: str | None
+    base: TensorSource, config: dict[str, Any], made: PeftMerge, links: list[lineage.AdapterLink], dtype: str | None
 ) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
     from tongwen.model.merging import in_memory
 
@@ -318,7 +318,7 @@ def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:
 
 
 def _find_warnings(merged: MergeResult) -> list[str]:
-    """Return warnings about the adapters: targets that are all zero, changes that the number type loses."""
+    """Return warnings about the adapters: targets that are all zero, changes that the dtype loses."""
     out = []
     if merged.untrained:
         name, count = merged.untrained[0], len(merged.untrained)
@@ -326,7 +326,7 @@ def _find_warnings(merged: MergeResult) -> list[str]:
     if lost := [name for name in merged.same if name not in merged.untrained]:
         out.append(
             _(
-                "the change of {count} tensors is below the precision of their number type and was lost, the first: {lost}; --dtype fp32 keeps it"
+                "the change of {count} tensors is below the precision of their dtype and was lost, the first: {lost}; --dtype fp32 keeps it"
             ).format(count=len(lost), lost=lost[0])
         )
     return out

@@ -19,16 +19,15 @@ from tongwen.core.chat_template import Template
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.records import Message
-from tongwen.core.safetensors_io import SHARD_BYTES, Tensors
+from tongwen.core.safetensors_io import SHARD_BYTES, TensorSource
 from tongwen.export import gguf, gguf_layout, gguf_metadata, hf, pth
 from tongwen.export.card import make_card
 from tongwen.export.gguf_vocab import read_vocabulary
 from tongwen.export.ollama import make_modelfile
 from tongwen.model.loading import chat_setup, load, sentencepiece
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, load_bin, open_model
 
-FORMATS = ("hf", "pth", "gguf")
 SENTENCEPIECE = {  # tokenizer_config.json for LLaMA's tokenizer.model, which does not contain these settings
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "<s>",
@@ -49,7 +48,7 @@ class ModelSource:
 
     name: str
     title: str
-    tensors: Tensors
+    tensors: TensorSource
     config: dict[str, Any]
     folder: Path
     place: load.ModelRef | None
@@ -143,7 +142,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
     if (made := artifact.find(source.folder)) is not None:
         (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
-    lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
+    lines = tensor_digests(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
@@ -165,7 +164,7 @@ def _to_pth(source: ModelSource, draft: artifact.Draft) -> None:
     with console.progress(len(source.tensors.facts), "pth") as bar:
         pth.write(source.tensors, source.config, draft.path, bar.update)
     back = pth.PthTensors([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
-    hf.check_same(pth.with_head(source.tensors), back, str(draft.path))
+    hf.check_same(pth.UntiedTensors(source.tensors), back, str(draft.path))
     if (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
 
@@ -254,5 +253,5 @@ def _sentencepiece(source: ModelSource) -> Path | None:
 
 def _fingerprint(source: ModelSource) -> str:
     if source.place is not None:
-        return combine(model_lines(source.place))
+        return combine(tensor_digests(source.place))
     return artifact.fingerprint_hashes({f.name: artifact.hash_file(f) for f in pth.find_files(source.folder)})

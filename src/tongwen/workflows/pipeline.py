@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
 from tongwen.core.i18n import _
-from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.workflows.prepared_data import changed_files, check_prepared
+from tongwen.workflows.run_folder import check_folder, write_recipe
 from tongwen.workflows.run_lock import is_locked, lock_folder
 from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
 
@@ -79,6 +79,8 @@ def run(
     chosen = choose(recipe, only, start, until)
     check_launcher(recipe)
     out = Path(recipe.out)
+    if distributed.is_main_process() and not distributed.is_child_process():
+        _check_originals(recipe, chosen, arguments, stages, again=again, explicit=bool(only or start))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +104,7 @@ def run(
             if prepared and {*left} & {*TRAINING}:
                 check_prepared(prepared)
             if left or not (out / "recipe.yaml").is_file():  # that of a finished run stays as its version wrote it
-                (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+                write_recipe(recipe)
         for name in chosen:
             path = out / name
             if name in redone:
@@ -118,6 +120,16 @@ def run(
                     raise _disk_full(path, error) from error
                 raise
     return done
+
+
+def _check_originals(
+    recipe: Recipe, chosen: list[str], arguments: Sequence[str], stages: Stages, *, again: bool, explicit: bool
+) -> None:
+    """Raise RecipeError before anything is touched if the run would replace or move what tongwen did not write."""
+    redo_from = _first_to_redo(recipe, chosen, Path(recipe.out), stages, explicit=explicit) if again else None
+    redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
+    names = [name for name in chosen if name in redone or not artifact.find(Path(recipe.out) / name)]
+    check_folder(recipe, names, redone=redone, file=next(iter(arguments), ""))
 
 
 def _disk_full(path: Path, error: Exception) -> MachineError:

@@ -28,16 +28,22 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 
 def lock_holder(out: Path) -> int | None:
-    """Return the id of the process on this machine that runs in a folder; None if the process that wrote it is dead."""
+    """Return the id of the process on this machine that runs in a folder; None if none holds the lock.
+
+    The text of a lock may come from elsewhere. So the lock itself is asked first. The process must have taken it, and must
+    have begun before the text was written: a later one may have the same number.
+    """
     import psutil
 
     try:
-        lock = out / LOCK
-        node, number, *_unused = lock.read_text(encoding="utf-8").split(", ")
-        process = psutil.Process(int(number.removeprefix("process ")))
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
-        return process.pid if alive and node == platform.node() else None
-    except (OSError, ValueError, psutil.Error):
+        file = out / LOCK
+        found = file_lock.TEXT.fullmatch(file.read_text(encoding="utf-8"))
+        if found is None or found["host"] != platform.node() or not _is_held(file):
+            return None
+        process = psutil.Process(int(found["number"]))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= file.stat().st_mtime + 1.0
+        return process.pid if alive and _may_hold(file, process.pid) else None
+    except (OSError, ValueError, OverflowError, psutil.Error):
         return None
 
 
@@ -50,3 +56,28 @@ def is_locked(out: Path) -> bool:
     except OSError:
         return False
     return bool(node) and (node != platform.node() or lock_holder(out) is not None)
+
+
+def _is_held(file: Path) -> bool:
+    """Whether any process holds the lock. Windows has no such lock: there the text alone counts."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    with file.open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _may_hold(file: Path, number: int) -> bool:
+    """Whether a process may be the one that took the lock. Linux lists who did."""
+    try:
+        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+        inode = str(file.stat().st_ino)
+    except OSError:
+        return True
+    takers = {line.split()[4] for line in lines if " FLOCK " in line and line.split()[5].rpartition(":")[2] == inode}
+    return not takers or str(number) in takers

@@ -18,15 +18,16 @@ from typing import Any
 
 import psutil
 
-from tongwen.core import artifact, console
-from tongwen.core.errors import MachineError, TongwenError
+from tongwen.core import artifact, console, originals
+from tongwen.core.errors import MachineError, RecipeError, TongwenError
 from tongwen.core.i18n import _, language
 from tongwen.recipe.load import load_recipe
 from tongwen.train.metrics_file import read_metrics
-from tongwen.workflows.run_lock import lock_holder
+from tongwen.workflows.run_lock import LOCK, lock_holder
 from tongwen.workflows.stage_inputs import TRAINING
 
 LOG = "run.log"
+LOG_HEAD = b"$ tongwen run"  # begins the log
 LOG_BYTES = 16_000  # bytes of the log that are shown
 WAIT_SECONDS = 60.0  # for a run to take its lock, on a machine that has other work too
 
@@ -38,8 +39,15 @@ def start(arguments: Sequence[str], out: Path) -> None:
     """
     if lock_holder(out):
         raise MachineError(_("this run is already in progress"), place=str(out))
+    originals.check_output(out, inside=True)
+    if (out / LOG).exists() and not (out / LOCK).exists() and not (out / LOG).read_bytes().startswith(LOG_HEAD):
+        raise RecipeError(
+            _("this file is yours, and a run that the page starts writes its own here"), place=str(out / LOG)
+        )
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("ab") as log:
+        log.write(LOG_HEAD + b" " + " ".join(arguments).encode("utf-8", "backslashreplace") + b"\n")
+        log.flush()
         log_start = log.tell()
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "tongwen", "run", *arguments],
@@ -54,7 +62,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
         time.sleep(0.05)
     if process.poll():
         output = (out / LOG).read_bytes()[log_start:].decode("utf-8", "replace").strip()
-        raise MachineError(_("it ended immediately: {said}").format(said=output), place=str(out))
+        raise MachineError(_("it ended immediately: {reason}").format(reason=output), place=str(out))
 
 
 def stop(out: Path) -> None:

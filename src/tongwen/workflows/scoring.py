@@ -10,9 +10,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from tongwen.infer.report import score_table, write_report
 from tongwen.model.loading import load
 from tongwen.recipe.outputs import Evaluate
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
+from tongwen.workflows.eval_prompts import EvalPrompt
 from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
+JOURNAL = re.compile(r"[0-9a-f]{16}\.jsonl")  # a file of answers
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def keep_answers(out: Path) -> Iterator[Path]:
     """A folder for the answers beside the result; it is removed when the result is complete."""
     folder = out.with_name(out.name + ".answers")
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    for file in folder.glob("*.jsonl"):
+        if JOURNAL.fullmatch(file.name):
+            file.unlink()
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def evaluate_models(
@@ -133,17 +139,17 @@ def _run_tasks_on_base(
 
 
 def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, model_settings: dict[str, Any]) -> Ask:
-    """Return a function that answers conversations, each only once across tasks and interrupted runs."""
+    """Return a function that answers questions, each only once across tasks and interrupted runs."""
     known: dict[str, str] = {}
 
-    def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:
-        keys = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
-        new = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in known}
+    def ask(questions: Sequence[EvalPrompt], progress: Progress) -> list[str]:
+        keys = [json.dumps([one.messages, *one.tools], ensure_ascii=False) for one in questions]
+        new = {key: one for key, one in zip(keys, questions, strict=True) if key not in known}
         if new:
             answer(new, lambda: progress(sum(key in known for key in keys)))
         return [known[key] for key in keys]
 
-    def answer(new: Mapping[str, Sequence[Mapping[str, Any]]], on_answer: Callable[[], None]) -> None:
+    def answer(new: Mapping[str, EvalPrompt], on_answer: Callable[[], None]) -> None:
         names = list(new)
         asked = {"sitter": model_settings, "max_new_tokens": section.max_new_tokens, "asked": names}
         # One file for each model, settings and set of prompts: answers made otherwise are never reused.
@@ -162,7 +168,13 @@ def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, mo
                 on_answer()
 
             wanted = [new[names[index]] for index in missing]
-            chat_model.answer_each(wanted, keep, section.batch_size, max_new_tokens=section.max_new_tokens)
+            chat_model.answer_each(
+                [one.messages for one in wanted],
+                keep,
+                section.batch_size,
+                [one.tools for one in wanted],
+                max_new_tokens=section.max_new_tokens,
+            )
 
     return ask
 

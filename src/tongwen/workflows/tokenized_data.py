@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -22,14 +23,14 @@ import numpy as np
 from tongwen import __version__
 from tongwen.core import artifact, console, distributed
 from tongwen.core.chat_template import Template
-from tongwen.core.errors import DataError, ModelError, RowRefused
+from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Span
 from tongwen.data import token_store
 from tongwen.data.clean import han_share
 from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
 from tongwen.data.input_parts import list_parts
-from tongwen.data.ledger import Ledger, Rejected, table_rows
+from tongwen.data.ledger import Ledger, RejectedRow, table_rows
 from tongwen.data.legacy_encoder import LegacyEncoder
 from tongwen.data.prepare_steps import ScanCounts, describe_unread, iter_records, load_records
 from tongwen.data.sampling import choose_held_out, draw, passes_of
@@ -43,6 +44,7 @@ from tongwen.workflows.prepared_data import find_prepared
 from tongwen.workflows.stage_inputs import inputs
 
 ROUND_TRIP = "round_trip.json"  # in the folder of the tokens
+STORE = re.compile(r"[0-9a-f]{16}(\.partial)?")  # a folder of tokens, by its key
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
 TOLERANCE = 0.1  # share of its tokens by which a source may fall short without a notice
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
@@ -62,11 +64,11 @@ class RecordEncoder(ABC):
         """The settings that decide the tokens, besides content and tokenizer."""
 
     @abstractmethod
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
         """Yield the samples to train on."""
 
     @abstractmethod
-    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
         """Yield the held-out samples to score."""
 
     @abstractmethod
@@ -89,16 +91,16 @@ class DialogueEncoder(RecordEncoder):
     @property
     def decides(self) -> dict[str, Any]:
         return {
-            "template": fingerprint_text(self.template.source),
+            "template": fingerprint_text(self.template.texts),
             "settings": self.section.model_dump(
                 mode="json", include={"learn", "thinking", "max_length", "too_long", "legacy"}
             ),
         }
 
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
         return encode_dialogues(records, self.template, self.encoder, self.section, ledger, reject)
 
-    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
         return self.batches(iter(records), ledger, reject)
 
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class DialogueEncoder(RecordEncoder):
         def render(dialogue: Dialogue) -> list[tuple[Span, ...]]:
             try:
                 samples = self.template.samples(dialogue, self.section.learn, self.section.thinking)
-            except RowRefused:
+            except RowRejected:
                 return []
             return [sample.spans for sample in samples]
 
@@ -128,12 +130,12 @@ class DocumentEncoder(RecordEncoder):
         settings = self.section.model_dump(mode="json", include={"max_length", "documents"})
         return {"end": self.end, "settings": settings}
 
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
         return encode_documents(
             records, self.encoder, self.end, self.section.max_length, ledger, arrangement=self.section.documents
         )
 
-    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
         """Encode documents apart, even if training concatenates them, so that scores of both can be compared."""
         return encode_documents(records, self.encoder, self.end, self.section.max_length, ledger)
 
@@ -251,7 +253,7 @@ def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> Tokenized
     The records come from `prepare` if its output is up to date. Otherwise the sources are read and cleaned, and
     held-out rows are left out as far as they are known without the search for duplicates.
     """
-    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
+    ledger, rejected = Ledger("rows", "tokens"), list[RejectedRow]()
     if made := find_prepared(recipe):
         rows = load_records(made.path / f"{record_encoder.kind}.jsonl")
         sources, files = _sources_of(made, record_encoder.kind)
@@ -311,7 +313,7 @@ def encode_prepared(
     Rows are encoded once: the first process writes the tokens and continues after an interruption; the other processes
     wait and map the same files.
     """
-    store_folder = folder / key_of(prepared, record_encoder)
+    store_folder = folder / cache_key(prepared, record_encoder)
     with console.waiting(_("finding the tokens")):
         found = token_store.open_store(store_folder)
     if found:
@@ -331,7 +333,7 @@ def encode_prepared(
     return TokenizedData(store, mask, ledger, rejected, sampler, held_out, held_out_stores, missed)
 
 
-def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
+def cache_key(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
     """Return a hash of everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
         "content": prepared.fingerprint,
@@ -345,13 +347,13 @@ def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
 def _encode(file: Path, record_encoder: RecordEncoder, store_folder: Path) -> None:
     """Encode a file into the store, continuing an interrupted run; tokens of earlier settings are deleted."""
     for other in store_folder.parent.glob("*") if store_folder.parent.is_dir() else ():
-        if other not in (store_folder, artifact.partial_of(store_folder)):
+        if STORE.fullmatch(other.name) and other not in (store_folder, artifact.partial_of(store_folder)):
             shutil.rmtree(other)
     if store_folder.exists():
         console.notice(_("{place} has changed since it was written: encoding it again").format(place=store_folder))
         shutil.rmtree(store_folder)
     writer = token_store.Writer(store_folder, len(record_encoder.tokenizer))
-    ledger, rejected = writer.ledger, list[Rejected]()
+    ledger, rejected = writer.ledger, list[RejectedRow]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
         console.notice(_("encoding continues at row {rows:,}").format(rows=writer.rows))
@@ -372,7 +374,7 @@ def _encode_held_out(
     file = prepared.path / f"{record_encoder.kind}.held_out.jsonl"
     if not file.is_file():
         return [], {}
-    records, bad, aside = list(load_records(file)), list[Rejected](), Ledger("rows", "tokens")
+    records, bad, aside = list(load_records(file)), list[RejectedRow](), Ledger("rows", "tokens")
     groups: dict[str, list[Any]] = {}
     for record in records:
         groups.setdefault(_language_of(record, languages), []).append(record)

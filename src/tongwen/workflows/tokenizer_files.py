@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from tongwen.core import console
 from tongwen.core.artifact import read_json, write_json
-from tongwen.core.errors import DataError, ModelError, RecipeError, RowRefused
+from tongwen.core.errors import DataError, ModelError, RecipeError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data.clean import Cleaner
@@ -58,11 +58,11 @@ class TokenizerFiles:
             own = sentencepiece.processor(self.model)
             inside = encoder_of(spm.without_prefix(self.model))
             return MeasuredTokenizer(
-                self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special
+                self.name, own.encode, inside, own.decode, spm.token_bytes_of(self.model), self.special
             )
-        spelling = bytelevel.spelling_of(self.definition) if self.is_extensible else self._as_written()
+        token_bytes = bytelevel.token_bytes_of(self.definition) if self.is_extensible else self._as_written()
         return MeasuredTokenizer(
-            self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special
+            self.name, self.encode_fast, self.encode_fast, self.decode_fast, token_bytes, self.special
         )
 
     @property
@@ -215,11 +215,17 @@ def learn(
         )
     else:
         definition = base.definition
-        spelling = bytelevel.spelling_of(definition)
+        token_bytes = bytelevel.token_bytes_of(definition)
         counted = bytelevel.count_words(base.backend, texts, script) if most else {}
         special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
         learned = learn_merges(
-            counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, progress=on_progress
+            counted,
+            token_bytes,
+            script.allows,
+            most,
+            first_new=len(token_bytes),
+            forbidden=special,
+            progress=on_progress,
         )
     pieces = LearnedPieces(base, script, learned)
     if most and not len(pieces):
@@ -274,7 +280,7 @@ def _extend_byte_level(
     definition = bytelevel.extend(base.definition, learned)
     if words:
         extended = Tokenizer.from_str(json.dumps(definition))
-        learned = bytelevel.with_words(learned, bytelevel.spelling_of(definition), words, extended)
+        learned = bytelevel.with_words(learned, bytelevel.token_bytes_of(definition), words, extended)
         definition = bytelevel.extend(base.definition, learned)
     backend = Tokenizer.from_str(json.dumps(bytelevel.with_special(definition, special_tokens)))
     return ExtendedTokenizer(
@@ -410,7 +416,7 @@ def iter_texts(paths: Sequence[str], notify: Callable[[str], None] = console.not
         for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), notify):
             if isinstance(record, (Document, Dialogue)):
                 yield from texts_of(record)
-            elif isinstance(record, RowRefused):
+            elif isinstance(record, RowRejected):
                 refused, first = refused + 1, first or f"{raw.file}:{raw.row}: {record.rule}"
         if refused:
             notify(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))

@@ -15,10 +15,10 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors
+from tongwen.core.safetensors_io import TensorSource
 from tongwen.data.prepare_steps import load_records
 from tongwen.model.loading import load
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.tensors import open_model, read_fp32
 from tongwen.model.merging import resize
 from tongwen.recipe.data import Vocab
@@ -62,17 +62,17 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(extended.parts))} · {section.new_rows}"
     )
 
-    base_lines = model_lines(place)
-    parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
+    base_digests = tensor_digests(place)
+    parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_digests)}}
     if prepared:
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings, remove_on_error=True) as draft:
         artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
         tokenizer_files.save(extended.files, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
-            known = {} if place.gguf else base_lines  # a GGUF file names its tensors otherwise
+            known = {} if place.gguf else base_digests  # a GGUF file names its tensors otherwise
             make = _maker(base, extended, rows, recipe)
-            lines = resize.widen(base, known, names, rows, make, draft.path, bar.update)
+            lines = resize.resize_vocabulary(base, known, names, rows, make, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
         _copy_generation_config(place, draft.path)
         artifact.write_json(draft.path / NEW_ROWS, list(extended.new_ids))
@@ -117,7 +117,7 @@ def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: V
 
 
 def _maker(
-    base: Tensors, extended: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
+    base: TensorSource, extended: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
 ) -> resize.MakeRows:
     """Return a function from a matrix's name to its new rows: those of the new tokens, then the padding."""
     kind = recipe.vocab.new_rows if recipe.vocab else ""

@@ -83,7 +83,7 @@ def _score(model: Any, files: TokenizerFiles, tokenizer: Any, texts: list[str]) 
 
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     coder = files.coder
-    sizes = torch.tensor([len(piece) for piece in coder.spelling])
+    sizes = torch.tensor([len(piece) for piece in coder.token_bytes])
 
     def batches() -> Iterator[dict[str, Any]]:
         for ids in coder.encode(texts):

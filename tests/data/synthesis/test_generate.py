@@ -1,4 +1,4 @@
-"""Data that another model writes: what is good is kept with its provenance, what is paid for is paid for once."""
+"""Synthesis: good rows are kept with their provenance, and each request is paid for once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRefused
+from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRejected
 from tongwen.data.synthesis import client, generate
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
@@ -51,16 +51,16 @@ def faults() -> Iterator[Callable[..., Any]]:
         one.close()
 
 
-def section(url: str = "http://127.0.0.1:1/v1", **words: Any) -> Synthesize:
+def section(url: str = "http://127.0.0.1:1/v1", **settings: Any) -> Synthesize:
     quick = {"method": "topics", "rows": 3, "concurrency": 1, "seconds": 1.0, "pause": 0.01, "attempts": 3}
-    return Synthesize.model_validate({"endpoint": url, "model": "m", **quick, **words})
+    return Synthesize.model_validate({"endpoint": url, "model": "m", **quick, **settings})
 
 
-def ask(words: Synthesize, prompts: tuple[str, ...] = ("q",)) -> list[Any]:
+def ask(settings: Synthesize, prompts: tuple[str, ...] = ("q",)) -> list[Any]:
     """What an endpoint answers to some prompts at once, errors among it."""
 
     async def work() -> list[Any]:
-        endpoint = client.SynthesisClient(words, client.SpendingMeter(words), lambda text: None)
+        endpoint = client.SynthesisClient(settings, client.SpendingMeter(settings), lambda text: None)
         async with endpoint.client:
             return await asyncio.gather(
                 *(endpoint.complete(prompt, generate.SCHEMA) for prompt in prompts), return_exceptions=True
@@ -69,8 +69,8 @@ def ask(words: Synthesize, prompts: tuple[str, ...] = ("q",)) -> list[Any]:
     return asyncio.run(work())
 
 
-def write_recipe(folder: Path, url: str, extra: str = "", **words: Any) -> Path:
-    values = {"endpoint": url, "model": "m", "method": "topics", "rows": 6, "seconds": 2, "pause": 0.01} | words
+def write_recipe(folder: Path, url: str, extra: str = "", **settings: Any) -> Path:
+    values = {"endpoint": url, "model": "m", "method": "topics", "rows": 6, "seconds": 2, "pause": 0.01} | settings
     recipe = folder / "recipe.yaml"
     text = json.dumps(values, ensure_ascii=False)
     recipe.write_text(f"name: s\nbase: none\nout: {folder / 'out'}\nsynthesize: {text}\n{extra}", encoding="utf-8")
@@ -85,13 +85,13 @@ def rows_of(folder: Path, name: str = "dialogues") -> list[dict[str, Any]]:
 # -- what a reply holds --------------------------------------------------------------------------------------------
 
 
-def found(items: Iterator[ParsedTask | RowRefused]) -> list[Any]:
+def found(items: Iterator[ParsedTask | RowRejected]) -> list[Any]:
     return [
-        item.reason if isinstance(item, RowRefused) else (item.instruction, item.input, item.output) for item in items
+        item.reason if isinstance(item, RowRejected) else (item.instruction, item.input, item.output) for item in items
     ]
 
 
-def test_blocks_are_read_as_belle_writes_them() -> None:
+def test_belle_blocks_are_parsed() -> None:
     text = (
         " 写一首诗\n4. 输入:\n<无输入>\n4. 输出:\n春眠\n不觉晓\n###\n5. 指令：翻译\n5. 输入：\n你好\n5. 输出：\nhello 5.\n"
         "###\n6. 指令: 没有输出\n6. 输入: x\n###\n7. 指令: 甲\n7. 输入: 乙\n7. 输出: 丙\n8. 指令: 丁\n8. 输入: 戊\n8. 输出: 己\n###\n9. 指令: 半"
@@ -122,11 +122,11 @@ def test_blocks_are_read_as_belle_writes_them() -> None:
         ("", ["malformed"]),
     ],
 )
-def test_json_is_found_wherever_it_stands(text: str, expected: list[Any]) -> None:
+def test_json_is_found_anywhere_in_the_reply(text: str, expected: list[Any]) -> None:
     assert found(read_json(text)) == expected
 
 
-def test_a_reply_of_a_thousand_items_is_cut() -> None:
+def test_reply_with_too_many_items_is_cut() -> None:
     text = json.dumps([{"instruction": f"a{number}", "output": "b"} for number in range(1000)])
     assert found(read_json(text))[-1] == "too_many" and len(found(read_json(text))) == 101
 
@@ -134,8 +134,8 @@ def test_a_reply_of_a_thousand_items_is_cut() -> None:
 # -- what is kept --------------------------------------------------------------------------------------------------
 
 
-def taken(*items: tuple[str, str, str], **words: Any) -> generate.GeneratedDialogues:
-    made = generate.GeneratedDialogues(section(rows=100, **words))
+def taken(*items: tuple[str, str, str], **settings: Any) -> generate.GeneratedDialogues:
+    made = generate.GeneratedDialogues(section(rows=100, **settings))
     text = json.dumps([dict(zip(("instruction", "input", "output"), item, strict=True)) for item in items])
     made.add_reply(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
     return made
@@ -154,12 +154,12 @@ def taken(*items: tuple[str, str, str], **words: Any) -> generate.GeneratedDialo
         (("写一首\u200b小诗", "", "好"), "control_token_in_text"),
     ],
 )
-def test_what_is_not_taken_has_a_reason(item: tuple[str, str, str], reason: str) -> None:
+def test_rejected_item_has_a_reason(item: tuple[str, str, str], reason: str) -> None:
     made = taken(item)
     assert not made.rows and [one["reason"] for one in made.rejected] == [reason]
 
 
-def test_lengths_and_forms_of_address() -> None:
+def test_length_limits_and_references_to_gpt() -> None:
     assert len(taken(("长" * 100, "", "好")).rows) == 1, "no cap without an input"
     assert len(taken(("示例" + "长" * 120, "材料", "好")).rows) == 1, "half as much again with an example"
     row = taken(("请GPT模型能够写一首关于秋天的诗", "", "好"))
@@ -167,14 +167,14 @@ def test_lengths_and_forms_of_address() -> None:
     assert taken(("如何让人工智能更安全", "", "好")).rows[0]["messages"][0]["content"] == "如何让人工智能更安全"
 
 
-def test_every_kept_question_is_compared_with_the_next() -> None:
+def test_new_question_is_compared_with_kept_ones() -> None:
     first, second = "请写一首描写江南春天清晨雨景的七言绝句", "请写一首描写江南春天清晨雨景的五言绝句"
     made = taken((first, "", "好"), (second, "", "好"), ("列出五种常见的家养观赏植物", "", "好"))
     assert [row["messages"][0]["content"] for row in made.rows] == [first, "列出五种常见的家养观赏植物"]
     assert made.reasons == {"like_another": 1} and "ROUGE-L 0.9" in made.rejected[0]["rule"]
 
 
-def test_bm25_ranks_as_the_formula_says() -> None:
+def test_bm25_matches_the_formula() -> None:
     index = SimilarityIndex()
     for text in ("春天 江南 雨", "江南 的 桥", "北方 的 雪"):
         index.add(text)
@@ -188,14 +188,14 @@ def test_bm25_ranks_as_the_formula_says() -> None:
     assert rouge_l("abcd", "abcd") == 1 and rouge_l("abcd", "acxd") == 0.75 and rouge_l("", "") == 0
 
 
-def test_what_it_asks_with() -> None:
+def test_shipped_seeds_and_prompts() -> None:
     seeds = generate.shipped_seeds()
-    words = generate._prompts()
-    assert (len(seeds), len(set(words["topics"])), len(set(words["kinds"]))) == (40, 82, 14)
+    texts = generate._prompts()
+    assert (len(seeds), len(set(texts["topics"])), len(set(texts["kinds"]))) == (40, 82, 14)
     prompts = [next(make).prompt for make in (generate.self_instruct(seeds, 1), generate.by_topics([], 1))]
     assert prompts[0].endswith("###\n4. 指令:") and prompts[0].count("输出:\n") == 3
     assert (
-        '{"items": [{"instruction": "…"' in prompts[1] and sum(topic in prompts[1] for topic in words["topics"]) >= 10
+        '{"items": [{"instruction": "…"' in prompts[1] and sum(topic in prompts[1] for topic in texts["topics"]) >= 10
     )
     again = [next(make).prompt for make in (generate.self_instruct(seeds, 1), generate.by_topics([], 1))]
     assert again == prompts != [next(generate.self_instruct(seeds, 2)).prompt, prompts[1]]
@@ -206,7 +206,7 @@ def test_what_it_asks_with() -> None:
 # -- the journal ---------------------------------------------------------------------------------------------------
 
 
-def test_a_journal_that_was_cut_anywhere_loses_one_line_at_most(tmp_path: Path) -> None:
+def test_truncated_journal_loses_at_most_one_line(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
     with ReplyJournal(file) as journal:
         for number in range(5):
@@ -228,67 +228,67 @@ def test_a_journal_that_was_cut_anywhere_loses_one_line_at_most(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("fault", ["500", "529", "broken", "cut", "content_filter", "sleep 2", "drip 0.5", "429 0.02"])
-def test_what_passes_is_asked_again(faults: Callable[..., Any], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_error_is_retried(faults: Callable[..., Any], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "retry_after", lambda headers: 0.02)
     server = faults(lambda prompt, times: fault if times < 2 else "")
     assert ask(section(server.url))[0][0] == storm.answer("q")
-    assert server.asked["q"] == 3
+    assert server.requests["q"] == 3
     server = faults(fault)
     (error,) = ask(section(server.url))
-    assert isinstance(error, client.RequestFailed) and str(error) and server.asked["q"] == 3
+    assert isinstance(error, client.RequestFailed) and str(error) and server.requests["q"] == 3
 
 
-def test_how_long_a_429_is_waited_for() -> None:
+def test_retry_after_header_sets_the_wait() -> None:
     from datetime import datetime, timedelta, timezone
     from email.utils import format_datetime
 
     soon = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30))
-    said = {"2": 2, "0.5": 0.5, "1000000": 120, "-3": 1, "x": 1, "": 1, "nan": 1}
-    assert {text: client.retry_after({"retry-after": text}) for text in said} == said
+    expected = {"2": 2, "0.5": 0.5, "1000000": 120, "-3": 1, "x": 1, "": 1, "nan": 1}
+    assert {text: client.retry_after({"retry-after": text}) for text in expected} == expected
     assert 25 < client.retry_after({"retry-after": soon}) <= 30
     assert client.retry_after({}) == 1
 
 
 @pytest.mark.parametrize("fault", ["400", "401", "403", "404", "422", "quota", "html", "redirect http://127.0.0.2:9/"])
-def test_what_is_hopeless_is_asked_once(faults: Callable[..., Any], fault: str) -> None:
+def test_permanent_error_is_not_retried(faults: Callable[..., Any], fault: str) -> None:
     server = faults(fault)
     (error,) = ask(section(server.url, json_schema="off"))
     assert isinstance(error, RecipeError) and "synthesize.endpoint" in error.text()
-    assert server.asked["q"] == 1
+    assert server.requests["q"] == 1
 
 
-def test_a_large_or_packed_reply_is_not_read_to_its_end(faults: Callable[..., Any]) -> None:
+def test_oversized_or_compressed_reply_is_an_error(faults: Callable[..., Any]) -> None:
     for fault in ("large", "packed"):
         (error,) = ask(section(faults(fault).url, attempts=1, seconds=20.0))
         assert isinstance(error, client.RequestFailed), error
 
 
-def test_an_outage_is_probed_by_one_at_a_time(faults: Callable[..., Any]) -> None:
+def test_outage_is_probed_by_one_request_at_a_time(faults: Callable[..., Any]) -> None:
     began = time.monotonic()
     server = faults(lambda prompt, times: "500" if time.monotonic() - began < 1.5 else "")
     answers = ask(section(server.url, pause=0.2, attempts=30), tuple(f"q{number}" for number in range(8)))
-    assert all(isinstance(answer, tuple) for answer in answers), "and then it goes on by itself"
+    assert all(isinstance(answer, tuple) for answer in answers), "and then it continues by itself"
     failed = [when for when, _, fault, _ in server.log if fault]
     assert len(failed) <= 8 + 5, "eight began before the outage was known"
 
 
-def test_a_schema_is_asked_for_where_the_endpoint_can(faults: Callable[..., Any]) -> None:
+def test_json_schema_is_sent_if_supported(faults: Callable[..., Any]) -> None:
     server = faults(lambda prompt, times: "400 response_format is not supported" if times < 1 else "")
     assert ask(section(server.url))[0][0] == storm.answer("q")
     assert ["response_format" in body for body in server.bodies] == [True, False]
 
 
-def test_the_cap_is_kept_before_it_is_passed(faults: Callable[..., Any]) -> None:
+def test_spending_limit_is_never_exceeded(faults: Callable[..., Any]) -> None:
     server = faults()
     price = {"input": 1.0, "output": 2.0}
     caps = ({"requests": 2}, {"tokens": 2 * 150 + 50}, {"money": 0.00055})
     for cap in caps:
-        before = sum(server.asked.values())
-        words = section(server.url, at_most=cap, price=price, max_tokens=100, concurrency=1)
+        before = sum(server.requests.values())
+        settings = section(server.url, at_most=cap, price=price, max_tokens=100, concurrency=1)
 
-        async def work(words: Synthesize = words) -> client.SpendingMeter:
-            spending = client.SpendingMeter(words)
-            endpoint = client.SynthesisClient(words, spending, lambda text: None)
+        async def work(settings: Synthesize = settings) -> client.SpendingMeter:
+            spending = client.SpendingMeter(settings)
+            endpoint = client.SynthesisClient(settings, spending, lambda text: None)
             async with endpoint.client:
                 with pytest.raises(MachineError, match="the same command continues"):
                     for number in range(5):
@@ -297,14 +297,16 @@ def test_the_cap_is_kept_before_it_is_passed(faults: Callable[..., Any]) -> None
 
         spending = asyncio.run(work())
         assert (
-            sum(server.asked.values()) - before == 2 and spending.tokens == [200, 100] and spending.reserved == [0, 0]
+            sum(server.requests.values()) - before == 2
+            and spending.tokens == [200, 100]
+            and spending.reserved == [0, 0]
         )
 
 
 @pytest.mark.parametrize(
     "address", ["http://example.com/v1", "https://me:secret@example.com/v1", "ftp://x", "example.com"]
 )
-def test_a_key_is_not_sent_just_anywhere(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_is_refused_for_unsafe_addresses(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with pytest.raises(RecipeError) as caught:
         client.check_address(address)
@@ -314,7 +316,7 @@ def test_a_key_is_not_sent_just_anywhere(address: str, monkeypatch: pytest.Monke
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_one_more_input_of_prepare(
+def test_synthesized_rows_are_an_input_of_prepare(
     faults: Callable[..., Any], tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-4711")
@@ -332,10 +334,12 @@ def test_rows_are_one_more_input_of_prepare(
     assert server.log[0][3]["authorization"] == "Bearer sk-canary-4711"
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert not any(b"canary" in data for data in written) and "canary" not in out + err
-    assert tongwen("run", recipe)[0] == 0 and sum(server.asked.values()) <= 6 + 8, "what is done is not asked again"
+    assert tongwen("run", recipe)[0] == 0 and sum(server.requests.values()) <= 6 + 8, (
+        "finished requests are not repeated"
+    )
 
 
-def test_the_order_of_arrival_changes_nothing(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+def test_reply_order_does_not_change_the_result(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     made = []
     for name, wait in (("one", 0.0), ("other", 0.03)):
         folder = tmp_path / name
@@ -346,15 +350,15 @@ def test_the_order_of_arrival_changes_nothing(faults: Callable[..., Any], tongwe
     assert made[0] == made[1]
 
 
-def test_the_same_again_and_again_comes_to_an_end(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+def test_repeated_replies_end_the_run(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     server = faults(answer=lambda prompt: storm.answer("the same"))
     code, out, _ = tongwen("run", write_recipe(tmp_path, server.url, stale=5, concurrency=2))
     assert code == 0 and len(rows_of(tmp_path)) == 1 and "nothing new" in out
     assert {row["reason"] for row in rows_of(tmp_path, "rejected")} == {"like_another"}
-    assert sum(server.asked.values()) <= 6 + 4
+    assert sum(server.requests.values()) <= 6 + 4
 
 
-def test_self_instruct_from_a_file_of_one_s_own(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+def test_self_instruct_with_a_seed_file(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     seeds = tmp_path / "seeds.jsonl"
     rows = [{"id": "s", "instruction": f"任务{n}", "instances": [{"input": "", "output": "好"}]} for n in range(4)]
     seeds.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -363,7 +367,9 @@ def test_self_instruct_from_a_file_of_one_s_own(faults: Callable[..., Any], tong
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url, method="self_instruct", seeds=str(seeds), rows=1))
     assert code == 0, err
     assert rows_of(tmp_path)[0]["messages"][1]["content"] == "生煎、锅贴、豆浆"
-    assert "任务" in next(iter(server.asked)) and not set(server.asked) & set(generate._prompts()["seeds"][0].values())
+    assert "任务" in next(iter(server.requests)) and not set(server.requests) & set(
+        generate._prompts()["seeds"][0].values()
+    )
     seeds.write_text('{"instruction": "x"}\n')
     code, _, err = tongwen(
         "run", write_recipe(tmp_path, server.url, method="self_instruct", seeds=str(seeds)), "--again"
@@ -387,17 +393,17 @@ GOOD = {"instruction": "写", "instances": [{"input": "", "output": "好"}]}
         ("写", ["a row must be an object"]),
     ],
 )
-def test_a_seed_task_of_the_wrong_shape_is_named(row: Any, parts: list[str], tongwen: Any, tmp_path: Path) -> None:
+def test_seed_task_of_the_wrong_shape_is_named(row: Any, parts: list[str], tongwen: Any, tmp_path: Path) -> None:
     seeds = tmp_path / "seeds.json"
     seeds.write_text(json.dumps([GOOD, row], ensure_ascii=False), encoding="utf-8")
-    words = {"method": "self_instruct", "seeds": str(seeds)}
-    code, _, err = tongwen("run", write_recipe(tmp_path, "http://127.0.0.1:1/v1", **words))
+    settings = {"method": "self_instruct", "seeds": str(seeds)}
+    code, _, err = tongwen("run", write_recipe(tmp_path, "http://127.0.0.1:1/v1", **settings))
     assert code == 3 and "seeds.json:2" in err
     for part in parts:
         assert part in err
 
 
-def test_fewer_seed_tasks_than_a_prompt_shows(tongwen: Any, tmp_path: Path) -> None:
+def test_too_few_seed_tasks_are_refused(tongwen: Any, tmp_path: Path) -> None:
     seeds = tmp_path / "seeds.json"
     seeds.write_text(json.dumps([GOOD, GOOD]), encoding="utf-8")
     recipe = write_recipe(tmp_path, "http://127.0.0.1:1/v1", method="self_instruct", seeds=str(seeds))
@@ -405,14 +411,14 @@ def test_fewer_seed_tasks_than_a_prompt_shows(tongwen: Any, tmp_path: Path) -> N
     assert code == 3 and "only 2 seed tasks" in err and "each prompt needs 3" in err
 
 
-def test_a_web_page_is_no_endpoint(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+def test_web_page_as_endpoint_is_refused(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     server = faults("html")
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url, concurrency=1))
     assert code == 2 and "web page" in err and "synthesize.endpoint" in err and "/v1" in err
-    assert sum(server.asked.values()) == 1
+    assert sum(server.requests.values()) == 1
 
 
-def test_documents_become_dialogues_of_several_turns(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+def test_documents_become_multi_turn_dialogues(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     file.write_text(
         "西湖在杭州城西，三面环山，一面临城，自唐代以来就是游览的地方，白居易和苏轼都在这里修过堤。\n", encoding="utf-8"
@@ -423,32 +429,32 @@ def test_documents_become_dialogues_of_several_turns(faults: Callable[..., Any],
     assert code == 0, err
     (row,) = rows_of(tmp_path)
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 3
-    assert row["meta"]["from"]["document"].endswith("book.txt:1") and "白居易" in next(iter(server.asked))
+    assert row["meta"]["from"]["document"].endswith("book.txt:1") and "白居易" in next(iter(server.requests))
 
 
-def test_the_wrong_key_stops_at_once(
+def test_wrong_key_stops_at_once(
     faults: Callable[..., Any], tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = faults("401")
     began = time.monotonic()
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url, concurrency=4))
     assert code == 2 and "401" in err and "$OPENAI_API_KEY" in err and time.monotonic() - began < 10
-    assert sum(server.asked.values()) <= 4
+    assert sum(server.requests.values()) <= 4
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     code, _, err = tongwen("run", write_recipe(tmp_path, "https://example.invalid/v1"))
     assert code == 2 and "export OPENAI_API_KEY" in err
 
 
-def test_a_full_disk_stops_before_the_next_request(
+def test_full_disk_stops_before_the_next_request(
     faults: Callable[..., Any], tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tongwen.data.synthesis.journal.MIN_FREE_BYTES", 1 << 60)
     server = faults()
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url))
-    assert code == 5 and "disk" in err and not server.asked
+    assert code == 5 and "disk" in err and not server.requests
 
 
-def test_other_words_ask_anew(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+def test_changed_settings_request_again(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     server = faults()
     cap = {"at_most": {"requests": 3}, "concurrency": 1}
     assert tongwen("run", write_recipe(tmp_path, server.url, **cap))[0] == 5
@@ -471,7 +477,7 @@ TASKS = {  # so short that a model of 135 million weights can go on with them
 
 
 @pytest.mark.skipif(not SMALL.is_dir(), reason="TONGWEN_SMALL_MODEL names no folder with a model, such as SmolLM2's")
-def test_a_real_small_model_behind_serve(tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthesize_with_a_real_small_model(tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reply is in the journal and is a row or has a reason. What repeats a seed is let pass: it can little more."""
     seeds = [{"instruction": ask, "instances": [{"input": "", "output": told}]} for ask, told in TASKS.items()]
     (tmp_path / "seeds.json").write_text(json.dumps(seeds, ensure_ascii=False), encoding="utf-8")
@@ -479,15 +485,15 @@ def test_a_real_small_model_behind_serve(tongwen: Any, tmp_path: Path, monkeypat
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             assert server.stdout
-            said: dict[str, str] = {}
-            while "OPENAI_API_KEY" not in said and (line := server.stdout.readline()):
+            environment: dict[str, str] = {}
+            while "OPENAI_API_KEY" not in environment and (line := server.stdout.readline()):
                 name, _, value = line.strip().partition("=")
-                said[name] = value
-            monkeypatch.setenv("OPENAI_API_KEY", said["OPENAI_API_KEY"])
+                environment[name] = value
+            monkeypatch.setenv("OPENAI_API_KEY", environment["OPENAI_API_KEY"])
             how = {"temperature": 0, "max_tokens": 60, "concurrency": 1, "stale": 12, "seconds": 300}
             wide = {"rouge_at_most": 1, "bm25_at_most": 1000}
-            words = {"method": "self_instruct", "seeds": str(tmp_path / "seeds.json"), "rows": 2, **how, **wide}
-            code, _, err = tongwen("run", write_recipe(tmp_path, said["OPENAI_BASE_URL"], **words))
+            settings = {"method": "self_instruct", "seeds": str(tmp_path / "seeds.json"), "rows": 2, **how, **wide}
+            code, _, err = tongwen("run", write_recipe(tmp_path, environment["OPENAI_BASE_URL"], **settings))
         finally:
             server.terminate()
     assert code == 0, err
@@ -497,7 +503,7 @@ def test_a_real_small_model_behind_serve(tongwen: Any, tmp_path: Path, monkeypat
     assert taken == set(range(max(taken) + 1)) and len(journal) >= len(taken)
 
 
-def test_killed_again_and_again(tmp_path: Path) -> None:
+def test_repeated_kills_lose_no_rows(tmp_path: Path) -> None:
     """The short form of bench/synthesize_storm.py."""
     found = storm.storm(tmp_path, rows=12, kills=2)
     assert (found["kills"], found["rows_lost"], found["rows_doubled"], found["rows_of_no_answer"]) == (2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What stands in this folder, made anew: runs that were stopped, runs that were not, and all else that version 0.1 goes on with.
+"""Regenerate this folder: interrupted and finished runs of version 0.1, and its other files.
 
     python tests/data/v0.1/make.py FOLDER
 
@@ -28,9 +28,9 @@ from typing import Any
 
 import httpx
 
-MOMENT = 1_700_000_000  # when every file here was changed last: git keeps no times, and some records name them
+MTIME = 1_700_000_000  # when every file here was changed last: git keeps no times, and some records name them
 TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-NEEDLESS = ("report.html", "loss.png", "*.lock")  # what nothing goes on with
+NEEDLESS = ("report.html", "loss.png", "*.lock")  # what no command resumes from
 EXPECTED = ("*.safetensors", "metrics.jsonl")  # what is compared of a run that was never stopped
 
 RECIPES = {
@@ -180,11 +180,11 @@ def write_rows(file: Path, rows: list[Any]) -> None:
 
 
 class Quiet(BaseHTTPRequestHandler):
-    """A server on this machine that says nothing on the screen."""
+    """A local server without a log."""
 
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *words: Any) -> None: ...
+    def log_message(self, *arguments: Any) -> None: ...
 
     def say(self, body: bytes, kind: str, status: int = 200, length: int = -1, **headers: str) -> None:
         self.send_response(status)
@@ -199,14 +199,16 @@ class Quiet(BaseHTTPRequestHandler):
 class Endpoint(Quiet):
     """OpenAI's streamed chat: to each prompt the same answer always, one that no other prompt gets."""
 
-    asked: list[str]
+    requests: list[str]
 
     def do_POST(self) -> None:
         prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        self.asked.append(prompt)
+        self.requests.append(prompt)
         drawn = hashlib.sha256(prompt.encode()).digest()
-        words = "".join(chr(0x4E00 + 80 * byte) for byte in drawn)
-        text = json.dumps({"items": [{"instruction": words[:12], "input": "", "output": words}]}, ensure_ascii=False)
+        characters = "".join(chr(0x4E00 + 80 * byte) for byte in drawn)
+        text = json.dumps(
+            {"items": [{"instruction": characters[:12], "input": "", "output": characters}]}, ensure_ascii=False
+        )
         told = [
             {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]},
             {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
@@ -220,14 +222,14 @@ class Endpoint(Quiet):
 class Hub(Quiet):
     """A hub with the model tiny/model and the data set tiny/rows. Of `broken` only the first half ever comes."""
 
-    asked: list[str]
+    requests: list[str]
     files: dict[str, dict[str, bytes]]
     broken = ""
     commit = "c0ffee" + "0" * 34
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        self.asked.append(f"{path} {self.headers.get('Range', '')}".strip())
+        self.requests.append(f"{path} {self.headers.get('Range', '')}".strip())
         if listed := re.fullmatch(r"/api/(?:model|dataset)s/(tiny/\w+)(?:/revision/.+)?", path):
             siblings = [
                 {
@@ -251,14 +253,14 @@ class Hub(Quiet):
 
 
 @contextmanager
-def serving(handler: type[Quiet], **words: Any) -> Iterator[tuple[str, list[str]]]:
-    """(the address of such a server, what it is asked)"""
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (handler,), {**words, "asked": asked}))
+def serving(handler: type[Quiet], **attributes: Any) -> Iterator[tuple[str, list[str]]]:
+    """(the address of such a server, its requests)"""
+    requests: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (handler,), {**attributes, "requests": requests}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requests
     finally:
         server.shutdown()
         server.server_close()
@@ -273,7 +275,7 @@ def hub_files(folder: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
-class Workshop:
+class RunRecorder:
     """The folder, and the commands that are run in it."""
 
     def __init__(self, folder: Path) -> None:
@@ -286,31 +288,31 @@ class Workshop:
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        self.settle()
-        command = [sys.executable, "-m", "tongwen", *words]
+    def start(self, *argv: str, **environment: str) -> subprocess.Popen[bytes]:
+        self.set_equal_mtimes()
+        command = [sys.executable, "-m", "tongwen", *argv]
         return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, stdin=subprocess.PIPE)
 
-    def settle(self) -> None:
+    def set_equal_mtimes(self) -> None:
         """Give every file the same time."""
         for file in self.folder.rglob("*"):
-            os.utime(file, (MOMENT, MOMENT))
+            os.utime(file, (MTIME, MTIME))
 
-    def run(self, *words: str, code: int = 0, typed: str = "", **environment: str) -> None:
-        process = self.start(*words, **environment)
+    def run(self, *argv: str, code: int = 0, typed: str = "", **environment: str) -> None:
+        process = self.start(*argv, **environment)
         process.communicate(typed.encode())
         if process.returncode != code:
-            raise SystemExit(f"{words}: exit code {process.returncode} instead of {code}")
+            raise SystemExit(f"{argv}: exit code {process.returncode} instead of {code}")
 
-    def kill(self, *words: str, when: Callable[[], bool], by: int = signal.SIGKILL, **environment: str) -> None:
+    def kill(self, *argv: str, when: Callable[[], bool], by: int = signal.SIGKILL, **environment: str) -> None:
         """Run a command until it has done enough."""
-        process = self.start(*words, **environment)
+        process = self.start(*argv, **environment)
         while process.poll() is None and not when():
             time.sleep(0.0005)
         process.send_signal(by)
         process.wait()
         if process.returncode not in (-by, 130):
-            raise SystemExit(f"{words}: it ended before it was stopped, with exit code {process.returncode}")
+            raise SystemExit(f"{argv}: it ended before it was stopped, with exit code {process.returncode}")
 
     def lines(self, name: str) -> int:
         """Whole lines of the files of such a name."""
@@ -333,93 +335,93 @@ def make(folder: Path) -> None:
     write_rows(folder / "dialogues.jsonl", dialogues(28))
     for name, text in RECIPES.items():
         (folder / f"{name}.yaml").write_text(text.lstrip(), encoding="utf-8")
-    shop = Workshop(folder)
-    make_trainings(shop)
-    make_pieces(shop)
-    make_encoded(shop)
-    make_answers(shop)
-    make_synthesized(shop)
-    make_fetched(shop)
-    make_shelf(shop)
+    recorder = RunRecorder(folder)
+    make_trainings(recorder)
+    make_pieces(recorder)
+    make_encoded(recorder)
+    make_answers(recorder)
+    make_synthesized(recorder)
+    make_fetched(recorder)
+    make_saved_chats(recorder)
     clear(folder)
 
 
-def make_trainings(shop: Workshop) -> None:
+def make_trainings(recorder: RunRecorder) -> None:
     """Each training stage stopped and never stopped; what was never stopped by sft stays as a finished run, with its merge."""
-    shop.run("run", "sft.yaml", "out=finished")
-    shop.kill("run", "sft.yaml", when=lambda: shop.lines("sft/sft.partial/metrics.jsonl") >= 6)
-    shop.run("run", "pretrain.yaml", "out=whole")
-    shop.keep("whole", "pretrain", "pretrain")
+    recorder.run("run", "sft.yaml", "out=finished")
+    recorder.kill("run", "sft.yaml", when=lambda: recorder.lines("sft/sft.partial/metrics.jsonl") >= 6)
+    recorder.run("run", "pretrain.yaml", "out=whole")
+    recorder.keep("whole", "pretrain", "pretrain")
     metrics = "pretrain/pretrain.partial/metrics.jsonl"
-    shop.kill("run", "pretrain.yaml", when=lambda: shop.lines(metrics) >= 5, by=signal.SIGTERM)
-    shop.run("run", "phases.yaml", "out=whole")
-    shop.keep("whole", "pretrain", "phases")
-    shop.kill("run", "phases.yaml", when=lambda: shop.lines("phases/pretrain.partial/metrics.jsonl") >= 7)
+    recorder.kill("run", "pretrain.yaml", when=lambda: recorder.lines(metrics) >= 5, by=signal.SIGTERM)
+    recorder.run("run", "phases.yaml", "out=whole")
+    recorder.keep("whole", "pretrain", "phases")
+    recorder.kill("run", "phases.yaml", when=lambda: recorder.lines("phases/pretrain.partial/metrics.jsonl") >= 7)
 
 
-def make_pieces(shop: Workshop) -> None:
+def make_pieces(recorder: RunRecorder) -> None:
     """`prepare`, killed among its files."""
-    (shop.folder / "texts").mkdir()
+    (recorder.folder / "texts").mkdir()
     for number in range(8):
-        write_rows(shop.folder / "texts" / f"{number:02}.jsonl", documents(20 + number))
-    shop.run("run", "pieces.yaml", "out=whole")
-    shop.keep("whole", "prepare", "pieces", ("*.jsonl",))
+        write_rows(recorder.folder / "texts" / f"{number:02}.jsonl", documents(20 + number))
+    recorder.run("run", "pieces.yaml", "out=whole")
+    recorder.keep("whole", "prepare", "pieces", ("*.jsonl",))
     scans = "pieces/prepare.partial/parts/*/scan.json"
-    shop.kill("run", "pieces.yaml", when=lambda: len(list(shop.folder.glob(scans))) > 2)
+    recorder.kill("run", "pieces.yaml", when=lambda: len(list(recorder.folder.glob(scans))) > 2)
 
 
-def make_encoded(shop: Workshop) -> None:
+def make_encoded(recorder: RunRecorder) -> None:
     """The encoding of dialogues, killed after its first batch of a thousand."""
     many = [{"instruction": str(number), "output": "一"} for number in range(1100)]
-    with gzip.open(shop.folder / "many.jsonl.gz", "wt", encoding="utf-8") as stream:
+    with gzip.open(recorder.folder / "many.jsonl.gz", "wt", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in many)
-    shop.run("run", "encode.yaml", "out=whole")
-    shop.keep("whole", "tokens/sft", "encode", ("*/store.json",))
-    shop.kill("run", "encode.yaml", when=lambda: shop.lines("encode/tokens/sft/*.partial/journal.jsonl") >= 1)
+    recorder.run("run", "encode.yaml", "out=whole")
+    recorder.keep("whole", "tokens/sft", "encode", ("*/store.json",))
+    recorder.kill("run", "encode.yaml", when=lambda: recorder.lines("encode/tokens/sft/*.partial/journal.jsonl") >= 1)
 
 
-def make_answers(shop: Workshop) -> None:
+def make_answers(recorder: RunRecorder) -> None:
     """A conversation that was saved; answers to a file and to an examination, killed among them."""
-    shop.run("chat", "finished/merge", "--max-new-tokens", "8", typed="你好\n今天天气很好。\n/save chat.json\n")
+    recorder.run("chat", "finished/merge", "--max-new-tokens", "8", typed="你好\n今天天气很好。\n/save chat.json\n")
     questions = [{"prompt": row["instruction"]} for row in dialogues(12)]
-    write_rows(shop.folder / "prompts.jsonl", questions)
-    words = ["generate", "--model", "base", "--template", "chatml", "--prompts", "prompts.jsonl"]
-    words += ["--max-new-tokens", "40", "--batch-size", "1"]
-    shop.run(*words, "--out", "expected/answers.jsonl")
-    shop.kill(*words, "--out", "answers.jsonl", when=lambda: shop.lines("answers.jsonl.answers") >= 4)
-    words = ["evaluate", "--model", "base", "--template", "chatml", "--task", "exact_match", "--limit", "12"]
-    words += ["--data", "dialogues.jsonl", "--max-new-tokens", "20", "--batch-size", "1", "--out", "scores"]
-    shop.kill(*words, when=lambda: shop.lines("scores.answers/*.jsonl") >= 4)
+    write_rows(recorder.folder / "prompts.jsonl", questions)
+    argv = ["generate", "--model", "base", "--template", "chatml", "--prompts", "prompts.jsonl"]
+    argv += ["--max-new-tokens", "40", "--batch-size", "1"]
+    recorder.run(*argv, "--out", "expected/answers.jsonl")
+    recorder.kill(*argv, "--out", "answers.jsonl", when=lambda: recorder.lines("answers.jsonl.answers") >= 4)
+    argv = ["evaluate", "--model", "base", "--template", "chatml", "--task", "exact_match", "--limit", "12"]
+    argv += ["--data", "dialogues.jsonl", "--max-new-tokens", "20", "--batch-size", "1", "--out", "scores"]
+    recorder.kill(*argv, when=lambda: recorder.lines("scores.answers/*.jsonl") >= 4)
 
 
-def make_synthesized(shop: Workshop) -> None:
+def make_synthesized(recorder: RunRecorder) -> None:
     """Replies that were paid for, up to a cap."""
     with serving(Endpoint) as (url, _):
-        words = ["run", "synthesize.yaml", f"synthesize.endpoint={url}/v1"]
-        shop.run(*words, "out=whole")
-        shop.keep("whole", "synthesize", "synthesize", ("dialogues.jsonl",))
-        shop.run(*words, "synthesize.at_most={requests: 3}", code=5)
+        argv = ["run", "synthesize.yaml", f"synthesize.endpoint={url}/v1"]
+        recorder.run(*argv, "out=whole")
+        recorder.keep("whole", "synthesize", "synthesize", ("dialogues.jsonl",))
+        recorder.run(*argv, "synthesize.at_most={requests: 3}", code=5)
 
 
-def make_fetched(shop: Workshop) -> None:
+def make_fetched(recorder: RunRecorder) -> None:
     """A data set in the cache, and a model of which half has come."""
-    with serving(Hub, files=hub_files(shop.folder), broken="model.safetensors") as (url, _):
+    with serving(Hub, files=hub_files(recorder.folder), broken="model.safetensors") as (url, _):
         there = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "none"}
-        shop.run("run", "hub.yaml", **there)
-        shutil.rmtree(shop.folder / "hub")
-        half = len((shop.folder / "base" / "model.safetensors").read_bytes()) // 2
-        parts = shop.folder / "fetched.partial" / ".fetch"
-        words = ["fetch", "tiny/model", "--kind", "model", "--out", "fetched"]
-        shop.kill(*words, when=lambda: any(part.stat().st_size == half for part in parts.glob("*.part")), **there)
+        recorder.run("run", "hub.yaml", **there)
+        shutil.rmtree(recorder.folder / "hub")
+        half = len((recorder.folder / "base" / "model.safetensors").read_bytes()) // 2
+        parts = recorder.folder / "fetched.partial" / ".fetch"
+        argv = ["fetch", "tiny/model", "--kind", "model", "--out", "fetched"]
+        recorder.kill(*argv, when=lambda: any(part.stat().st_size == half for part in parts.glob("*.part")), **there)
 
 
-def make_shelf(shop: Workshop) -> None:
+def make_saved_chats(recorder: RunRecorder) -> None:
     """A conversation as the page gives it to the browser to keep."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    words = ["chat", "base", "--template", "chatml", "--web", "--port"]
-    process = shop.start(*words, address.rpartition(":")[2], TONGWEN_API_KEY="a-token-that-is-long-enough")
+    argv = ["chat", "base", "--template", "chatml", "--web", "--port"]
+    process = recorder.start(*argv, address.rpartition(":")[2], TONGWEN_API_KEY="a-token-that-is-long-enough")
     with httpx.Client(
         base_url=address, headers={"authorization": "Bearer a-token-that-is-long-enough", "origin": address}
     ) as web:
@@ -437,11 +439,11 @@ def make_shelf(shop: Workshop) -> None:
         kept = web.post("/en/gradio_api/run/predict", json=body).json()["data"][0]
     process.terminate()
     process.wait()
-    (shop.folder / "shelf.json").write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (recorder.folder / "shelf.json").write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def clear(folder: Path) -> None:
-    """Take out what nothing goes on with."""
+    """Delete what no command resumes from."""
     for pattern in NEEDLESS:
         for file in folder.rglob(pattern):
             file.unlink()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tongwen.model.adapters.attach import adapt, find_untrained_rows
-from tongwen.model.loading.load import make_skeleton
+from tongwen.model.adapters.attach import find_untrained_rows, make_trainable
+from tongwen.model.loading.load import build_on_meta
 from tongwen.recipe.training import AdapterConfig
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -30,8 +30,8 @@ def test_trainable_shares_of_7b(stage: str) -> None:
     from transformers import LlamaConfig
 
     rows, choice, trained, wanted = SHARES[stage]
-    model: Any = make_skeleton(LlamaConfig(vocab_size=rows))
-    adapted = adapt(model, choice, [], trained=trained)  # type: ignore[arg-type]
+    model: Any = build_on_meta(LlamaConfig(vocab_size=rows))
+    adapted = make_trainable(model, choice, [], trained=trained)  # type: ignore[arg-type]
     learns, of = adapted.counts["parameters"], adapted.counts["of"]
     if stage == "PT-1":  # the published figure is of the embedding alone; here the head learns with it
         learns -= model.get_output_embeddings().weight.numel()

@@ -27,7 +27,7 @@ from tongwen.model.loading.load import ModelRef
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
     ],
 )
-def test_a_tied_base_answers_as_the_live_layers(options: dict[str, Any], tmp_path: Path) -> None:
+def test_tied_base_matches_live_layers(options: dict[str, Any], tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(base, 90)
     make_adapter(base, adapter, **options)
@@ -35,7 +35,7 @@ def test_a_tied_base_answers_as_the_live_layers(options: dict[str, Any], tmp_pat
     assert torch.allclose(logits(model), live_logits(base, adapter), atol=1e-5)
 
 
-def test_what_no_merge_does_is_refused_here_too(tmp_path: Path) -> None:
+def test_unmergeable_adapter_is_refused(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(base, 90)
     make_adapter(base, adapter, target_modules=["q_proj"])

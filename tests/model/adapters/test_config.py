@@ -22,7 +22,7 @@ def read(folder: Path, **fields: Any) -> dict[str, Any]:
     return read_config(folder)
 
 
-def test_every_field_of_peft_is_read_or_idle_or_refused(tmp_path: Path) -> None:
+def test_every_lora_field_is_read_ignored_or_refused(tmp_path: Path) -> None:
     LoraConfig(r=4, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
     assert read_config(tmp_path)["r"] == 4, "a plain config, with all defaults"
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -35,7 +35,7 @@ def test_every_field_of_peft_is_read_or_idle_or_refused(tmp_path: Path) -> None:
                 read(tmp_path, **{name: value})
 
 
-def test_a_start_that_changed_the_base_is_refused(tmp_path: Path) -> None:
+def test_init_that_changed_the_base_is_refused(tmp_path: Path) -> None:
     for start in (*STARTS, *CHANGES_BASE):
         read(tmp_path, init_lora_weights=start)
     for start in ("pissa_niter_4", "corda", "loftq", "lora_ga", "a start of 2027"):
@@ -46,7 +46,7 @@ def test_a_start_that_changed_the_base_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields", [{"r": True}, {"r": 0}, {"lora_alpha": "8"}, {"peft_type": "OFT"}, {"peft_type": None}]
 )
-def test_what_is_no_lora_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_non_lora_config_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Exception, match=str(next(iter(fields.values())))):
         read(tmp_path, **fields)
 
@@ -66,7 +66,7 @@ def test_what_is_no_lora_is_refused(fields: dict[str, Any], tmp_path: Path) -> N
         {"target_modules": ["lm_head"], "layers_to_transform": []},
     ],
 )
-def test_targets_are_those_of_peft(fields: dict[str, Any]) -> None:
+def test_targets_match_peft(fields: dict[str, Any]) -> None:
     names = ["lm_head", "model.embed_tokens"]
     for layer in (0, 1, 11):
         names += [

@@ -46,24 +46,28 @@ def bare(adapter: Path, folder: Path, name: str, rename: Any = lambda key: key) 
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin"])
-def test_a_bare_file_is_read_by_its_shapes(base: Path, adapter: Path, name: str, tongwen: Any, tmp_path: Path) -> None:
+def test_bare_file_is_identified_by_its_shapes(
+    base: Path, adapter: Path, name: str, tongwen: Any, tmp_path: Path
+) -> None:
     old = bare(adapter, tmp_path / "old", name)
-    code, _, said = tongwen("merge", "--base", base, "--adapter", old, "--out", tmp_path / "m")
-    assert code == 4 and f"tongwen migrate {old} --alpha" in said
-    code, _, said = tongwen("migrate", old)
-    assert code == 4 and "lora_alpha" in said and "r: 4" in said and "q_proj, v_proj" in said
+    code, _, err = tongwen("merge", "--base", base, "--adapter", old, "--out", tmp_path / "m")
+    assert code == 4 and f"tongwen migrate {old} --alpha" in err
+    code, _, err = tongwen("migrate", old)
+    assert code == 4 and "lora_alpha" in err and "r: 4" in err and "q_proj, v_proj" in err
     assert tongwen("migrate", old, "--alpha", "32", "--out", tmp_path / "new")[0] == 0
     config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 32, ["embed_tokens"])
     for out, one in (("a", adapter), ("b", tmp_path / "new")):
-        code, _, said = tongwen("merge", "--base", base, "--adapter", one, "--out", tmp_path / out)
-        assert code == 0, said
+        code, _, err = tongwen("merge", "--base", base, "--adapter", one, "--out", tmp_path / out)
+        assert code == 0, err
     one, other = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert all(torch.equal(one[key], other[key]) for key in one) and one.keys() == other.keys()
     assert not (old / "adapter_config.json").exists()
 
 
-def test_names_with_default_and_the_bases_own_tensors(base: Path, adapter: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_trainer_saved_names_and_base_tensors_are_handled(
+    base: Path, adapter: Path, tongwen: Any, tmp_path: Path
+) -> None:
     """What `trainer.save_model()` wrote of a whole peft model."""
     state = {
         key.replace(".weight", ".default.weight") if "lora_" in key else key.replace("tokens.", "tokens.modules_to_save.default."): one
@@ -80,24 +84,24 @@ def test_names_with_default_and_the_bases_own_tensors(base: Path, adapter: Path,
     assert made.keys() == wanted.keys()
 
 
-def test_a_folder_in_a_folder_is_found(base: Path, adapter: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_nested_adapter_folder_is_found(base: Path, adapter: Path, tongwen: Any, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "checkpoint-final" / "adapter_model")
     place = tmp_path / "checkpoint-final"
-    code, _, said = tongwen("merge", "--base", base, "--adapter", place, "--out", tmp_path / "m")
-    assert code == 0, said
+    code, _, err = tongwen("merge", "--base", base, "--adapter", place, "--out", tmp_path / "m")
+    assert code == 0, err
     (tmp_path / "prompts.txt").write_text("你好\n", encoding="utf-8")
     asking = ["--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl", "--template", "plain"]
-    code, _, said = tongwen("generate", "--model", base, "--adapter", place, "--max-new-tokens", 4, *asking)
-    assert code == 0, said
+    code, _, err = tongwen("generate", "--model", base, "--adapter", place, "--max-new-tokens", 4, *asking)
+    assert code == 0, err
 
 
-def test_a_443_byte_adapter_is_refused(base: Path, adapter: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_443_byte_adapter_is_refused(base: Path, adapter: Path, tongwen: Any, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     torch.save({}, tmp_path / "old" / "adapter_model.bin")
     for config in (False, True):
         if config:
             shutil.copy(adapter / "adapter_config.json", tmp_path / "old")
-        code, _, said = tongwen("migrate", tmp_path / "old", "--alpha", 32)
-        assert code == 4 and "443" in said
-    code, _, said = tongwen("merge", "--base", base, "--adapter", tmp_path / "old", "--out", tmp_path / "m")
-    assert code == 4 and "empty" in said and not (tmp_path / "m").exists()
+        code, _, err = tongwen("migrate", tmp_path / "old", "--alpha", 32)
+        assert code == 4 and "443" in err
+    code, _, err = tongwen("merge", "--base", base, "--adapter", tmp_path / "old", "--out", tmp_path / "m")
+    assert code == 4 and "empty" in err and not (tmp_path / "m").exists()

@@ -48,11 +48,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[l
 
 
 def merge(tongwen: Any, base: Path, adapters: list[artifact.Artifact], out: Path, *flags: str) -> tuple[int, str, str]:
-    words = [word for adapter in adapters for word in ("--adapter", adapter.path)]
-    return tongwen("merge", "--base", base, *words, "--out", out, *flags)
+    arguments = [word for adapter in adapters for word in ("--adapter", adapter.path)]
+    return tongwen("merge", "--base", base, *arguments, "--out", out, *flags)
 
 
-def test_thirty_combinations(family: Any, tmp_path: Path, tongwen: Any) -> None:
+def test_only_matching_adapter_pairs_merge(family: Any, tmp_path: Path, tongwen: Any) -> None:
     """Three bases with every ordered pair of the four adapters of two chains: 2 of 36 are right."""
     bases, chains = family
     adapters = [*chains[0], *chains[1]]
@@ -73,9 +73,7 @@ def test_thirty_combinations(family: Any, tmp_path: Path, tongwen: Any) -> None:
     assert accepted == [0, 1] and refused == 34
 
 
-def test_a_wrong_order_names_both_fingerprints_and_the_order_that_fits(
-    family: Any, tmp_path: Path, tongwen: Any
-) -> None:
+def test_wrong_order_names_fingerprints_and_the_right_order(family: Any, tmp_path: Path, tongwen: Any) -> None:
     (base, *_), ((first, second), *_) = family
     code, _, err = merge(tongwen, base, [second, first], tmp_path / "out")
     below = str(fingerprint_model(ModelRef("", str(base))))
@@ -86,7 +84,7 @@ def test_a_wrong_order_names_both_fingerprints_and_the_order_that_fits(
     assert code == 0 and "--force" in text and manifest["forced"] is True and below[:12] in manifest["forced_over"]
 
 
-def test_a_stage_as_base_brings_its_own_base(family: Any, tmp_path: Path, tongwen: Any) -> None:
+def test_stage_as_base_uses_its_own_base(family: Any, tmp_path: Path, tongwen: Any) -> None:
     (base, *_), ((first, second), *_) = family
     assert merge(tongwen, base, [first, second], tmp_path / "long")[0] == 0
     assert merge(tongwen, first.path, [second], tmp_path / "short")[0] == 0
@@ -95,14 +93,14 @@ def test_a_stage_as_base_brings_its_own_base(family: Any, tmp_path: Path, tongwe
     assert list(manifests[0]["parents"]) == ["base", "adapter_1", "adapter_2"]
 
 
-def test_an_adapter_does_not_go_onto_a_model_that_has_it_already(family: Any, tmp_path: Path, tongwen: Any) -> None:
+def test_adapter_is_not_merged_twice(family: Any, tmp_path: Path, tongwen: Any) -> None:
     (base, *_), ((first, _), *_) = family
     assert merge(tongwen, base, [first], tmp_path / "once")[0] == 0
     code, _, err = merge(tongwen, tmp_path / "once", [first], tmp_path / "twice")
     assert code == 4 and "fingerprint" in err
 
 
-def test_a_changed_adapter_is_not_the_one_that_was_recorded(family: Any, tmp_path: Path, tongwen: Any) -> None:
+def test_changed_adapter_is_refused(family: Any, tmp_path: Path, tongwen: Any) -> None:
     import shutil
 
     (base, *_), ((first, _), *_) = family
@@ -115,7 +113,7 @@ def test_a_changed_adapter_is_not_the_one_that_was_recorded(family: Any, tmp_pat
     assert code == 4 and "manifest records" in err and first.fingerprint[:12] in err
 
 
-def test_the_same_merge_gives_the_same_bytes(family: Any, tmp_path: Path, tongwen: Any) -> None:
+def test_same_merge_gives_the_same_bytes(family: Any, tmp_path: Path, tongwen: Any) -> None:
     (base, *_), ((first, second), *_) = family
     for name in ("one", "other"):
         assert merge(tongwen, base, [first, second], tmp_path / name)[0] == 0

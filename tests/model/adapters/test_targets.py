@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tongwen.core.errors import ModelError
-from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.attach import make_trainable
 from tongwen.recipe.training import AdapterConfig
 
 SHAPE: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -36,12 +36,12 @@ def wrapped() -> Any:
 
 def adapted_modules(model: Any, **settings: Any) -> tuple[set[str], list[str]]:
     """Return (the modules with an adapter, the notices)."""
-    adapted = adapt(model, AdapterConfig(rank=2, **settings), [])
+    adapted = make_trainable(model, AdapterConfig(rank=2, **settings), [])
     names = {name.split(".lora_A.")[0] for name, _ in adapted.model.named_parameters() if ".lora_A." in name}
     return {name.removeprefix("base_model.model.") for name in names}, adapted.notices
 
 
-def test_all_linear_of_a_mixture_reaches_dense_shared_and_fused_layers_but_no_router() -> None:
+def test_all_linear_on_moe_skips_only_the_router() -> None:
     modules, notices = adapted_modules(build("deepseek_v3", **SHAPE, **LATENT))
     wanted = {
         "model.layers.0.mlp.gate_proj",
@@ -53,13 +53,13 @@ def test_all_linear_of_a_mixture_reaches_dense_shared_and_fused_layers_but_no_ro
     assert any("covers 2 fused" in notice for notice in notices)
 
 
-def test_what_peft_cannot_adapt_is_left_out_and_named() -> None:
+def test_unsupported_layers_are_skipped_with_a_notice() -> None:
     modules, notices = adapted_modules(build("deepseek_v3", **SHAPE, **LATENT), dropout=0.1)
     assert "model.layers.0.self_attn.o_proj" in modules and "model.layers.0.mlp.gate_proj" not in modules
     assert any("does not support dropout" in notice for notice in notices)
 
 
-def test_a_layer_whose_weight_is_used_without_calling_it_is_left_out() -> None:
+def test_layer_used_without_forward_is_skipped() -> None:
     model = build("mamba", vocab_size=60, hidden_size=32, num_hidden_layers=1, state_size=4, pad_token_id=None)
     modules, notices = adapted_modules(model)
     assert "backbone.layers.0.mixer.in_proj" in modules and "backbone.layers.0.mixer.dt_proj" not in modules
@@ -67,27 +67,27 @@ def test_a_layer_whose_weight_is_used_without_calling_it_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_a_wrapped_model_is_adapted_in_its_text_alone(targets: Any) -> None:
+def test_multimodal_model_is_adapted_only_in_its_text_part(targets: Any) -> None:
     modules, _ = adapted_modules(wrapped(), targets=targets)
     assert modules and all(name.startswith("model.language_model.layers.") for name in modules)
     assert any("vision_tower" in name and name.endswith("q_proj") for name, _module in wrapped().named_modules())
 
 
-def test_full_training_of_a_wrapped_model_leaves_the_tower() -> None:
-    adapted = adapt(wrapped(), AdapterConfig(method="full"), [])
+def test_full_training_of_multimodal_freezes_the_tower() -> None:
+    adapted = make_trainable(wrapped(), AdapterConfig(method="full"), [])
     learned = {name for name, part in adapted.model.named_parameters() if part.requires_grad}
     assert "model.language_model.layers.0.mlp.up_proj.weight" in learned
     assert not [name for name in learned if "vision" in name or "projector" in name]
 
 
-def test_names_under_exclude_get_no_adapter() -> None:
+def test_excluded_names_get_no_adapter() -> None:
     modules, _ = adapted_modules(build("deepseek_v3", **SHAPE, **LATENT), exclude=["experts", "layers.0"])
     assert "model.layers.1.mlp.shared_experts.up_proj" in modules
     assert not [name for name in modules if name.startswith("model.layers.0.") or name.endswith(".experts")]
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"exclude": ["no_such"]}, "no module named 'no_such'"),
         ({"targets": ["fc1"]}, "text never reaches 'fc1'"),
@@ -95,6 +95,6 @@ def test_names_under_exclude_get_no_adapter() -> None:
         ({"exclude": ["layers"]}, "no weight is left"),
     ],
 )
-def test_names_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ModelError, match=words):
-        adapt(wrapped(), AdapterConfig(rank=2, **settings), [])
+def test_unknown_names_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        make_trainable(wrapped(), AdapterConfig(rank=2, **settings), [])

@@ -165,7 +165,7 @@ def of_another_size(base: Path, adapter: Path) -> None:
     tiny_llama(base, 503, hidden_size=48)
 
 
-def empty_as_of_old(base: Path, adapter: Path) -> None:
+def write_empty_adapter(base: Path, adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({}, adapter / "adapter_model.bin")
 
@@ -227,7 +227,7 @@ CASES: list[tuple[Any, int, str]] = [
     (with_another_rank, 4, "rank 8"),
     (without_its_saved_module, 4, "lm_head"),
     (of_another_size, 4, "(48, 64)"),
-    (empty_as_of_old, 4, "empty"),
+    (write_empty_adapter, 4, "empty"),
     (without_weights, 4, "pytorch_model.bin"),
     (bomb_in_the_adapter, 4, "never opens"),
     (bomb_in_the_base, 4, "never opens"),
@@ -250,25 +250,25 @@ def pair(chat_model: Path, tmp_path: Path) -> tuple[Path, Path]:
     return base, tmp_path / "adapter"
 
 
-@pytest.mark.parametrize(("spoil", "code", "words"), CASES, ids=[case[0].__name__ + case[2] for case in CASES])
-def test_it_is_refused_by_name(
-    spoil: Any, code: int, words: str, pair: tuple[Path, Path], tmp_path: Path, tongwen: Any
+@pytest.mark.parametrize(("spoil", "code", "message"), CASES, ids=[case[0].__name__ + case[2] for case in CASES])
+def test_damaged_weights_are_refused(
+    spoil: Any, code: int, message: str, pair: tuple[Path, Path], tmp_path: Path, tongwen: Any
 ) -> None:
     spoil(*pair)
     found, _, err = tongwen("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out")
-    assert found == code and words in err, err
+    assert found == code and message in err, err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     assert not (tmp_path / "canary").exists(), "code ran"
 
 
-def test_a_large_number_is_not_lost_in_fp16(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
+def test_fp16_overflow_is_refused(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
     edit(pair[0] / WEIGHTS, lambda state: state["model.layers.0.mlp.up_proj.weight"].mul_(1e7))
-    words = ("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out", "--dtype", "fp16")
-    code, _, err = tongwen(*words)
+    argv = ("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out", "--dtype", "fp16")
+    code, _, err = tongwen(*argv)
     assert code == 6 and "exceeds the range of fp16" in err and "bf16" in err
 
 
-def test_a_base_without_tokenizer_is_said(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
+def test_base_without_tokenizer_is_reported(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
     for file in pair[0].glob("tokenizer*"):
         file.unlink()
     code, text, _ = tongwen("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out")
@@ -276,13 +276,13 @@ def test_a_base_without_tokenizer_is_said(pair: tuple[Path, Path], tmp_path: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_place_is_the_machines_fault(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
+def test_read_only_folder_exits_with_code_5(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, _ = tongwen("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "locked" / "out")
     assert code == 5
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_full_disk_is_reported_before_writing(
     pair: tuple[Path, Path], tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -291,14 +291,14 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert code == 5 and "1 kB free" in err and not (tmp_path / "out.partial").exists()
 
 
-def test_a_killed_merge_is_no_model_and_the_same_command_ends_the_same(
+def test_killed_merge_leaves_no_model_and_can_be_repeated(
     pair: tuple[Path, Path], tmp_path: Path, tongwen: Any
 ) -> None:
     """A process is killed at moments spread over a merge; what it leaves is never a finished folder."""
-    words = ["merge", "--base", str(pair[0]), "--adapter", str(pair[1])]
-    assert tongwen(*words, "--out", tmp_path / "whole")[0] == 0
+    argv = ["merge", "--base", str(pair[0]), "--adapter", str(pair[1])]
+    assert tongwen(*argv, "--out", tmp_path / "whole")[0] == 0
     expected = tensors(tmp_path / "whole")
-    command = [sys.executable, "-m", "tongwen", *words, "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tongwen", *argv, "--out", str(tmp_path / "out")]
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     took = time.perf_counter() - started
@@ -314,7 +314,7 @@ def test_a_killed_merge_is_no_model_and_the_same_command_ends_the_same(
             assert (tmp_path / "out" / "manifest.json").is_file()
             continue
         assert tongwen("show", tmp_path / "out")[0] == 4
-        assert tongwen(*words, "--out", tmp_path / "out")[0] == 0
+        assert tongwen(*argv, "--out", tmp_path / "out")[0] == 0
         found = tensors(tmp_path / "out")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert not (tmp_path / "out.partial").exists()

@@ -1,4 +1,4 @@
-"""A Baichuan-7B becomes the LLaMA that it is, aloud; its code is never run, and the others of that name are refused."""
+"""Baichuan-7B is converted to LLaMA with a notice; its code is never run, and other Baichuan models are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FUSED = "model.layers.{}.self_attn.W_pack.weight"
 
 @pytest.fixture()
 def baichuan(tmp_path: Path) -> Path:
-    """As it stands on the hub: three projections in one matrix, code beside it, SentencePiece's file."""
+    """As it is on the hub: three projections in one matrix, code beside it, SentencePiece's file."""
     folder = tmp_path / "Baichuan-7B"
     folder.mkdir()
     (tmp_path / "text").write_text("\n".join(CORPUS), encoding="utf-8")
@@ -51,7 +51,7 @@ def baichuan(tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_is_converted_to_what_it_is(baichuan: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_baichuan_is_converted_to_llama(baichuan: Path, tmp_path: Path, tongwen: Any) -> None:
     code, _, err = tongwen("chat", baichuan)
     assert code == 4 and "never run" in err and f"tongwen convert {baichuan} --to hf --out Baichuan-7B-llama" in err
     made = tmp_path / "Baichuan-7B-llama"
@@ -71,12 +71,12 @@ def test_it_is_converted_to_what_it_is(baichuan: Path, tmp_path: Path, tongwen: 
 
 
 @pytest.mark.parametrize(
-    ("config", "said"), [({"model_max_length": 4096}, "ALiBi"), ({"vocab_size": 125696}, "normalises its head")]
+    ("config", "message"), [({"model_max_length": 4096}, "ALiBi"), ({"vocab_size": 125696}, "normalises its head")]
 )
-def test_others_of_that_name_are_refused(
-    config: dict[str, Any], said: str, baichuan: Path, tmp_path: Path, tongwen: Any
+def test_other_baichuan_models_are_refused(
+    config: dict[str, Any], message: str, baichuan: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     held = json.loads((baichuan / "config.json").read_text())
     (baichuan / "config.json").write_text(json.dumps(held | config))
     code, _, err = tongwen("convert", baichuan, "--to", "hf", "--out", tmp_path / "out")
-    assert code == 4 and said in err and "Baichuan-7B" in err
+    assert code == 4 and message in err and "Baichuan-7B" in err

@@ -1,4 +1,4 @@
-"""While a model opens, libraries' bars and hints are set aside; what belongs to the process is put back, whoever leaves last."""
+"""While a model loads, progress bars and hints are suppressed; process-wide state is restored afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tongwen.model.loading.load import quiet
 
 
-def test_two_that_open_at_once_put_back_what_was_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_concurrent_loads_restore_stderr_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     before = (sys.stderr, list(warnings.filters))
     inside, leave = threading.Event(), threading.Event()
 
@@ -30,7 +30,7 @@ def test_two_that_open_at_once_put_back_what_was_there(capsys: pytest.CaptureFix
     assert (sys.stderr, list(warnings.filters)) == before
 
 
-def test_bars_are_kept_out_of_a_log_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_progress_bars_are_suppressed(capsys: pytest.CaptureFixture[str]) -> None:
     with quiet():
         sys.stderr.write("\r  0%|   | 0/2\r 50%|#  | 1/2\r100%|## | 2/2\nTraceback: of another thread\n")
         warnings.warn("a hint", stacklevel=1)

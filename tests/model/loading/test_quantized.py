@@ -10,7 +10,7 @@ from tongwen.model.loading.quantized import without_compiler
 
 
 @pytest.mark.parametrize("before", [None, "", "0"])
-def test_the_compiler_is_back_after_the_block(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_setting_is_restored(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if before is None:
         monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     else:

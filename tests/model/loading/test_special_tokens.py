@@ -1,4 +1,4 @@
-"""Folders with wrong special tokens are trained and asked as they were meant, and stay as they are (F-11, F-12, F-15)."""
+"""Wrong special tokens of a folder are corrected for training and chat, and its files stay unchanged (F-11, F-12, F-15)."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def test_a_first_conversion_learns_to_stop(first_conversion: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_early_llama_conversion_learns_to_stop(first_conversion: Path, tmp_path: Path, tongwen: Any) -> None:
     before = hashes(first_conversion)
     recipe = write_recipe(tmp_path, first_conversion, rows=dialogues(12))
     recipe.write_text(recipe.read_text().replace("template: chatml", "template: plain"))
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
-    said = out + err
-    assert "bos_token, eos_token, unk_token are empty; using <s>, </s>, <unk> instead" in said
+    output = out + err
+    assert "bos_token, eos_token, unk_token are empty; using <s>, </s>, <unk> instead" in output
     for name in ("config.json", "generation_config.json"):
-        assert f"{name} has pad_token_id -1, but the vocabulary has 355 tokens" in said
-    assert "would end with token 1 (<s>)" in said and "own end token: 2 (</s>)" in said
+        assert f"{name} has pad_token_id -1, but the vocabulary has 355 tokens" in output
+    assert "would end with token 1 (<s>)" in output and "own end token: 2 (</s>)" in output
     manifest = json.loads((tmp_path / "out" / "sft" / "manifest.json").read_text())
     assert manifest["stop_tokens"] == ["</s>"]
     saved = json.loads((tmp_path / "out" / "merge" / "generation_config.json").read_text())
@@ -51,7 +51,7 @@ def test_a_first_conversion_learns_to_stop(first_conversion: Path, tmp_path: Pat
     assert hashes(first_conversion) == before
 
 
-def test_padding_that_is_no_token_freezes_no_row(first_conversion: Path) -> None:
+def test_invalid_pad_token_freezes_no_row(first_conversion: Path) -> None:
     """torch takes -1 for the last row, whose gradient then stays zero."""
     model = load.load_model(load.locate(str(first_conversion)), torch.float32)
     last = model.get_input_embeddings().weight.shape[0] - 1

@@ -1,4 +1,4 @@
-"""What training did not change is the base's to the byte in the saved model."""
+"""A saved model keeps the unchanged tensors of its base byte for byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tongwen.model.loading import load
 from tongwen.model.loading.names import names_of
-from tongwen.model.merging.carry import carry_from_base
+from tongwen.model.merging.carry import restore_unchanged_tensors
 
 SHAPE: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -29,7 +29,7 @@ def wrapped_base(folder: Path) -> Path:
     return folder
 
 
-def test_a_model_saved_in_fp32_keeps_the_tower_and_what_it_did_not_load(tmp_path: Path) -> None:
+def test_fp32_save_keeps_the_tower_and_unloaded_tensors(tmp_path: Path) -> None:
     base, out = wrapped_base(tmp_path / "base"), tmp_path / "out"
     place = load.locate(str(base))
     model = load.load_model(place, torch.float32)
@@ -37,7 +37,7 @@ def test_a_model_saved_in_fp32_keeps_the_tower_and_what_it_did_not_load(tmp_path
     with torch.no_grad():
         model.get_parameter(changed).add_(0.01)
     model.save_pretrained(out, max_shard_size="20KB")
-    carry_from_base(model, place, out)
+    restore_unchanged_tensors(model, place, out)
     before, after = (
         {name: part for file in folder.glob("*.safetensors") for name, part in load_file(file).items()}
         for folder in (base, out)
@@ -50,10 +50,10 @@ def test_a_model_saved_in_fp32_keeps_the_tower_and_what_it_did_not_load(tmp_path
     assert type(again) is type(model) and torch.equal(again.get_parameter(changed), model.get_parameter(changed))
 
 
-def test_names_of_experts_that_the_files_keep_apart_are_computed() -> None:
-    from tests.conftest import tiny_mixture
+def test_names_of_separate_experts_are_computed() -> None:
+    from tests.conftest import tiny_moe
 
-    model = tiny_mixture()
+    model = tiny_moe()
     stored = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.0.up_proj.weight", "mtp.x"]
     names = names_of(model, stored)
     assert names.in_file(stored[0]) == stored[0] and names.unused == ["mtp.x"]

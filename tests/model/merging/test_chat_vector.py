@@ -1,4 +1,4 @@
-"""What an instruct model has over its base, added to another descendant of that base."""
+"""Chat vectors: the difference of an instruct model and its base, added to another model of that base."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def family(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Pat
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_it_is_the_difference_rounded_once(tongwen: Any, tmp_path: Path, scale: float) -> None:
+def test_chat_vector_is_the_difference_rounded_once(tongwen: Any, tmp_path: Path, scale: float) -> None:
     target, instruct, base = family(tmp_path)
     out = tmp_path / "out"
     command = ("merge", "--base", target, "--chat-vector", instruct, base, "--scale", scale, "--out", out)
-    code, said, err = tongwen(*command)
+    code, stdout, err = tongwen(*command)
     assert code == 0, err
-    assert "8 rows" in said
+    assert "8 rows" in stdout
     ours, theirs, old, made = (tensors(place) for place in (target, instruct, base, out))
     assert made.keys() == ours.keys()
     for name, tensor in made.items():
@@ -62,12 +62,12 @@ def test_it_is_the_difference_rounded_once(tongwen: Any, tmp_path: Path, scale: 
     assert isinstance(package.open(str(out)).chat([{"role": "user", "content": "你好"}], max_new_tokens=4), str)
 
 
-def test_what_does_not_belong_together_is_refused(tongwen: Any, tmp_path: Path) -> None:
+def test_unrelated_models_are_refused(tongwen: Any, tmp_path: Path) -> None:
     target, instruct, base = family(tmp_path)
     out, other = tmp_path / "out", tmp_path / "other"
     tiny_llama(other, len(byte_level_tokenizer(other)), hidden_size=48)
     merge = ("merge", "--out", out, "--base")
-    for words, code, said in (
+    for arguments, code, message in (
         ((target, "--chat-vector", base, base), 4, "same"),
         ((target, "--chat-vector", instruct, other), 4, "different families"),
         ((target,), 2, "--chat-vector"),
@@ -78,11 +78,11 @@ def test_what_does_not_belong_together_is_refused(tongwen: Any, tmp_path: Path) 
             "different families",
         ),  # a smaller vocabulary than the difference has
     ):
-        found, _, err = tongwen(*merge, *words)
-        assert found == code and said in err and not out.exists(), err
+        found, _, err = tongwen(*merge, *arguments)
+        assert found == code and message in err and not out.exists(), err
 
 
-def test_a_control_token_with_another_id_is_refused(tongwen: Any, tmp_path: Path) -> None:
+def test_control_token_with_another_id_is_refused(tongwen: Any, tmp_path: Path) -> None:
     target, instruct, base = family(tmp_path)
     file = instruct / "tokenizer.json"
     held = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Adapters trained beside each other, combined; and a base as quantised training saw it."""
+"""Combining adapters, and merging onto the dequantised base of a quantised training."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def changes(base: Path, adapters: list[Path], name: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
-def test_linear_is_the_weighted_sum_of_the_changes(
+def test_linear_matches_the_weighted_sum(
     options: dict[str, Any], chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     adapters = two_adapters(chat_model, tmp_path, **options)
-    words = ("--combine", "linear", "--weight", "0.75", "--weight", "0.5", "--scale", "2")
-    out = merged(tongwen, chat_model, adapters, tmp_path / "out", *words)
+    arguments = ("--combine", "linear", "--weight", "0.75", "--weight", "0.5", "--scale", "2")
+    out = merged(tongwen, chat_model, adapters, tmp_path / "out", *arguments)
     one, other = changes(chat_model, adapters, UP)
     expected = tensors(chat_model)[UP] + 2 * (0.75 * one + 0.5 * other)
     assert torch.allclose(tensors(out)[UP].double(), expected, atol=1e-7)
@@ -51,7 +51,7 @@ def test_linear_is_the_weighted_sum_of_the_changes(
     assert manifest["parity"]["relative"] < 1e-5
 
 
-def test_linear_is_what_peft_concatenates(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_linear_matches_peft_cat(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +65,7 @@ def test_linear_is_what_peft_concatenates(chat_model: Path, tmp_path: Path, tong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ties_is_that_of_pefts_own_function(dtype: torch.dtype, tmp_path: Path, tongwen: Any) -> None:
+def test_ties_matches_peft(dtype: torch.dtype, tmp_path: Path, tongwen: Any) -> None:
     from peft.utils.merge_utils import ties
 
     base = tmp_path / "base"
@@ -79,7 +79,7 @@ def test_ties_is_that_of_pefts_own_function(dtype: torch.dtype, tmp_path: Path, 
     assert 0.3 < float((added == 0).double().mean()) < 0.7
 
 
-def test_a_cut_is_the_kth_largest() -> None:
+def test_threshold_is_the_kth_largest() -> None:
     numbers = np.abs(np.random.default_rng(0).standard_normal((40, 25)).astype(np.float32))
     numbers[:, 3] = 0
     for keep in (1, 7, 400, 960, 1000):
@@ -87,26 +87,26 @@ def test_a_cut_is_the_kth_largest() -> None:
         assert cut == np.sort(numbers.reshape(-1))[-keep]
 
 
-def test_what_cannot_be_combined_is_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_incompatible_adapters_are_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     one, other = two_adapters(chat_model, tmp_path)
     rows = tensors(chat_model)["model.embed_tokens.weight"].shape[0]
     tiny_llama(tmp_path / "larger", rows + 3)
     make_adapter(tmp_path / "larger", tmp_path / "grown", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     command = ("merge", "--base", chat_model, "--out", tmp_path / "out", "--combine", "ties")
-    for words, wrong, remedy in (
+    for arguments, wrong, remedy in (
         (["--adapter", one], "at least two adapters", "--adapter A2"),
         (["--adapter", one, "--adapter", one], "each once", "--adapter A2"),
         (["--adapter", one, "--adapter", other, "--weight", 1], "1 weights given for 2", "--weight"),
-        (["--adapter", one, "--adapter", other, "--density", 0], "density 0 is not a share", ""),
+        (["--adapter", one, "--adapter", other, "--density", 0], "density 0 must be above 0 and at most 1", ""),
         (["--adapter", one, "--adapter", tmp_path / "grown"], "its own vocabulary", "first"),
     ):
-        code, _, err = tongwen(*command, *words)
+        code, _, err = tongwen(*command, *arguments)
         assert code in (2, 4) and wrong in err and remedy in err, err
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_merged_onto_what_training_saw(kind: str, tmp_path: Path, tongwen: Any) -> None:
+def test_merge_uses_the_dequantised_training_base(kind: str, tmp_path: Path, tongwen: Any) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     from tongwen.model.loading.load import ModelRef, load_model
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import tensors, tiny_llama, tiny_mixture
+from tests.conftest import tensors, tiny_llama, tiny_moe
 from tests.model.merging.test_merge import logits, make_adapter, merged
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -46,9 +46,9 @@ def read_back(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", MIXTURE)
-def test_fused_experts_and_tied_heads(kind: str, tmp_path: Path, tongwen: Any) -> None:
+def test_fused_experts_and_tied_heads_merge_like_peft(kind: str, tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
-    tiny_mixture(tie_word_embeddings=True).save_pretrained(base)
+    tiny_moe(tie_word_embeddings=True).save_pretrained(base)
     make_adapter(base, tmp_path / "adapter", **MIXTURE[kind])
     out = merged(tongwen, base, [tmp_path / "adapter"], tmp_path / "out")
     assert torch.allclose(read_back(out), live_logits(base, tmp_path / "adapter"), atol=1e-5)
@@ -59,7 +59,7 @@ def test_fused_experts_and_tied_heads(kind: str, tmp_path: Path, tongwen: Any) -
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_that_changes_the_base(start: str, tmp_path: Path, tongwen: Any) -> None:
+def test_base_changing_init_merges_like_peft(start: str, tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
     tiny_llama(base, 90)
     make_adapter(base, tmp_path / "adapter", init_lora_weights=start, target_modules=["q_proj", "v_proj"])
@@ -67,11 +67,11 @@ def test_a_start_that_changes_the_base(start: str, tmp_path: Path, tongwen: Any)
     assert torch.allclose(read_back(out), live_logits(base, tmp_path / "adapter"), atol=1e-5)
 
 
-def test_types_and_unread_tensors_of_the_base_stay(tmp_path: Path, tongwen: Any) -> None:
+def test_dtypes_and_unused_tensors_are_kept(tmp_path: Path, tongwen: Any) -> None:
     from safetensors.torch import save_file
 
     base = tmp_path / "base"
-    tiny_mixture().to(torch.bfloat16).save_pretrained(base)
+    tiny_moe().to(torch.bfloat16).save_pretrained(base)
     state = tensors(base)
     state["model.layers.0.mlp.gate.weight"] = state["model.layers.0.mlp.gate.weight"].float() + 1e-4
     state["mtp.norm.weight"] = torch.ones(5, dtype=torch.float16)  # a part that transformers does not read
@@ -83,9 +83,9 @@ def test_types_and_unread_tensors_of_the_base_stay(tmp_path: Path, tongwen: Any)
     assert changed and all(".experts." in name and ("gate_proj" in name or "up_proj" in name) for name in changed)
 
 
-def test_two_adapters_one_after_the_other(tmp_path: Path, tongwen: Any) -> None:
+def test_two_adapters_merge_in_order_like_peft(tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
-    tiny_mixture(tie_word_embeddings=True).save_pretrained(base)
+    tiny_moe(tie_word_embeddings=True).save_pretrained(base)
     one, two = tmp_path / "one", tmp_path / "two"
     make_adapter(base, one, seed=1, target_parameters=EXPERTS, target_modules=[])
     make_adapter(base, two, seed=2, target_parameters=EXPERTS[1:], target_modules=["lm_head"])
@@ -94,7 +94,7 @@ def test_two_adapters_one_after_the_other(tmp_path: Path, tongwen: Any) -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_the_judge_sees_a_wrong_sum(
+def test_parity_check_detects_a_wrong_merge(
     streamed: bool, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streamed: a scale read wrongly by everything of ours. In memory: a tied weight changed by peft in both places."""
@@ -106,7 +106,7 @@ def test_the_judge_sees_a_wrong_sum(
         scale = read._scale
         monkeypatch.setattr(read, "_scale", lambda config, target: (scale(config, target)[0] / 2, 4))
     else:
-        tiny_mixture(tie_word_embeddings=True).save_pretrained(base)
+        tiny_moe(tie_word_embeddings=True).save_pretrained(base)
         monkeypatch.setattr(chain, "_separate", lambda adapted: None)
     experts = {} if streamed else {"target_parameters": EXPERTS}
     make_adapter(base, tmp_path / "adapter", target_modules=["v_proj", "lm_head"], **experts)

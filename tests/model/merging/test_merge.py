@@ -1,4 +1,4 @@
-"""A folded adapter is the live adapter, on the base that it was trained on and on no other."""
+"""A merged adapter matches the live adapter, on the base that it was trained on and on no other."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def make_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> Any
 
 def merged(tongwen: Any, base: Path, adapters: list[Path], out: Path, *flags: str) -> Path:
     """`tongwen merge`, which must succeed."""
-    words = [word for adapter in adapters for word in ("--adapter", adapter)]
-    code, _, err = tongwen("merge", "--base", base, *words, "--out", out, *flags)
+    arguments = [word for adapter in adapters for word in ("--adapter", adapter)]
+    code, _, err = tongwen("merge", "--base", base, *arguments, "--out", out, *flags)
     assert code == 0, err
     return out
 
@@ -75,7 +75,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_is_live(kind: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_merged_model_matches_the_live_adapter(kind: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     live = make_adapter(chat_model, tmp_path / "adapter", **KINDS[kind])
@@ -89,7 +89,9 @@ def test_folded_is_live(kind: str, chat_model: Path, tmp_path: Path, tongwen: An
 
 
 @pytest.mark.parametrize("options", [{"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only"}, {}])
-def test_biases_and_token_rows_of_an_untied_model(options: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
+def test_biases_and_token_rows_of_an_untied_model_are_merged(
+    options: dict[str, Any], tmp_path: Path, tongwen: Any
+) -> None:
     from transformers import AutoModelForCausalLM
 
     base = tmp_path / "base"
@@ -100,7 +102,7 @@ def test_biases_and_token_rows_of_an_untied_model(options: dict[str, Any], tmp_p
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=2e-6)
 
 
-def test_a_config_that_leaves_tying_to_its_family(tmp_path: Path, tongwen: Any) -> None:
+def test_tying_default_of_the_family_is_used(tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
     base = tmp_path / "base"
@@ -122,19 +124,19 @@ def test_a_config_that_leaves_tying_to_its_family(tmp_path: Path, tongwen: Any) 
         assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=2e-6)
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_the_layers_say_how_they_store_their_matrices(said: bool, tmp_path: Path, tongwen: Any) -> None:
+@pytest.mark.parametrize("fan_in_fan_out", [True, False])
+def test_weight_orientation_comes_from_the_layers(fan_in_fan_out: bool, tmp_path: Path, tongwen: Any) -> None:
     """fan_in_fan_out is the opposite of what each base does; both adapt square matrices, which fit either way."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     base = tmp_path / "base"
-    if said:
+    if fan_in_fan_out:
         tiny_llama(base, 64)
     else:
         GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)).save_pretrained(base)
-    live = make_adapter(base, tmp_path / "adapter", target_modules=["o_proj" if said else "attn.c_proj"])
+    live = make_adapter(base, tmp_path / "adapter", target_modules=["o_proj" if fan_in_fan_out else "attn.c_proj"])
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": said}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fan_in_fan_out": fan_in_fan_out}))
     out = merged(tongwen, base, [tmp_path / "adapter"], tmp_path / "out")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=1e-5)
 
@@ -147,7 +149,7 @@ def test_bf16_is_rounded_once(chat_model: Path, tmp_path: Path, tongwen: Any) ->
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_bf16_is_torchs() -> None:
+def test_bf16_rounding_matches_torch() -> None:
     """Every upper half of a finite fp32 number, with lower halves around the tie."""
     halves = np.array(
         [half for half in range(1 << 16) if half & 0x7F80 < 0x7F80 and half & 0x7FFF != 0x7F7F], np.uint32
@@ -160,7 +162,7 @@ def test_bf16_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("rank", [4, 32])
-def test_a_matrix_in_many_blocks_is_the_same(
+def test_blockwise_merge_gives_the_same_matrix(
     rank: int, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_adapter(chat_model, tmp_path / "adapter", r=rank)
@@ -175,9 +177,7 @@ def test_a_matrix_in_many_blocks_is_the_same(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_two_adapters_are_as_peft_folds_them_one_after_the_other_in_fp32(
-    dtype: torch.dtype, tmp_path: Path, tongwen: Any
-) -> None:
+def test_two_adapters_merge_in_order_like_peft_fp32(dtype: torch.dtype, tmp_path: Path, tongwen: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -196,7 +196,7 @@ def test_two_adapters_are_as_peft_folds_them_one_after_the_other_in_fp32(
     assert fingerprint_model(ModelRef("", str(out))) == json.loads((out / "manifest.json").read_text())["fingerprint"]
 
 
-def test_bin_files_are_merged_as_safetensors_are(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_bin_files_merge_like_safetensors(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
     old = tmp_path / "old"
     shutil.copytree(chat_model, old)
@@ -229,7 +229,7 @@ def grown_adapters(base: Path, folder: Path) -> tuple[Path, Path]:
     return out[0], out[1]
 
 
-def test_grown_vocabularies_stack_in_their_order_only(tmp_path: Path, tongwen: Any) -> None:
+def test_extended_vocabularies_merge_only_in_order(tmp_path: Path, tongwen: Any) -> None:
     base = tmp_path / "base"
     base.mkdir()
     tiny_llama(base, 100, tie_word_embeddings=False)
@@ -247,7 +247,7 @@ def test_grown_vocabularies_stack_in_their_order_only(tmp_path: Path, tongwen: A
     assert code == 4 and f"has 108 ([PAD], {second})" in " ".join(err.split())
 
 
-def test_what_does_not_map_one_to_one_goes_through_peft(tmp_path: Path, tongwen: Any) -> None:
+def test_unstreamable_adapter_is_merged_by_peft(tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -268,7 +268,7 @@ def test_what_does_not_map_one_to_one_goes_through_peft(tmp_path: Path, tongwen:
         )
 
 
-def test_streamed_parity_is_the_model(tmp_path: Path) -> None:
+def test_streamed_parity_matches_the_model(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tongwen.model.loading.tensors import open_tensors
@@ -297,7 +297,7 @@ def _edit(folder: Path, change: Any) -> None:
     save_file(state, file)
 
 
-def test_parity_sees_one_wrong_matrix(
+def test_parity_detects_one_wrong_matrix(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tongwen.model.merging import merge
@@ -314,20 +314,20 @@ def test_parity_sees_one_wrong_matrix(
             return out
         return apply(self, block, begin, end)
 
-    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    argv = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(step, "apply", wrong)
-        code, _, err = tongwen(*words)
+        code, _, err = tongwen(*argv)
         assert code == 6 and "layers.1.mlp.up_proj" in err and "read back" in err
         patch.setattr("tongwen.workflows.merging.check_rows", lambda base, folded: 0.0)
-        code, _, err = tongwen(*words)
+        code, _, err = tongwen(*argv)
         assert code == 6 and "logits" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    assert tongwen(*words)[0] == 0
+    assert tongwen(*argv)[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda state: [tensor.zero_() for name, tensor in state.items() if "lora_B" in name], "never trained"),
         (lambda state: state.clear(), "empty"),
@@ -358,18 +358,18 @@ def test_parity_sees_one_wrong_matrix(
         ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(
-    change: Any, words: str, chat_model: Path, tmp_path: Path, tongwen: Any
+def test_mismatched_adapter_is_refused(
+    change: Any, message: str, chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
     _edit(tmp_path / "adapter", change)
     code, _, err = tongwen("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
-    assert code in (4, 6) and words in err, err
+    assert code in (4, 6) and message in err, err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "lost", "said", "words"),
+    ("options", "lost", "changes", "message"),
     [
         ({"use_dora": True}, "1.self_attn.v_proj.lora_magnitude", {}, "use_dora is set, but"),
         ({"use_dora": True}, "", {"use_dora": False}, "tensor of use_dora"),
@@ -388,7 +388,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
     ],
 )
 def test_config_and_tensors_must_agree(
-    options: dict[str, Any], lost: str, said: dict[str, Any], words: str, tmp_path: Path, tongwen: Any
+    options: dict[str, Any], lost: str, changes: dict[str, Any], message: str, tmp_path: Path, tongwen: Any
 ) -> None:
     """What peft passes over in silence, or replaces by the base's own."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -399,13 +399,13 @@ def test_config_and_tensors_must_agree(
     _edit(adapter, lambda state: [state.pop(name) for name in list(state) if lost and lost in name])
     assert (len(load_file(adapter / "adapter_model.safetensors")) < held) is bool(lost)
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     code, _, err = tongwen("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out")
-    assert code == 4 and words in " ".join(err.split()), err
+    assert code == 4 and message in " ".join(err.split()), err
     assert not (tmp_path / "out").exists()
 
 
-def test_merge_command_and_wrong_bases(chat_model: Path, other_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_merge_refuses_wrong_bases(chat_model: Path, other_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from tests.conftest import write_recipe
 
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
@@ -433,7 +433,7 @@ def test_merge_command_and_wrong_bases(chat_model: Path, other_model: Path, tmp_
     assert code == 2 and "--again" in err
 
 
-def test_a_fingerprint_is_of_tensors_not_of_files(chat_model: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_tensors_not_files(chat_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(chat_model)
@@ -447,7 +447,7 @@ def test_a_fingerprint_is_of_tensors_not_of_files(chat_model: Path, tmp_path: Pa
     assert fingerprint_state(state) != one
 
 
-def test_an_adapter_of_another_kind_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_other_adapter_type_is_refused(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "PREFIX_TUNING"}))

@@ -1,4 +1,4 @@
-"""The page on a real port with a model that answers as it is told: for the tests of the gate and of the browser."""
+"""The page on a real port with a scripted model: for the tests of the gate and of the browser."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SECRET = "canary/of/a/path"
 
 
 class Parrot:
-    """Says what it is asked, character by character; some words make it fail. asked: what reached it; closed: how many
+    """Repeats the question, character by character; some words make it fail. requests: what reached it; closed: how many
     answers were given up before their end."""
 
     def __init__(self) -> None:
-        self.asked: list[list[dict[str, Any]]] = []
+        self.requests: list[list[dict[str, Any]]] = []
         self.closed = 0
         self.pause = 0.0
 
     def reply(self, name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[str]:
-        self.asked.append(messages)
+        self.requests.append(messages)
         text = messages[-1]["content"]
         if "OOM" in text:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -72,5 +72,5 @@ def serving(backend: PageBackend, limits: UploadLimits | None = None) -> Iterato
         thread.join(10)
 
 
-def talk(parrot: Parrot, *chosen: str) -> ChatBackend:
+def make_chat_backend(parrot: Parrot, *chosen: str) -> ChatBackend:
     return ChatBackend(lambda: list(chosen), chosen, lambda name, messages, options: messages[-9:], parrot.reply)

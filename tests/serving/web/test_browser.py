@@ -21,7 +21,7 @@ pytest.importorskip("playwright")
 from playwright.sync_api import sync_playwright
 
 from tests.conftest import byte_level_tokenizer, dialogues, tiny_llama, write_recipe, write_rows
-from tests.serving.web.page_server import TOKEN, Parrot, serving, talk
+from tests.serving.web.page_server import TOKEN, Parrot, make_chat_backend, serving
 from tongwen.commands.web import make_backend
 from tongwen.workflows import run_manager
 from tongwen.workflows.run_lock import lock_holder
@@ -62,7 +62,7 @@ def parrot() -> Parrot:
 @pytest.fixture(scope="module")
 def address(folder: Path, parrot: Parrot) -> Iterator[str]:
     place = Workspace.of([str(folder)])
-    with serving(make_backend(place, talk(parrot, "parrot", "second"))) as url:
+    with serving(make_backend(place, make_chat_backend(parrot, "parrot", "second"))) as url:
         yield url
 
 
@@ -76,7 +76,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(params=SEEN, ids=lambda seen: f"{seen[0]}-{seen[1]}")
 def page(request: Any, browser: Any, address: str, parrot: Parrot) -> Iterator[Any]:
-    """The page, open; at the end nothing was asked of another host, nothing ran that was not meant to, nothing overflows."""
+    """The page, open; at the end no other host got a request, no foreign script ran, nothing overflows."""
     language, width = request.param
     parrot.pause = 0.0
     visit = browser.new_context(
@@ -86,8 +86,8 @@ def page(request: Any, browser: Any, address: str, parrot: Parrot) -> Iterator[A
     shown.set_default_timeout(PATIENCE)
     shown.language, shown.strange, shown.complaints = language, [], []
     ours = (f"{address}/", "data:", "blob:")
-    shown.on("request", lambda asked: asked.url.startswith(ours) or shown.strange.append(asked.url))
-    shown.on("console", lambda said: said.type == "error" and shown.complaints.append(said.text))
+    shown.on("request", lambda sent: sent.url.startswith(ours) or shown.strange.append(sent.url))
+    shown.on("console", lambda message: message.type == "error" and shown.complaints.append(message.text))
     shown.on("pageerror", lambda error: shown.complaints.append(str(error)))
     shown.goto(f"{address}/{language}/?token={TOKEN}")
     shown.wait_for_selector("#question textarea")
@@ -95,7 +95,7 @@ def page(request: Any, browser: Any, address: str, parrot: Parrot) -> Iterator[A
     assert shown.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
     assert shown.evaluate("window.hurt") is None
     assert not [url for url in shown.strange if "far.example" not in url]
-    assert not [said for said in shown.complaints if "far.example" not in said]
+    assert not [message for message in shown.complaints if "far.example" not in message]
     visit.close()
 
 
@@ -128,7 +128,7 @@ def answer(page: Any, side: int = 0) -> str:
     return found.last.inner_text() if found.count() else ""
 
 
-def test_an_answer_is_streamed_and_stopped(page: Any, parrot: Parrot) -> None:
+def test_answer_is_streamed_and_stopped(page: Any, parrot: Parrot) -> None:
     parrot.pause = 0.03
     closed = parrot.closed
     ask(page, "一二三四五六七八九十" * 40)
@@ -159,7 +159,7 @@ def test_conversations_are_kept_and_exported(page: Any, parrot: Parrot) -> None:
     wait_for(lambda: answer(page) == "记住我")
     ask(page, "还在吗")
     wait_for(lambda: answer(page) == "还在吗")
-    assert [one["content"] for one in parrot.asked[-1]] == ["记住我", "记住我", "还在吗"]
+    assert [one["content"] for one in parrot.requests[-1]] == ["记住我", "记住我", "还在吗"]
     wait_for(lambda: page.locator("#pace0").inner_text().strip())
     page.click("#fresh")
     wait_for(lambda: not page.locator("#pace0").inner_text().strip())
@@ -171,24 +171,24 @@ def test_two_models_answer_side_by_side(page: Any) -> None:
     wait_for(lambda: answer(page, 0) == answer(page, 1) == "同一个问题")
 
 
-def test_what_a_model_says_is_shown_and_does_nothing(page: Any) -> None:
+def test_hostile_model_output_is_shown_as_text(page: Any) -> None:
     ask(page, HOSTILE)
     wait_for(lambda: answer(page).endswith("完"))
-    assert "<script>window.hurt=1</script>" in answer(page), "what was said is there to read"
+    assert "<script>window.hurt=1</script>" in answer(page), "the output can be read"
     assert "window.hurt=4" in answer(page)
     for forbidden in ("script", "iframe", "svg[onload]", "[onerror]", "a[href^='javascript']"):
         assert page.locator(f"#board0 .message-content {forbidden}").count() == 0, forbidden
 
 
-def test_code_formulas_and_thinking_are_dressed(page: Any) -> None:
+def test_code_formulas_and_thinking_are_rendered(page: Any) -> None:
     ask(page, "<think>我想想</think>好：\\(x^2\\)\n\n```python\nx = 1 < 2\n```\n")
     page.wait_for_selector("#board0 .bot .katex")
     assert "x = 1 < 2" in page.locator("#board0 .bot code.language-python").inner_text()
-    said = page.locator("#board0").inner_text()
-    assert "<think>" not in said and ("思考" if "/zh" in page.url else "Reasoning") in said
+    text = page.locator("#board0").inner_text()
+    assert "<think>" not in text and ("思考" if "/zh" in page.url else "Reasoning") in text
 
 
-def test_a_file_is_dropped(page: Any, tmp_path: Path) -> None:
+def test_dropped_file_is_inspected(page: Any, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "问答.jsonl", dialogues(12))
     with file.open("a", encoding="utf-8") as stream:
         stream.write('{"instruction": "坏\n')
@@ -202,7 +202,7 @@ def test_a_file_is_dropped(page: Any, tmp_path: Path) -> None:
     assert "alpaca" in page.locator(".cards").first.inner_text()
 
 
-def test_a_text_is_cut(page: Any) -> None:
+def test_text_is_tokenized(page: Any) -> None:
     tab(page, 2)
     page.fill("#text textarea", "你好，世界。<b>")
     page.click("#cut")
@@ -211,7 +211,7 @@ def test_a_text_is_cut(page: Any) -> None:
     assert page.frame_locator("iframe.sheet").locator("table").count() >= 1
 
 
-def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) -> None:
+def test_run_is_started_stopped_and_resumed(page: Any, folder: Path) -> None:
     if not LONG and page.viewport_size["width"] < 1000:
         pytest.skip("make pages runs it on a narrow page too")
     out = folder / "out"

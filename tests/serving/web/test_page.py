@@ -1,4 +1,4 @@
-"""The page keeps to itself: who may come in, what may be asked, what is said when a model fails, and where it may look."""
+"""The web page: access, limits, model failures, and the folders that it may read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import httpx
 from gradio_client.utils import apply_diff
 from starlette.routing import Mount
 
-from tests.serving.web.page_server import SECRET, TOKEN, Parrot, serving, talk
+from tests.serving.web.page_server import SECRET, TOKEN, Parrot, make_chat_backend, serving
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.serving.web.backend import PageBackend
 from tongwen.serving.web.conversation import (
@@ -46,7 +46,7 @@ def parrot() -> Parrot:
 
 @pytest.fixture(scope="module")
 def address(parrot: Parrot) -> Iterator[str]:
-    with serving(PageBackend("tongwen", talk(parrot, "parrot"))) as url:
+    with serving(PageBackend("tongwen", make_chat_backend(parrot, "parrot"))) as url:
         yield url
 
 
@@ -58,7 +58,7 @@ def client(address: str, token: str = TOKEN, **headers: str) -> httpx.Client:
 def ask(
     address: str, text: str, language: str = "en", history: Sequence[dict[str, Any]] = (), model: str = "parrot"
 ) -> list[dict[str, Any]]:
-    """What stands on the board after a question, asked as the browser asks it."""
+    """What the board shows after a question, sent as the browser sends it."""
     board = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in history]
     with client(address) as web:
         events = web.get(f"/{language}/config").json()["dependencies"]
@@ -110,8 +110,8 @@ def routes_of(app: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + route.path
 
 
-def test_a_question_waits_in_line_and_small_things_do_not(address: str) -> None:
-    """A click that is told of through a stream which is just being closed is lost."""
+def test_only_questions_are_queued(address: str) -> None:
+    """A click is lost if its event goes through a stream that is just being closed."""
     with client(address) as web:
         events = web.get("/en/config").json()["dependencies"]
         waiting = {one["api_name"]: one["id"] for one in events if one["queue"]}
@@ -122,8 +122,8 @@ def test_a_question_waits_in_line_and_small_things_do_not(address: str) -> None:
         assert at_once(web, "en", uuid.uuid4().hex, fresh, []).json()["data"]
 
 
-def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address: str) -> None:
-    door = make_app(PageBackend("t", talk(Parrot(), "m")), TOKEN, port=7860)
+def test_routes_match_the_golden_list_and_require_a_token(address: str) -> None:
+    door = make_app(PageBackend("t", make_chat_backend(Parrot(), "m")), TOKEN, port=7860)
     routes = sorted(set(routes_of(door.app)))
     listed = "".join(f"{'open  ' if OPEN_ROUTES.fullmatch(_example(path)) else 'closed'} {path}\n" for path in routes)
     if os.environ.get("UPDATE_GOLDEN"):
@@ -151,7 +151,7 @@ def _example(path: str) -> str:
 
 
 @pytest.mark.parametrize("token", ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "错"])
-def test_only_the_right_token_opens(address: str, token: str) -> None:
+def test_wrong_token_is_refused(address: str, token: str) -> None:
     given = token.encode("utf-8")
     with httpx.Client(base_url=address) as web:
         assert web.get("/en/", headers=[(b"authorization", b"Bearer" + b" " * bool(given) + given)]).status_code == 401
@@ -161,7 +161,7 @@ def test_only_the_right_token_opens(address: str, token: str) -> None:
         assert web.get("/en/", params={"token": token}).status_code == 401
 
 
-def test_the_token_moves_from_the_address_into_a_cookie(address: str) -> None:
+def test_url_token_is_moved_to_a_cookie(address: str) -> None:
     with httpx.Client(base_url=address) as web:
         first = web.get("/", params={"token": TOKEN})
         assert first.status_code == 303 and first.headers["location"] == "/"
@@ -176,7 +176,7 @@ def test_the_token_moves_from_the_address_into_a_cookie(address: str) -> None:
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost.evil:1", "http://127.0.0.1:1", ""]
 )
-def test_another_page_may_not_ask(address: str, origin: str) -> None:
+def test_other_origin_is_refused(address: str, origin: str) -> None:
     with client(address) as web:
         if origin:
             web.headers["origin"] = origin
@@ -188,12 +188,12 @@ def test_another_page_may_not_ask(address: str, origin: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil:80", "localhost.evil:80", ""])
-def test_another_name_is_not_served(address: str, host: str) -> None:
+def test_other_host_is_refused(address: str, host: str) -> None:
     with client(address, host=host) as web:
         assert web.get("/en/").status_code == 403
 
 
-def test_nothing_is_loaded_from_elsewhere(address: str) -> None:
+def test_page_loads_no_external_resource(address: str) -> None:
     with client(address) as web:
         page = web.get("/en/")
         policy = page.headers["content-security-policy"]
@@ -217,7 +217,7 @@ PLACES = [
 ]
 
 
-def test_no_path_leads_out(address: str, tmp_path: Path) -> None:
+def test_path_traversal_is_refused(address: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary.txt"
     canary.write_text("canary-content", encoding="utf-8")
     tried = 0
@@ -233,7 +233,7 @@ def test_no_path_leads_out(address: str, tmp_path: Path) -> None:
     assert tried >= 60
 
 
-def test_what_is_too_large_is_refused_at_once(address: str) -> None:
+def test_oversized_body_is_refused_at_once(address: str) -> None:
     with client(address) as web:
         assert web.post("/en/gradio_api/queue/join", content=b"x" * (UploadLimits.body + 1)).status_code == 413
         assert web.post("/en/gradio_api/upload", content=b"x" * (UploadLimits.body + 1)).status_code != 413
@@ -241,10 +241,10 @@ def test_what_is_too_large_is_refused_at_once(address: str) -> None:
         assert web.post("/en/gradio_api/queue/join", content=b"{broken").status_code == 422
 
 
-# -- what is said --------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_arrives_whole_and_a_failing_model_leaves_the_server_alive(address: str, parrot: Parrot) -> None:
+def test_answer_is_complete_and_model_failure_is_reported(address: str, parrot: Parrot) -> None:
     assert ask(address, "你好 👍🏽 `x < y`")[-1]["content"] == "你好 👍🏽 `x < y`"
     half = ask(address, "NAN 之后没有")
     assert half[-2]["content"] == "NAN" and "NaN" in half[-1]["content"] and half[-1]["metadata"]["title"]
@@ -255,21 +255,21 @@ def test_an_answer_arrives_whole_and_a_failing_model_leaves_the_server_alive(add
     assert ask(address, "还在吗")[-1]["content"] == "还在吗"
 
 
-def test_a_note_of_the_page_is_never_told_to_the_model(address: str, parrot: Parrot) -> None:
+def test_page_notes_are_not_sent_to_the_model(address: str, parrot: Parrot) -> None:
     history = ({"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}, note("out of memory"))
     ask(address, "三", history=history)
-    assert [one["content"] for one in parrot.asked[-1]] == ["一", "二", "三"]
+    assert [one["content"] for one in parrot.requests[-1]] == ["一", "二", "三"]
 
 
-def test_what_no_conversation_holds_is_refused(address: str, parrot: Parrot) -> None:
-    before = len(parrot.asked)
+def test_too_long_conversation_is_refused(address: str, parrot: Parrot) -> None:
+    before = len(parrot.requests)
     assert "the limit is 100,000" in ask(address, "长" * 50_000 * 1 + "x" * 50_001)[-1]["content"]
     many = tuple({"role": "user", "content": "x"} for _ in range(500))
     assert "start a new one" in ask(address, "?", history=many)[-1]["content"]
-    assert len(parrot.asked) == before
+    assert len(parrot.requests) == before
 
 
-def test_visitors_do_not_hear_each_other(address: str) -> None:
+def test_sessions_are_isolated(address: str) -> None:
     heard: dict[str, str] = {}
 
     def visit(word: str) -> None:
@@ -287,8 +287,8 @@ def test_visitors_do_not_hear_each_other(address: str) -> None:
         assert not any(other in heard[word] for other in words if other != word)
 
 
-def test_only_so_many_open_pages_are_remembered() -> None:
-    door = make_app(PageBackend("t", talk(Parrot(), "m")), TOKEN, port=7860)
+def test_number_of_open_sessions_is_limited() -> None:
+    door = make_app(PageBackend("t", make_chat_backend(Parrot(), "m")), TOKEN, port=7860)
     holders = [route.app.state_holder for route in door.app.routes if isinstance(route, Mount)]
     assert len(holders) == 2
     for holder in holders:
@@ -311,12 +311,12 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_drawn_holds_no_tag_and_comes_back_as_it_was(text: str) -> None:
+def test_model_output_is_escaped_and_restored(text: str) -> None:
     assert text_of(drawn(text)) == text
     assert text_of([{"type": "text", "text": drawn(text)}]) == text
 
 
-def test_drawing_is_undone_for_any_text() -> None:
+def test_escaping_round_trips_for_any_text() -> None:
     rng = random.Random(0)
     parts = ["<b>", "</", "&lt;", "&amp;", "&", "<", "`", "```", "\n", "$$", "\\(", "\\)", "<think>", "字", "x", " "]
     for _ in range(3000):
@@ -326,17 +326,17 @@ def test_drawing_is_undone_for_any_text() -> None:
     assert "<" not in drawn("<script><img><svg>")
 
 
-def test_an_answer_that_is_given_up_stops_the_model() -> None:
+def test_abandoned_answer_stops_the_model() -> None:
     parrot = Parrot()
-    asked = [{"role": "user", "content": "很长" * 50}]
-    answers = [StreamedAnswer(talk(parrot, "m"), asked, str, "m", "", {}) for _ in range(2)]
+    messages = [{"role": "user", "content": "很长" * 50}]
+    answers = [StreamedAnswer(make_chat_backend(parrot, "m"), messages, str, "m", "", {}) for _ in range(2)]
     growing = stream(answers)
     next(growing)
     growing.close()
     assert parrot.closed == 2 and all(0 < len(one.text) < 100 for one in answers)
 
 
-def test_a_conversation_is_exported_as_the_model_was_told() -> None:
+def test_exported_conversation_matches_the_model_input() -> None:
     messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": drawn("<b>")}, note("no")]
     assert json.loads(as_json(messages, "短")) == {
         "messages": [
@@ -353,7 +353,7 @@ def test_a_conversation_is_exported_as_the_model_was_told() -> None:
 # -- where it may look ---------------------------------------------------------------------------------------------
 
 
-def test_only_what_lies_in_the_folders_is_found(tmp_path: Path) -> None:
+def test_only_files_in_the_folders_are_listed(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside / "model", outside):
         folder.mkdir(parents=True)

@@ -56,8 +56,8 @@ class SpendingMeter:
         ):
             if cap is not None and value > cap:
                 raise MachineError(
-                    _("the next request could exceed the cap of {cap:g} {name}; spent: {said}").format(
-                        cap=cap, name=name, said=self.summary()
+                    _("the next request could exceed the cap of {cap:g} {name}; spent: {spent}").format(
+                        cap=cap, name=name, spent=self.summary()
                     ),
                     place=f"synthesize.at_most.{name}",
                     remedy=_("raise the cap or reduce `rows`; the same command continues"),

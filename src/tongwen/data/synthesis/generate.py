@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
@@ -106,26 +106,26 @@ class GeneratedDialogues:
         self.reasons[reason] += 1
         self.rejected.append({"request": request.number, "reason": reason, "rule": rule, "value": value})
 
-    def _keep_dialogue(self, request: Request, reply: Reply, items: list[ParsedTask | RowRefused]) -> None:
+    def _keep_dialogue(self, request: Request, reply: Reply, items: list[ParsedTask | RowRejected]) -> None:
         """Join all questions about one piece of a document to one dialogue."""
         good = [item for item in items if isinstance(item, ParsedTask)]
         for item in items:
-            if isinstance(item, RowRefused):
+            if isinstance(item, RowRejected):
                 self._keep(request, reply, "", [item])
         if good:
             self._keep(request, reply, reply.key, good)
 
-    def _keep(self, request: Request, reply: Reply, name: str, items: Sequence[ParsedTask | RowRefused]) -> None:
+    def _keep(self, request: Request, reply: Reply, name: str, items: Sequence[ParsedTask | RowRejected]) -> None:
         if len(self.rows) >= self.section.rows:
             return
         turns = []
         for item in items:
             try:
-                if isinstance(item, RowRefused):
+                if isinstance(item, RowRejected):
                     raise item
                 turns.append(_checked(item))
-            except RowRefused as error:
-                value = {"text": reply.text} if isinstance(item, RowRefused) else vars(item)
+            except RowRejected as error:
+                value = {"text": reply.text} if isinstance(item, RowRejected) else vars(item)
                 self.refuse(request, error.reason, error.rule, value)
                 return
         question = "\n".join(item.question for item in turns)
@@ -156,30 +156,30 @@ class GeneratedDialogues:
         self.rows.append({"messages": messages, "meta": meta})
 
 
-def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRefused]:
+def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRejected]:
     if method == "self_instruct":
         return read_blocks(reply.text, reply.finish, EXAMPLES + 1)
     return read_json(reply.text)
 
 
 def _checked(item: ParsedTask) -> ParsedTask:
-    """Return the task without phrases that address the model. Raises RowRefused."""
+    """Return the task without phrases that address the model. Raises RowRejected."""
 
     task = ParsedTask(MODEL_ADDRESS.sub("", item.instruction).strip(), item.input, item.output)
     whole = f"{task.question}\n{task.output}"
     if len(task.instruction) <= 3 or not task.output:
-        raise RowRefused("too_short", _("no instruction, or no answer"))
+        raise RowRejected("too_short", _("no instruction, or no answer"))
     longest = LONGEST * 3 // 2 if re.search("示例|例子", task.instruction) else LONGEST
     if task.input and len(task.instruction) >= longest:
-        raise RowRefused(
+        raise RowRejected(
             "too_long",
             _("the instruction has {count} characters").format(count=len(task.instruction)),
         )
     if found := CONTROL_TEXT.search(whole):
-        raise RowRefused("control_token_in_text", _("the text contains {found!r}").format(found=found[0]))
+        raise RowRejected("control_token_in_text", _("the text contains {found!r}").format(found=found[0]))
     for word in (*FORBIDDEN, "gpt"):
         if word.lower() in (task.question if word == "gpt" else whole).lower():
-            raise RowRefused("forbidden", _("it contains {word!r}").format(word=word))
+            raise RowRejected("forbidden", _("it contains {word!r}").format(word=word))
     return task
 
 

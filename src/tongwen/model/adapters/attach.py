@@ -1,6 +1,6 @@
 """Make parts of a model trainable: all weights, the embeddings, their new rows, or an adapter attached by peft.
 
-A stage may train different parts in turn. So the model is adapted once, for all of them, and `Adapted.train_only`
+A stage may train different parts in turn. So the model is adapted once, for all of them, and `AdaptedModel.train_only`
 selects the parts of the current phase.
 """
 
@@ -37,30 +37,30 @@ PADDING_SPREAD = 1.5
 
 
 @dataclass
-class Adapted:
+class AdaptedModel:
     """A model that is ready to train.
 
     rows:       ids of the new rows
     whole:      whether some part trains embeddings in full
     notices:    messages for the user
-    learners:   every tensor that some part trains
-    embeddings: the learners that are whole embedding matrices
+    trainable:  every tensor that some part trains
+    embeddings: the trainable ones that are whole embedding matrices
     """
 
     model: Any
     rows: list[int] = field(default_factory=list)
     whole: bool = False
     notices: list[str] = field(default_factory=list)
-    learners: list[torch.nn.Parameter] = field(init=False)
+    trainable: list[torch.nn.Parameter] = field(init=False)
     embeddings: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self._gradient_hooks: list[Any] = []
-        self.find_learners()
+        self.collect_trainable()
 
-    def find_learners(self) -> None:
+    def collect_trainable(self) -> None:
         """Collect the trainable tensors. Call again after an engine has replaced the model's parameters."""
-        self.learners = [part for part in self.model.parameters() if part.requires_grad]
+        self.trainable = [part for part in self.model.parameters() if part.requires_grad]
         self.embeddings = _embeddings(self.model) if self.whole else []
 
     @property
@@ -82,7 +82,7 @@ class Adapted:
         self._gradient_hooks = []
         whole = {id(part) for part in self.embeddings}
         single = {id(part) for name, part in self.model.named_parameters() if "trainable_tokens_" in name and self.rows}
-        for part in self.learners:
+        for part in self.trainable:
             if "full" in parts:
                 part.requires_grad_(True)
             elif id(part) in whole:
@@ -94,7 +94,7 @@ class Adapted:
         self.model.zero_grad(set_to_none=True)
         if "new_rows" not in parts:
             return []
-        self._gradient_hooks = [_keep_others(part, self.rows) for part in self.embeddings]
+        self._gradient_hooks = [_mask_gradient_outside(part, self.rows) for part in self.embeddings]
         return self.embeddings
 
     @property
@@ -119,7 +119,7 @@ class Adapted:
                     matrix.data[rows] = learned.detach().to(matrix)
 
     def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the adapter, or the whole model without one. whole: the learners by name, if the model holds only shards
+        """Save the adapter, or the whole model without one. whole: the trainable ones by name, if the model holds only shards
         of them."""
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
             self.model.save_pretrained(str(folder), state_dict=whole)
@@ -129,15 +129,15 @@ class Adapted:
 
 def base_dtype(parts: Collection[TrainedPart], dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the base: fp32 if its own weights are trained."""
-    return torch.float32 if base_learns(parts) else dtype
+    return torch.float32 if trains_base(parts) else dtype
 
 
-def base_learns(parts: Collection[TrainedPart]) -> bool:
+def trains_base(parts: Collection[TrainedPart]) -> bool:
     """Whether the base's own weights are trained. Adapters and single rows are separate tensors."""
     return "lora" not in parts and set(parts) != {"new_rows"}
 
 
-def adapt(
+def make_trainable(
     model: Any,
     adapter_config: AdapterConfig,
     control_rows: list[int],
@@ -146,7 +146,7 @@ def adapt(
     new_rows: list[int] | None = None,
     steps: int = 0,
     fingerprint: str | None = None,
-) -> Adapted:
+) -> AdaptedModel:
     """Freeze the weights that no part trains, and attach an adapter if one is configured.
 
     control_rows: ids whose rows are trained beside the adapter
@@ -171,14 +171,14 @@ def adapt(
         text_part(model)[1].requires_grad_(True)
         for part in _weights_of_embeddings(model):
             part.requires_grad_(True)
-        return Adapted(model, rows, whole=True)
+        return AdaptedModel(model, rows, whole=True)
     if "lora" in parts:
         adapted = _with_adapter(model, adapter_config, parts, control_rows, rows, steps, fingerprint)
     elif "embeddings" in parts:
         model.requires_grad_(False)
         for part in _weights_of_embeddings(model):
             part.requires_grad_(True)
-        adapted = Adapted(model, rows, whole=True)
+        adapted = AdaptedModel(model, rows, whole=True)
     else:
         from peft import TrainableTokensConfig, get_peft_model
 
@@ -187,8 +187,8 @@ def adapt(
             token_indices=sorted({*control_rows, *rows}), target_modules=list(_row_owners(model))
         )
         with quiet():
-            adapted = Adapted(get_peft_model(model, config), rows)
-    if not adapted.learners:
+            adapted = AdaptedModel(get_peft_model(model, config), rows)
+    if not adapted.trainable:
         raise ModelError(_("no parameter would be trained"), place="adapter")
     return adapted
 
@@ -201,12 +201,12 @@ def _with_adapter(
     new_rows: list[int],
     steps: int,
     fingerprint: str | None,
-) -> Adapted:
+) -> AdaptedModel:
     single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
     if adapter_config.continue_from:
         opened = open_adapter(model, adapter_config.continue_from, fingerprint, trainable=True)
         fuse(opened)
-        adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
+        adapted = AdaptedModel(opened, new_rows, whole="embeddings" in parts)
         if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
             raise ModelError(
                 _("{count} token rows must be trained, but this adapter has no tensor for them").format(
@@ -237,11 +237,11 @@ def _with_adapter(
     config = _peft_config(model, adapter_config, targets, also, rows or None, steps)
     try:
         with quiet():
-            adapted = Adapted(get_peft_model(model, config), new_rows, whole)
+            adapted = AdaptedModel(get_peft_model(model, config), new_rows, whole)
     except (ValueError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise ModelError(
-            _("peft cannot place this adapter: {said}").format(said=reason),
+            _("peft cannot place this adapter: {reason}").format(reason=reason),
             place="adapter",
         ) from error
     adapted.notices += [*targets.notices(), *experts]
@@ -302,7 +302,7 @@ def _rows_in(model: Any) -> set[int]:
     return {row for layer in layers for rows in layer.token_indices.values() for row in rows}
 
 
-def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:
+def _mask_gradient_outside(part: torch.nn.Parameter, rows: list[int]) -> Any:
     """Add a hook that zeroes a matrix's gradient (V, H) outside these rows.
 
     It runs before gradients accumulate; for a matrix sharded over processes, after each has received its reduced shard.

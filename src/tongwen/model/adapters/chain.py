@@ -14,9 +14,9 @@ import torch
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError, first_line
 from tongwen.core.i18n import _
-from tongwen.model.adapters.config import check_lora
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.adapters.targets import is_tied
+from tongwen.model.adapters.whole import check_files, check_loaded
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
 from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, load_model, quiet
 
@@ -31,9 +31,10 @@ def open_adapter_chain(
     Raises ArtifactError when an adapter was trained on another base, ModelError when an adapter would have to be merged
     into quantised weights.
     """
+    own = [check_files(Path(folder)) for folder in ref.adapters]
     if quantize and live and len(ref.adapters) == 1:
         base = load_model(ref, dtype, quantize, device_map)
-        return open_adapter(base, ref.adapters[0], fingerprint_model(ref)), None
+        return _open(base, find_adapter(Path(ref.adapters[0])), fingerprint_model(ref)), None
     if quantize and ref.adapters:
         raise ModelError(
             _("an adapter cannot be merged into quantised weights"),
@@ -44,23 +45,27 @@ def open_adapter_chain(
         )
     model = load_model(ref, torch.float32 if ref.adapters else dtype, quantize, device_map)
     fingerprint = fingerprint_model(ref)  # after loading, which downloads a hub model's files
-    for folder in ref.adapters:
-        check_lora(find_adapter(Path(folder)))
-        model = open_adapter(model, folder, fingerprint)
+    for folder, fingerprint_of_adapter in zip(ref.adapters, own, strict=True):
+        model = _open(model, find_adapter(Path(folder)), fingerprint)
         if not model.active_peft_config.is_prompt_learning:
             model = merge_adapter(model, folder)
         if fingerprint:
-            fingerprint = fingerprint_chain(fingerprint, _fingerprint_of(folder))
+            fingerprint = fingerprint_chain(fingerprint, fingerprint_of_adapter)
     return (model.to(dtype) if ref.adapters else model), fingerprint
 
 
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
-    """Load an adapter onto a model. Raises ArtifactError when it was trained on another base."""
+    """Load an adapter onto a model. Raises ArtifactError when it is not whole, or was trained on another base."""
+    path = find_adapter(Path(folder))
+    check_files(path)
+    return _open(model, path, fingerprint_of_base, trainable=trainable)
+
+
+def _open(model: Any, path: Path, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
+    """Like `open_adapter`, for files that were checked."""
     from peft import PeftModel
 
-    path = find_adapter(Path(folder))
-    folder = str(path)
-    stage = artifact.find(path)
+    folder, stage = str(path), artifact.find(path)
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
         raise ArtifactError(
@@ -72,7 +77,9 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
         )
     resize_for_adapter(model, path)
     with quiet(), explain_errors(ModelRef(folder, folder)):
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        check_loaded(path, adapted)
+    return adapted
 
 
 def merge_adapter(adapted: Any, folder: str) -> Any:
@@ -87,14 +94,14 @@ def merge_adapter(adapted: Any, folder: str) -> Any:
             model = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ModelError(
-            _("peft cannot merge this adapter: {said}").format(said=first_line(error)), place=folder
+            _("peft cannot merge this adapter: {reason}").format(reason=first_line(error)), place=folder
         ) from error
-    if not settle_tie(model):
+    if not retie_if_equal(model):
         model.config.tie_word_embeddings = False
     return model
 
 
-def settle_tie(model: Any) -> bool:
+def retie_if_equal(model: Any) -> bool:
     """Make head and embedding one matrix where they are equal. Return whether no head of its own is left."""
     inside, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is inside.weight:
@@ -132,8 +139,8 @@ def resize_for_adapter(model: Any, adapter: Path) -> None:
     elif len(rows) < 2 and not is_tied(model):
         alone = next(iter(rows))
         lacks = _("the head") if alone.endswith(EMBEDDINGS) else _("the embedding")
-        problem = _("it brings {wanted} rows and the model has only {held}, but it lacks {lacks}").format(
-            wanted=wanted, held=held, lacks=lacks
+        problem = _("it brings {wanted} rows and the model has only {held}, but it lacks {missing}").format(
+            wanted=wanted, held=held, missing=lacks
         )
     else:
         model.resize_token_embeddings(wanted, mean_resizing=False)
@@ -143,8 +150,3 @@ def resize_for_adapter(model: Any, adapter: Path) -> None:
         place=str(adapter),
         remedy=_("give the base it was trained on, and the adapters below it"),
     )
-
-
-def _fingerprint_of(adapter: str) -> str:
-    made = artifact.find(Path(adapter))
-    return made.fingerprint if made else str(fingerprint_model(ModelRef(adapter, adapter)))

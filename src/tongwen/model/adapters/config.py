@@ -86,11 +86,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_lora(folder: Path) -> None:
-    """Raise ModelError when a LoRA adapter asks for something that a merge does not do. Other types are peft's alone."""
+def is_lora(folder: Path) -> bool:
+    """Whether an adapter is a LoRA, which `read_config` reads. Other types are peft's alone."""
     file = folder / "adapter_config.json"
-    if file.is_file() and '"LORA"' in file.read_text(encoding="utf-8"):
-        read_config(folder)
+    return file.is_file() and '"LORA"' in file.read_text(encoding="utf-8")
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:

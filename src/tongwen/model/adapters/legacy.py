@@ -13,14 +13,14 @@ from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import _
 from tongwen.model.loading.chat_setup import copy_chat_setup
-from tongwen.model.loading.fingerprint import combine, lines_of
+from tongwen.model.loading.fingerprint import combine, digests_of
 from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import TorchTensors, load_bin
 
 FILES = ("adapter_model.bin", "pytorch_model.bin")
 
 
-def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact:
+def convert_legacy_adapter(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact:
     """Write an ordinary adapter folder. alpha: the scale, needed when there is no adapter_config.json.
 
     Raises ArtifactError when the folder has no LoRA tensors, or when the scale is unknown.
@@ -48,7 +48,9 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
         )
         artifact.write_json(draft.path / "adapter_config.json", config)
         copy_chat_setup(folder, draft.path)
-        draft.fingerprint = combine(lines_of(TorchTensors({name: torch.as_tensor(one) for name, one in state.items()})))
+        draft.fingerprint = combine(
+            digests_of(TorchTensors({name: torch.as_tensor(one) for name, one in state.items()}))
+        )
     assert draft.artifact
     return draft.artifact
 

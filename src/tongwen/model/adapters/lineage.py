@@ -15,8 +15,9 @@ from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import read_rowless
+from tongwen.core.safetensors_io import TensorSource
 from tongwen.model.adapters.read import Adapter
-from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_of, order_that_fits
+from tongwen.model.loading.fingerprint import combine, digests_of, fingerprint_chain, order_that_fits
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,29 @@ class AdapterLink:
 
 def read_link(adapter: Adapter) -> AdapterLink:
     """Read an adapter's lineage. Raises ArtifactError when its tensors differ from those in its manifest."""
-    stage = artifact.find(adapter.folder)
-    fingerprint = combine(lines_of(adapter.tensors))
+    fingerprint, stage = fingerprint_of(adapter.folder, adapter.tensors), _stage_of(adapter.folder)
+    recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
+    return AdapterLink(adapter, stage, recorded, fingerprint)
+
+
+def fingerprint_of(folder: Path, tensors: TensorSource) -> str:
+    """Return the fingerprint of an adapter's tensors. Raises ArtifactError when its manifest records another."""
+    fingerprint, stage = combine(digests_of(tensors)), _stage_of(folder)
     if stage and stage.fingerprint != fingerprint:
         raise ArtifactError(
             _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(
                 own=fingerprint[:12], fingerprint=stage.fingerprint[:12]
             ),
-            place=str(adapter.folder),
+            place=str(folder),
             remedy=_("the file was changed or damaged after training"),
         )
-    recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
-    return AdapterLink(adapter, stage, recorded, fingerprint)
+    return fingerprint
+
+
+def _stage_of(folder: Path) -> artifact.Artifact | None:
+    """Return the stage that made an adapter; None without one, and for a download, whose manifest is of its files."""
+    found = artifact.find(folder)
+    return found if found and found.kind != "fetch" else None
 
 
 def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> None:

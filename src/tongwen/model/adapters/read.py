@@ -17,7 +17,7 @@ import numpy as np
 
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, blocks, read_header
+from tongwen.core.safetensors_io import TensorSource, blocks, read_header
 from tongwen.model.adapters.config import CHANGES_BASE, is_inside, is_target, read_config
 from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
@@ -49,7 +49,7 @@ class AdapterChange:
     """One adapter's change of one tensor. parts: role -> key in the adapter's file; transposed: the base stores this
     matrix as (in, out)."""
 
-    source: Tensors
+    source: TensorSource
     place: str
     scale: float = 1.0
     rank: int = 1
@@ -82,8 +82,8 @@ class AdapterChange:
         (rank, inside), (outside, other) = self.shape_of(pair[0]), self.shape_of(pair[1])
         if not rank == other == self.rank:
             raise self.refuse(
-                _("its config has rank {rank}, but its tensors have {rank_2} and {other}").format(
-                    rank=self.rank, rank_2=rank, other=other
+                _("its config has rank {rank}, but its tensors have {tensor_rank} and {other}").format(
+                    rank=self.rank, tensor_rank=rank, other=other
                 )
             )
         return (inside, outside) if self.transposed or pair[0] == "embedding_a" else (outside, inside)
@@ -98,7 +98,7 @@ class Adapter:
 
     folder: Path
     config: dict[str, Any]
-    tensors: Tensors
+    tensors: TensorSource
     changes: dict[str, AdapterChange]
     whole_model: str = ""
 
@@ -106,7 +106,7 @@ class Adapter:
 def whole_rows(folder: Path) -> dict[str, int]:
     """Return base tensor -> row count for the embedding and head that an adapter of any type brings in full."""
     out: dict[str, int] = {}
-    for key, (_unused, shape) in _open(folder).facts.items():
+    for key, (_unused, shape) in open_tensors(folder).facts.items():
         name, role = _place_of({}, key)
         if role == "whole" and name.endswith((*EMBEDDINGS, *HEADS)) and ".original_module." not in key:
             out[name] = shape[0]
@@ -117,13 +117,8 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter. Raises ArtifactError or ModelError when the folder has none that can be merged into weights."""
     folder = adapter_folder(folder)
     config = read_config(folder)
-    tensors = _open(folder)
-    if not tensors.facts:
-        raise ArtifactError(
-            _("the adapter is empty: the merged model would equal the base"),
-            place=str(folder),
-            remedy=_("saving went wrong (a 443-byte file is this case): train and save it again"),
-        )
+    tensors = open_tensors(folder)
+    check_not_empty(tensors, folder)
     if reason := _needs_the_model(config):
         return Adapter(folder, config, tensors, {}, reason)
     changes: dict[str, AdapterChange] = {}
@@ -148,6 +143,15 @@ def read_adapter(folder: Path) -> Adapter:
         changes[name].parts[role] = key
     _check_kind(config, changes)
     return Adapter(folder, config, tensors, changes)
+
+
+def check_not_empty(tensors: TensorSource, folder: Path) -> None:
+    if not tensors.facts:
+        raise ArtifactError(
+            _("the adapter is empty: the merged model would equal the base"),
+            place=str(folder),
+            remedy=_("saving went wrong (a 443-byte file is this case): train and save it again"),
+        )
 
 
 def _needs_the_model(config: Mapping[str, Any]) -> str:
@@ -230,7 +234,7 @@ def same_change(one: AdapterChange, other: AdapterChange) -> bool:
     return role in ("whole", "rows") and same_numbers(one.source, name, other.source, other_name)
 
 
-def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bool:
+def same_numbers(one: TensorSource, name: str, other: TensorSource, other_name: str) -> bool:
     """Whether two tensors are bitwise equal, compared block by block."""
     facts = one.facts[name]
     if other.facts[other_name] != facts:
@@ -238,7 +242,7 @@ def same_numbers(one: Tensors, name: str, other: Tensors, other_name: str) -> bo
     return all(np.array_equal(one.raw(name, *rows), other.raw(other_name, *rows)) for rows in blocks(facts[1]))
 
 
-def same_fp32(one: Tensors, other: Tensors, name: str) -> bool:
+def same_fp32(one: TensorSource, other: TensorSource, name: str) -> bool:
     """Whether two tensors of this name have the same numbers, whatever their types."""
     shape = one.facts[name][1]
     return shape == other.facts[name][1] and all(
@@ -246,7 +250,8 @@ def same_fp32(one: Tensors, other: Tensors, name: str) -> bool:
     )
 
 
-def _open(folder: Path) -> Tensors:
+def open_tensors(folder: Path) -> TensorSource:
+    """Open an adapter's tensors. Raises ArtifactError when it has no file of them."""
     safe, old = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():
         return FileTensors(read_header(safe))

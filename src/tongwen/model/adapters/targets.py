@@ -1,6 +1,6 @@
 """Choose the weights that an adapter is attached to, by properties of the model instead of its family's name.
 
-Only the text part counts: a tower for pictures or sound never sees a text, so its weights would get no gradient. In a
+Only the text part counts: a vision or audio encoder never sees a text, so its weights would get no gradient. In a
 mixture of experts `all-linear` takes in the dense layers, the shared experts and the fused experts, but no router.
 """
 
@@ -302,7 +302,7 @@ def no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
     """Return the error for a bad target. unfit: class of a module with this name that cannot have an adapter."""
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
-        _("{name!r} is a {unfit}; an adapter cannot be attached to it").format(name=name, unfit=unfit)
+        _("{name!r} is a {module_type}; an adapter cannot be attached to it").format(name=name, module_type=unfit)
         if unfit
         else _("there is no module named {name!r}").format(name=name),
         place=f"adapter.{key}",

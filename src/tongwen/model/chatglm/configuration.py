@@ -57,7 +57,7 @@ class ChatGLMConfig(PreTrainedConfig):
         if kwargs.get("pre_seq_len") or not kwargs.get("position_encoding_2d", True):
             odd = "pre_seq_len" if kwargs.get("pre_seq_len") else "position_encoding_2d"
             raise _refused(
-                _("{odd}: {kwargs} is not supported").format(odd=odd, kwargs=kwargs[odd]),
+                _("{key}: {kwargs} is not supported").format(key=odd, kwargs=kwargs[odd]),
                 _("use the original base model as published"),
             )
         super().__post_init__(**kwargs)

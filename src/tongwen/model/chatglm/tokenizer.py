@@ -36,7 +36,7 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
 
     vocab_files_names = {"vocab_file": "ice_text.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     padding_side = "left"
-    answers_start_with_blank = True  # with a blank of their own, as every text
+    answers_start_with_space = True  # with a space of their own, as every text
     written = WRITTEN
 
     @classmethod

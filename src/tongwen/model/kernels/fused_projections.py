@@ -24,7 +24,7 @@ AT_A_TIME = {torch.bfloat16: 32, torch.float32: 16}
 
 
 class FusedProjections:
-    """parts: the layers', in their order; all W of one number type and in. inside, outside: in and Σ out."""
+    """parts: the layers', in their order; all W of one dtype and in. inside, outside: in and Σ out."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         weights = [weight for weight, *_ in parts]

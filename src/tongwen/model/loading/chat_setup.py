@@ -16,6 +16,7 @@ TOKENIZER = (
     "tokenizer*",
     "ice_text.model",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -33,15 +34,15 @@ def copy_chat_setup(source: Path, out: Path) -> None:
     for pattern in (*TOKENIZER, "generation_config.json"):
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, out / file.name)
+                copy = out / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def bind_template(name: str, tokenizer: Any, prefix: list[int]) -> Template:
     """Return the template of that name for this tokenizer. prefix: ids that the tokenizer puts before a text."""
     tokens = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
     return Template.make(name, own, tokens, special_texts(tokenizer), prefix=tokenizer.decode(prefix) if prefix else "")
 
 
@@ -91,7 +92,7 @@ def save_tokenizer(tokenizer: Any, template: Template | None, folder: Path) -> N
     if template is None:
         tokenizer.save_pretrained(str(folder))
         return
-    tokenizer.chat_template = template.source
+    tokenizer.chat_template = template.own_sources
     tokenizer.save_pretrained(str(folder))
     saved = folder / "chat_template.jinja"
     if saved.is_file() and saved.read_bytes() != template.source.encode():

@@ -8,7 +8,7 @@ import torch
 from tongwen.core import console
 from tongwen.core.errors import MachineError
 from tongwen.core.i18n import _
-from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
+from tongwen.model.loading.load import ModelRef, build_on_meta, load_config
 
 SPARE = 1.2  # memory for weights and activations, relative to the weights
 BITS = {"8bit": "int8", "4bit": "nf4"}
@@ -26,7 +26,7 @@ def choose(ref: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tupl
     )
     if weights != "auto" and len(free_memory) < 2:
         return False, BITS.get(weights, "")
-    numbers = SPARE * sum(tensor.numel() for tensor in make_skeleton(load_config(ref)).parameters())
+    numbers = SPARE * sum(tensor.numel() for tensor in build_on_meta(load_config(ref)).parameters())
     needed = {"full": numbers * dtype.itemsize, "8bit": numbers, "4bit": numbers * 0.6}  # embeddings keep their bits
     available = sum(free_memory) or psutil.virtual_memory().available
     if weights == "auto":

@@ -15,7 +15,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from tongwen.core.safetensors_io import Stored, Tensors, blocks, find_tensors, iter_bytes
+from tongwen.core.safetensors_io import TensorLocation, TensorSource, blocks, find_tensors, iter_bytes
 from tongwen.model.loading.load import ModelRef, cached_folder
 from tongwen.model.loading.tensors import TorchTensors, load_bin
 
@@ -39,11 +39,11 @@ def fingerprint_chain(base: str, adapter: str) -> str:
 
 def fingerprint_model(ref: ModelRef) -> str | None:
     """Return the fingerprint of a model's files; None for a hub model that is not in the local cache."""
-    lines = model_lines(ref)
+    lines = tensor_digests(ref)
     return combine(lines) if lines else None
 
 
-def model_lines(ref: ModelRef) -> dict[str, str]:
+def tensor_digests(ref: ModelRef) -> dict[str, str]:
     """Return tensor -> its line of the fingerprint; empty for a model that is not on this machine."""
     if ref.gguf:
         return _gguf_lines(Path(ref.folder) / ref.gguf)
@@ -52,15 +52,15 @@ def model_lines(ref: ModelRef) -> dict[str, str]:
         return {}
     if stored := find_tensors(folder):
         with ThreadPoolExecutor() as pool:
-            return dict(zip(stored, pool.map(line_of, stored.values()), strict=True))
+            return dict(zip(stored, pool.map(digest_of, stored.values()), strict=True))
     lines: dict[str, str] = {}
     for file in sorted(folder.glob("pytorch_model*.bin")):
-        lines |= lines_of(TorchTensors(load_bin(file)))
+        lines |= digests_of(TorchTensors(load_bin(file)))
     return lines
 
 
-def lines_of(tensors: Tensors) -> dict[str, str]:
-    """Like `model_lines`, for any `Tensors`: tensors in memory give the same lines as their file."""
+def digests_of(tensors: TensorSource) -> dict[str, str]:
+    """Like `tensor_digests`, for any `TensorSource`: tensors in memory give the same lines as their file."""
     lines = {}
     for name, (dtype, shape) in tensors.facts.items():
         digest = start_digest(name, dtype, shape)
@@ -72,7 +72,7 @@ def lines_of(tensors: Tensors) -> dict[str, str]:
 
 def fingerprint_state(state: dict[str, Any]) -> str:
     """Return the fingerprint of torch tensors in memory: the same as that of a safetensors file with these tensors."""
-    return combine(lines_of(TorchTensors(state)))
+    return combine(digests_of(TorchTensors(state)))
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
@@ -103,7 +103,7 @@ def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tu
     return None
 
 
-def line_of(stored: Stored) -> str:
+def digest_of(stored: TensorLocation) -> str:
     """Return one tensor's line, from its bytes in the file."""
     digest = start_digest(stored.name, stored.dtype, stored.shape)
     for block in iter_bytes(stored):

@@ -130,7 +130,7 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
 
 def _wrong(file: Path, what: str) -> ModelError:
     return ModelError(
-        _("the header of this GGUF file is not credible: {what}").format(what=what[:120]),
+        _("the header of this GGUF file is corrupt: {what}").format(what=what[:120]),
         place=str(file),
         remedy=_("download the whole file again"),
     )

@@ -284,7 +284,7 @@ def ensure_local(ref: ModelRef) -> ModelRef:
     return ModelRef(ref.name, str(folder))
 
 
-def make_skeleton(config: Any) -> Any:
+def build_on_meta(config: Any) -> Any:
     """Build the model of a config on the meta device: shapes only, no memory for weights."""
     import torch
 
@@ -294,7 +294,7 @@ def make_skeleton(config: Any) -> Any:
 
 def auto_class(config: Any) -> Any:
     """Return transformers' auto class for a config: the causal language model, or the whole model in which a language
-    model is wrapped with towers for pictures or sound.
+    model is wrapped with vision or audio encoders.
 
     Some wrapped checkpoints could also be opened as their text part alone. But then a full fine-tuning would lose the
     towers, and an adapter would name layers differently from the files.
@@ -322,7 +322,7 @@ def auto_class(config: Any) -> Any:
 
 def count_body(config: Any) -> tuple[int, int]:
     """Return (number of parameters without embedding and head, hidden size)."""
-    model = make_skeleton(config)
+    model = build_on_meta(config)
     matrices = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
     body = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in matrices)
     return body, int(model.get_input_embeddings().weight.shape[1])
@@ -494,7 +494,7 @@ class explain_errors:  # noqa: N801
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
         if not self.ref.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                _("cannot get this model from the hub: {said}").format(said=reason[:160]),
+                _("cannot get this model from the hub: {reason}").format(reason=reason[:160]),
                 place=self.ref.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
                 + _("   or write   base: modelscope:{place}").format(place=self.ref.name),
@@ -506,7 +506,7 @@ class explain_errors:  # noqa: N801
                 remedy=self._without_its_code(),
             ) from None
         raise ModelError(
-            _("the model cannot be loaded: {said}").format(said=reason[:300]),
+            _("the model cannot be loaded: {reason}").format(reason=reason[:300]),
             place=self.ref.name,
             remedy=_("check that the files are complete"),
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.safetensors_io import find_tensors
-from tongwen.model.loading.load import ModelRef, cached_folder, load_config, make_skeleton
+from tongwen.model.loading.load import ModelRef, build_on_meta, cached_folder, load_config
 from tongwen.model.loading.tensors import BUFFERS
 
 
@@ -75,7 +75,7 @@ def all_names(ref: ModelRef, stored: Iterable[str]) -> list[TensorNames]:
     from transformers.models.auto import modeling_auto as auto
 
     config, stored = load_config(ref), list(stored)
-    skeleton = make_skeleton(config)
+    skeleton = build_on_meta(config)
     found = [names_of(skeleton, stored)]
     alone = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if alone and alone != type(skeleton).__name__:

@@ -17,17 +17,17 @@ import numpy as np
 
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, blocks, row_bytes, row_count
-from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
+from tongwen.core.safetensors_io import TensorSource, blocks, row_bytes, row_count
+from tongwen.model.loading.load import ModelRef, build_on_meta, load_config
 from tongwen.model.loading.tensors import Array, from_fp32, read_fp32
 
 KINDS = ("nf4", "int8")
 
 
 class QuantizedTensors:
-    """Tensors (see `core.safetensors_io.Tensors`) of a base, whose layer matrices are quantised and de-quantised."""
+    """Tensors (see `core.safetensors_io.TensorSource`) of a base, whose layer matrices are quantised and de-quantised."""
 
-    def __init__(self, base: Tensors, ref: ModelRef, kind: str) -> None:
+    def __init__(self, base: TensorSource, ref: ModelRef, kind: str) -> None:
         try:
             import bitsandbytes
         except ImportError:
@@ -63,13 +63,13 @@ def matrices_of(ref: ModelRef) -> set[str]:
     """Return the names of the weights that transformers quantises: all linear layers but the head."""
     import torch
 
-    model = make_skeleton(load_config(ref))
+    model = build_on_meta(load_config(ref))
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear,)
     return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, linear) and part is not head}
 
 
-def distance(base: Tensors, quantised: QuantizedTensors) -> float:
+def distance(base: TensorSource, quantised: QuantizedTensors) -> float:
     """Return the relative error of the quantised matrices: RMS of the difference over RMS of the originals."""
     apart, whole = 0.0, 0.0
     for name in sorted(quantised.matrices):

@@ -1,6 +1,6 @@
 """Read a model's tensors by name from safetensors files, `.bin` files, or a model in memory.
 
-All share one interface (`core.safetensors_io.Tensors`). Numbers are computed in fp32 with numpy. torch is imported only
+All share one interface (`core.safetensors_io.TensorSource`). Numbers are computed in fp32 with numpy. torch is imported only
 for formats that need it, because the import costs more memory than a merge.
 """
 
@@ -19,8 +19,8 @@ from tongwen.core.artifact import read_json
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import (
-    Stored,
-    Tensors,
+    TensorLocation,
+    TensorSource,
     describe_wrong_file,
     find_tensors,
     read_index,
@@ -37,7 +37,7 @@ Array = Any  # a numpy array
 class FileTensors:
     """Tensors of safetensors files, read by position. Thread-safe."""
 
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
+    def __init__(self, stored: Mapping[str, TensorLocation]) -> None:
         self.stored = dict(stored)
         self.facts = {name: (one.dtype, one.shape) for name, one in stored.items()}
 
@@ -69,7 +69,7 @@ class TorchTensors:
         return rows[begin:end].contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def open_tensors(folder: Path, pattern: str) -> Tensors:
+def open_tensors(folder: Path, pattern: str) -> TensorSource:
     """Open a folder's safetensors files, else its `.bin` files that match `pattern`. Raises ModelError without any."""
     if stored := find_tensors(folder):
         return FileTensors(stored)
@@ -87,7 +87,7 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     return TorchTensors(state)
 
 
-def open_model(ref: ModelRef) -> tuple[Tensors, dict[str, Any]]:
+def open_model(ref: ModelRef) -> tuple[TensorSource, dict[str, Any]]:
     """Return a model's tensors and its config. A GGUF file is de-quantised in memory, with a notice.
 
     Raises ModelError for an unreadable config and for a quantised model, whose tensors are not its weights.
@@ -185,7 +185,7 @@ def from_fp32(numbers: Array, dtype: str) -> Array:
         return flat.astype({"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).view(np.uint8)
 
 
-def read_fp32(tensors: Tensors, name: str, begin: int = 0, end: int | None = None) -> Array:
+def read_fp32(tensors: TensorSource, name: str, begin: int = 0, end: int | None = None) -> Array:
     """Return rows [begin, end) of a tensor as fp32, in its shape."""
     dtype, shape = tensors.facts[name]
     end = row_count(shape) if end is None else end

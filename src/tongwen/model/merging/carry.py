@@ -1,6 +1,6 @@
 """Give a saved model the tensors of its base that were not changed, byte for byte.
 
-transformers saves what it has loaded, in one number type. What a model does not load (a head that predicts further
+transformers saves what it has loaded, in one dtype. What a model does not load (a head that predicts further
 tokens) would be lost, and what was not trained (a tower for pictures) would be converted.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.core.safetensors_io import INDEX, SHARD_BYTES, Tensors, blocks, find_tensors, plan_shards
+from tongwen.core.safetensors_io import INDEX, SHARD_BYTES, TensorSource, blocks, find_tensors, plan_shards
 from tongwen.model.adapters.targets import text_part
 from tongwen.model.loading.load import ModelRef
 from tongwen.model.loading.names import unused_tensors
 from tongwen.model.loading.tensors import FLOATS, FileTensors, from_fp32, open_model, read_fp32
 
 
-def carry_from_base(model: Any, ref: ModelRef, folder: Path) -> None:
+def restore_unchanged_tensors(model: Any, ref: ModelRef, folder: Path) -> None:
     """Carry over what a model that was saved in `folder` has not changed, if it is wrapped or did not load everything."""
     unused = unused_tensors(model, ref)
     if unused or text_part(model)[0]:
@@ -27,7 +27,7 @@ def carry_from_base(model: Any, ref: ModelRef, folder: Path) -> None:
         carry_unchanged(base, folder, unused)
 
 
-def carry_unchanged(base: Tensors, folder: Path, unused: Collection[str]) -> int:
+def carry_unchanged(base: TensorSource, folder: Path, unused: Collection[str]) -> int:
     """Rewrite the model files in `folder` with the bytes of the base where its numbers are unchanged.
 
     unused: the base's tensors that the model did not load; they are added. Returns how many tensors are the base's.
@@ -55,8 +55,8 @@ def carry_unchanged(base: Tensors, folder: Path, unused: Collection[str]) -> int
     return len(carried)
 
 
-def _is_unchanged(base: Tensors, saved: Tensors, name: str) -> bool:
-    """Whether the saved tensor is the base's, converted to the saved number type."""
+def _is_unchanged(base: TensorSource, saved: TensorSource, name: str) -> bool:
+    """Whether the saved tensor is the base's, converted to the saved dtype."""
     if name not in saved.facts or saved.facts[name][1] != base.facts[name][1]:
         return False
     (kind, shape), (saved_kind, _shape) = base.facts[name], saved.facts[name]

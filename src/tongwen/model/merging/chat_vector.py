@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tongwen.core.errors import ArtifactError, ModelError, NumbersError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import SHARD_BYTES, Stored, Tensors, blocks, plan_shards, row_count
+from tongwen.core.safetensors_io import SHARD_BYTES, TensorLocation, TensorSource, blocks, plan_shards, row_count
 from tongwen.model.adapters.read import EMBEDDINGS, HEADS
-from tongwen.model.loading.fingerprint import line_of, start_digest
+from tongwen.model.loading.fingerprint import digest_of, start_digest
 from tongwen.model.loading.tensors import FLOATS, from_fp32, is_finite, read_fp32
 
 
@@ -29,7 +29,7 @@ class ChatVectorResult:
     kept: int = 0
 
 
-def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
+def check_alike(target: TensorSource, instruct: TensorSource, base: TensorSource) -> None:
     """Raise ArtifactError unless all three have the same tensors; the target's vocabulary may be larger."""
     for name in sorted(base.facts.keys() | instruct.facts.keys() | target.facts.keys()):
         shapes = [tensors.facts[name][1] if name in tensors.facts else None for tensors in (target, instruct, base)]
@@ -46,7 +46,12 @@ def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
 
 
 def add_chat_vector(
-    target: Tensors, instruct: Tensors, base: Tensors, scale: float, out: Path, progress: Callable[[int], None]
+    target: TensorSource,
+    instruct: TensorSource,
+    base: TensorSource,
+    scale: float,
+    out: Path,
+    progress: Callable[[int], None],
 ) -> ChatVectorResult:
     """Write target + scale x (instruct - base) to `out` as safetensors and read it back.
 
@@ -63,7 +68,7 @@ def add_chat_vector(
             place="--chat-vector",
         )
     for name, place in planned.items():
-        if line_of(place) != added.lines[name]:
+        if digest_of(place) != added.lines[name]:
             raise NumbersError(
                 _("read back from the file, it differs from what was written"),
                 place=name,
@@ -73,12 +78,17 @@ def add_chat_vector(
 
 
 def _add_one(
-    target: Tensors, instruct: Tensors, base: Tensors, scale: float, place: Stored, added: ChatVectorResult
+    target: TensorSource,
+    instruct: TensorSource,
+    base: TensorSource,
+    scale: float,
+    place: TensorLocation,
+    added: ChatVectorResult,
 ) -> None:
     name, differs = place.name, False
     if place.dtype not in FLOATS:
         raise ModelError(
-            _("its number type is {dtype}: a quantised model").format(dtype=place.dtype),
+            _("its dtype is {dtype}: a quantised model").format(dtype=place.dtype),
             place=name,
         )
     shared = row_count(instruct.facts[name][1])

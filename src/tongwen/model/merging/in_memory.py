@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.core.errors import ArtifactError, NumbersError
+from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Tensors, blocks
-from tongwen.model.adapters.chain import merge_adapter, open_adapter, settle_tie
+from tongwen.core.safetensors_io import TensorSource, blocks
+from tongwen.model.adapters.chain import merge_adapter, open_adapter, retie_if_equal
 from tongwen.model.adapters.read import AdapterChange, same_fp32
 from tongwen.model.loading.load import ModelRef, explain_errors, load_config, load_model, quiet
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, read_fp32, torch_name
@@ -38,13 +38,13 @@ class PeftMerge:
 
     ids: list[int]
     logits: Any
-    tensors: Tensors
+    tensors: TensorSource
     tied: bool
     dtype: str
     rows: int
 
 
-def merge_with_peft(ref: ModelRef, base: Tensors, adapters: Sequence[Path]) -> PeftMerge:
+def merge_with_peft(ref: ModelRef, base: TensorSource, adapters: Sequence[Path]) -> PeftMerge:
     """Merge all adapters in order, in fp32.
 
     Raises ArtifactError when peft loads only a part of an adapter, NumbersError when what it merged does not compute what
@@ -56,7 +56,6 @@ def merge_with_peft(ref: ModelRef, base: Tensors, adapters: Sequence[Path]) -> P
     model = load_model(ref, torch.float32)
     for folder in adapters:
         adapted = open_adapter(model, str(folder), None).eval()
-        _check_whole(folder, adapted)
         ids = parity.fixed_ids(adapted.get_input_embeddings().weight.shape[0], TOKENS)
         with explain_errors(ModelRef(str(folder), str(folder))):
             live = logits_of(adapted, ids)
@@ -64,11 +63,11 @@ def merge_with_peft(ref: ModelRef, base: Tensors, adapters: Sequence[Path]) -> P
         parity.check_difference(live, logits_of(model, ids), parity.LIMITS["F32"])
     rows = model.get_input_embeddings().weight.shape[0]
     tensors = TorchTensors(_file_tensors(model, base))
-    return PeftMerge(ids, live, tensors, settle_tie(model), torch_name(dtype), rows)
+    return PeftMerge(ids, live, tensors, retie_if_equal(model), torch_name(dtype), rows)
 
 
 def plan_from_peft(
-    base: Tensors, config: dict[str, Any], made: PeftMerge, folder: Path, dtype: str | None
+    base: TensorSource, config: dict[str, Any], made: PeftMerge, folder: Path, dtype: str | None
 ) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
     """Like `plan_targets`, for what peft merged: each tensor that it changed is brought whole, all others stay.
 
@@ -131,7 +130,7 @@ def logits_of_folder(folder: Path, ids: Sequence[int]) -> Any:
         return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids)
 
 
-def _file_tensors(model: Any, base: Tensors) -> dict[str, Any]:
+def _file_tensors(model: Any, base: TensorSource) -> dict[str, Any]:
     """Return a model's float tensors under the names that transformers writes. Tied tensors have those of the base."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -147,26 +146,3 @@ def _file_tensors(model: Any, base: Tensors) -> dict[str, Any]:
         seen.add(place)
         out[name] = tensor
     return out
-
-
-def _check_whole(folder: Path, adapted: Any) -> None:
-    """Raise ArtifactError when peft leaves a tensor of an adapter out, or has one that the adapter lacks."""
-    from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    state = load_peft_weights(str(folder), device="cpu")
-    # peft saves a resized module three times: before training, and under two names after it
-    again = {name for name in state if name.replace(".modules_to_save.", ".") in state.keys() - {name}}
-    with quiet():
-        found = set_peft_model_state_dict(adapted, state)
-    odd = [name for name in found.unexpected_keys if name not in again and ".original_module." not in name]
-    parts = dict(adapted.named_parameters(remove_duplicate=False))
-    lacks = {name for name in found.missing_keys if ".default" in name}
-    loaded = {id(part) for name, part in parts.items() if name not in lacks}  # a tied one may have two names
-    odd += [name for name in lacks if id(parts.get(name)) not in loaded]
-    if odd:
-        raise ArtifactError(
-            _("{count} tensors do not fit this base, the first: {odd}").format(count=len(odd), odd=min(odd)),
-            place=str(folder),
-            remedy=_("this adapter was trained on another base"),
-        )

@@ -19,7 +19,15 @@ import numpy as np
 from tongwen.core.errors import ArtifactError, ModelError, NumbersError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
-from tongwen.core.safetensors_io import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
+from tongwen.core.safetensors_io import (
+    TensorLocation,
+    TensorSource,
+    blocks,
+    copy_bytes,
+    plan_shards,
+    row_bytes,
+    row_count,
+)
 from tongwen.model.adapters.lineage import highest_token
 from tongwen.model.adapters.read import (
     EMBEDDINGS,
@@ -58,7 +66,7 @@ class MergeResult:
     """The merged files. lines: tensor -> its line of the fingerprint; same: tensors with changes that equal the base's
     to the byte; untrained: tensors with an adapter that is all zero."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, TensorLocation]
     targets: list[MergeTarget]
     lines: dict[str, str] = field(default_factory=dict)
     same: list[str] = field(default_factory=list)
@@ -101,7 +109,7 @@ class ChangeStep:
 
 
 def plan_targets(
-    base: Tensors,
+    base: TensorSource,
     config: dict[str, Any],
     adapters: Sequence[Adapter],
     dtype: str | None,
@@ -144,7 +152,7 @@ def plan_targets(
     return list(targets.values()), config, notices
 
 
-def targets_of(base: Tensors, dtype: str | None) -> dict[str, MergeTarget]:
+def targets_of(base: TensorSource, dtype: str | None) -> dict[str, MergeTarget]:
     """Return a target for each tensor of the base, without changes. dtype: for floats, in place of the base's own."""
     return {
         name: MergeTarget(name, dtype if dtype and kind in FLOATS else kind, shape, name)
@@ -152,7 +160,7 @@ def targets_of(base: Tensors, dtype: str | None) -> dict[str, MergeTarget]:
     }
 
 
-def is_tied(base: Tensors, config: Mapping[str, Any], head: str | None, embedding: str | None) -> bool:
+def is_tied(base: TensorSource, config: Mapping[str, Any], head: str | None, embedding: str | None) -> bool:
     """Whether head and embedding are one matrix, as transformers sees it: the config may say so, or leave it to the
     family's default, and two matrices in the file that differ are two."""
     sections = (config, config.get("text_config") or {})
@@ -175,7 +183,7 @@ def grow(config: dict[str, Any], rows: int) -> None:
 
 
 def _changes_in_file(
-    base: Tensors, adapter: Adapter, known: Callable[[], Sequence[TensorNames]]
+    base: TensorSource, adapter: Adapter, known: Callable[[], Sequence[TensorNames]]
 ) -> dict[str, AdapterChange]:
     """Return an adapter's changes by the names of the base's files; check that the adapter is complete.
 
@@ -207,8 +215,8 @@ def _modules_with_bias(names: Iterable[str]) -> set[str]:
 
 
 def merge_adapters(
-    base: Tensors,
-    base_lines: Mapping[str, str],
+    base: TensorSource,
+    base_digests: Mapping[str, str],
     targets: Sequence[MergeTarget],
     out: Path,
     shard_bytes: int,
@@ -221,7 +229,7 @@ def merge_adapters(
     stored = plan_shards(out, {target.name: (target.dtype, target.shape) for target in targets}, shard_bytes)
     result = MergeResult(stored, list(targets))
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        work = [pool.submit(_merge_one, base, base_lines, target, result) for target in targets]
+        work = [pool.submit(_merge_one, base, base_digests, target, result) for target in targets]
         try:
             for done, one in enumerate(work, 1):
                 one.result()
@@ -243,14 +251,14 @@ def _check_changed(result: MergeResult) -> None:
         + (
             _("the adapter was never trained")
             if never
-            else _("its changes are smaller than the precision of this number type")
+            else _("its changes are smaller than the precision of this dtype")
         ),
         place=changed[0].changes[0].place if changed else "",
         remedy="" if never else "--dtype fp32",
     )
 
 
-def check_rows(base: Tensors, result: MergeResult) -> float:
+def check_rows(base: TensorSource, result: MergeResult) -> float:
     """Read three rows of every changed tensor back from the files and compare them with a recomputation in fp64.
 
     Returns the largest difference, as a share of the rounding limit. Raises NumbersError when it exceeds the limit.
@@ -281,15 +289,15 @@ def check_rows(base: Tensors, result: MergeResult) -> float:
     return worst
 
 
-def _merge_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget, result: MergeResult) -> None:
+def _merge_one(base: TensorSource, base_digests: Mapping[str, str], target: MergeTarget, result: MergeResult) -> None:
     """Merge one tensor, write it to its place in the file, and record its line of the fingerprint."""
     facts = base.facts.get(target.source or "")
     if facts == (target.dtype, target.shape) and not target.changes:
-        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, result)
+        _copy(base, base_digests.get(target.name) if target.source == target.name else None, target, result)
         return
     if facts and facts[0] not in FLOATS:
         raise ModelError(
-            _("its number type is {facts}: a quantised base").format(facts=facts[0]),
+            _("its dtype is {facts}: a quantised base").format(facts=facts[0]),
             place=target.name,
             remedy=_("merge into the original, unquantised model"),
         )
@@ -320,7 +328,7 @@ def _merge_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget
         result.same.append(target.name)
 
 
-def _copy(base: Tensors, line: str | None, target: MergeTarget, result: MergeResult) -> None:
+def _copy(base: TensorSource, line: str | None, target: MergeTarget, result: MergeResult) -> None:
     """Copy an unchanged tensor (by the kernel if it is in a file) and check it for NaN."""
     place, digest = result.stored[target.name], start_digest(target.name, target.dtype, target.shape)
     if isinstance(base, FileTensors):
@@ -343,7 +351,7 @@ def size_of(target: MergeTarget) -> int:
     return row_bytes(target.dtype, target.shape) * row_count(target.shape)
 
 
-def combine_changes(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
+def combine_changes(base: TensorSource, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
     """Combine each target's changes instead of applying them in turn. Raises ArtifactError for a grown vocabulary."""
     for target in targets:
         if not target.changes:
@@ -359,7 +367,7 @@ def combine_changes(base: Tensors, targets: Sequence[MergeTarget], mix: combine.
             target.cuts = [_cut(base, target, ChangeStep(change), keep) for change in target.changes]
 
 
-def _cut(base: Tensors, target: MergeTarget, step: ChangeStep, keep: int) -> float:
+def _cut(base: TensorSource, target: MergeTarget, step: ChangeStep, keep: int) -> float:
     def magnitudes() -> Iterator[Array]:
         for begin, end in blocks(target.shape):
             exact = base_rows(base, target, begin, end).astype(np.float64)
@@ -376,7 +384,7 @@ def steps_of(target: MergeTarget) -> list[ChangeStep | combine.CombinedChange]:
     return [ChangeStep(change) for change in target.changes[last:]]
 
 
-def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array:
+def base_rows(base: TensorSource, target: MergeTarget, begin: int, end: int) -> Array:
     """Return rows of the base tensor that a target starts from, in fp32; zeros for rows that the base lacks."""
     facts = base.facts.get(target.source or "")
     held = min(end, row_count(facts[1])) if facts else begin

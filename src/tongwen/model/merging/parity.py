@@ -16,7 +16,7 @@ import numpy as np
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
-from tongwen.core.safetensors_io import Tensors, blocks
+from tongwen.core.safetensors_io import TensorSource, blocks
 from tongwen.model.loading.tensors import Array, FileTensors, read_fp32
 from tongwen.model.merging.combine import CombinedChange
 from tongwen.model.merging.merge import ChangeStep, MergeResult, MergeTarget, base_rows, steps_of
@@ -29,7 +29,7 @@ LIMITS = {"F64": 1e-3, "F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 class MergedWeights:
     """The merged model's tensors, read from its files."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: TensorSource) -> None:
         self.tensors = tensors
 
     def has(self, name: str) -> bool:
@@ -51,7 +51,7 @@ class MergedWeights:
 class LiveWeights:
     """The base's tensors with unmerged adapters."""
 
-    def __init__(self, base: Tensors, targets: Sequence[MergeTarget]) -> None:
+    def __init__(self, base: TensorSource, targets: Sequence[MergeTarget]) -> None:
         self.base, self.targets = base, {target.name: target for target in targets}
 
     def has(self, name: str) -> bool:
@@ -104,7 +104,7 @@ class LiveWeights:
         return block
 
 
-def compare_logits(base: Tensors, result: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def compare_logits(base: TensorSource, result: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the differences of the logits (see `measure`); None for a family that this forward pass does not support.
 
     Raises NumbersError when the two differ by more than rounding explains.
@@ -113,7 +113,7 @@ def compare_logits(base: Tensors, result: MergeResult, config: Mapping[str, Any]
     return sides and check_difference(*sides, limit_of(result))
 
 
-def logits_of_both(base: Tensors, result: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
+def logits_of_both(base: TensorSource, result: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
     """Return the logits of (base + adapters, merged model), (T, V) each; None for an unsupported family."""
     family = family_of(str(config.get("model_type")))
     if family is None or not family.like_llama:

@@ -14,8 +14,8 @@ from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import (
     SHARD_BYTES,
-    Stored,
-    Tensors,
+    TensorLocation,
+    TensorSource,
     blocks,
     copy_bytes,
     plan_shards,
@@ -23,7 +23,7 @@ from tongwen.core.safetensors_io import (
     row_count,
 )
 from tongwen.model.adapters.read import EMBEDDINGS, HEADS
-from tongwen.model.loading.fingerprint import line_of
+from tongwen.model.loading.fingerprint import digest_of
 from tongwen.model.loading.tensors import Array, FileTensors, from_fp32, is_finite
 
 MakeRows = Callable[[str], Iterator[Array]]  # tensor's name -> blocks of its new rows, in fp32
@@ -71,7 +71,7 @@ def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = 
     return RowPlan(old, new, held, needed if shrink else max(held, needed) if new.stop > held else held)
 
 
-def matrices_of(base: Tensors, place: str) -> list[str]:
+def matrices_of(base: TensorSource, place: str) -> list[str]:
     """Return the names of the input embedding and, if stored, of the head. Raises ModelError without an embedding."""
     names = [name for name in base.facts if name.endswith((*EMBEDDINGS, *HEADS))]
     if not any(name.endswith(EMBEDDINGS) for name in names):
@@ -83,15 +83,15 @@ def matrices_of(base: Tensors, place: str) -> list[str]:
     return sorted(names, key=lambda name: name.endswith(HEADS))
 
 
-def bytes_needed(base: Tensors, names: Sequence[str], rows: RowPlan) -> int:
+def bytes_needed(base: TensorSource, names: Sequence[str], rows: RowPlan) -> int:
     """Return the bytes of the enlarged model's files."""
     held = sum(row_bytes(*fact) * row_count(fact[1]) for fact in base.facts.values())
     return held + sum(row_bytes(*base.facts[name]) * rows.added for name in names)
 
 
-def widen(
-    base: Tensors,
-    base_lines: Mapping[str, str],
+def resize_vocabulary(
+    base: TensorSource,
+    base_digests: Mapping[str, str],
     names: Sequence[str],
     rows: RowPlan,
     make: MakeRows,
@@ -117,7 +117,7 @@ def widen(
             _write_rows(name, rows, make(name), place)
         progress(done)
     return {
-        name: base_lines[name] if name in base_lines and name not in grown else line_of(place)
+        name: base_digests[name] if name in base_digests and name not in grown else digest_of(place)
         for name, place in planned.items()
     }
 
@@ -142,7 +142,7 @@ def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias" if name.endswith(HEADS) else ""
 
 
-def _copy_rows(base: Tensors, name: str, count: int, place: Stored) -> None:
+def _copy_rows(base: TensorSource, name: str, count: int, place: TensorLocation) -> None:
     size = row_bytes(place.dtype, place.shape) * count
     if isinstance(base, FileTensors):
         one = base.stored[name]
@@ -154,7 +154,7 @@ def _copy_rows(base: Tensors, name: str, count: int, place: Stored) -> None:
             stream.write(memoryview(base.raw(name, begin, end)))
 
 
-def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: Stored) -> None:
+def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: TensorLocation) -> None:
     """Write new rows at their ids, then the padding. Raises ModelError on NaN or Inf."""
     size, at = row_bytes(place.dtype, place.shape), rows.new.start
     with place.file.open("r+b") as stream:

@@ -68,7 +68,7 @@ class RunsBackend:
     read: Callable[[str], str]
     start: Callable[[str, str], str]
     runs: Callable[[], list[str]]
-    picture: Callable[[str], RunView]
+    view: Callable[[str], RunView]
     stop: Callable[[str], None]
     resume: Callable[[str], None]
     compare: Callable[[Sequence[str]], str]

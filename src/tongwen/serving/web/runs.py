@@ -37,18 +37,18 @@ def add(page: gr.Blocks, runs: RunsBackend, wrap: WrapHandler) -> None:
                 run = gr.Dropdown([], label=_("Run"), elem_id="run", scale=3, min_width=300, **ANY)
                 stop = gr.Button(_("Stop"), elem_id="stop", min_width=90, interactive=False)
                 resume = gr.Button(_("Resume"), elem_id="resume", min_width=90, interactive=False)
-            picture = canvas(elem_id="picture")
+            view = canvas(elem_id="picture")
             with gr.Row(elem_classes="across"):
                 others = gr.Dropdown([], multiselect=True, label=_("Compare with"), elem_id="others", scale=3, **ANY)
                 compare = gr.Button(_("Compare"), elem_id="compare", min_width=90)
             compared = canvas(elem_id="compared")
     clock = gr.Timer(SECONDS)
-    outputs = [picture, stop, resume]
+    outputs = [view, stop, resume]
 
     def watch(name: str | None) -> tuple[Any, ...]:
         if not name:
             return block(NOTE.format(_("No run yet."))), *_buttons(None)
-        view = runs.picture(name)
+        view = runs.view(name)
         return block(as_html(view)), *_buttons(view.running)
 
     def begin(name: str, changed: str) -> Any:

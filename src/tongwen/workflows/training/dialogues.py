@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.errors import ModelError
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue
 from tongwen.model.adapters import attach
@@ -25,7 +26,7 @@ from tongwen.workflows.tokenized_data import (
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
 
-def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
+def make_dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
     """Encode the dialogues for the `sft` stage. tokens: the folder for the encoded data."""
     section, base = recipe.sft, base_of_stage(recipe, "sft")
     assert section
@@ -42,7 +43,7 @@ def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> T
         new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
         template=record_encoder.template,
         parents={
-            "template": {"name": section.template, "fingerprint": fingerprint_text(record_encoder.template.source)}
+            "template": {"name": section.template, "fingerprint": fingerprint_text(record_encoder.template.texts)}
         },
         facts={"template_name": section.template},
     )
@@ -80,16 +81,11 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
 
 def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
     """Return prompts from the first held-out dialogues that end with an answer; the report shows answers to them."""
-    dialogues = [
-        one
-        for one in held_out
-        if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
-    ]
-    return [
-        SamplePrompt(
-            one.messages[-2].content,
-            record_encoder.template.prompt(one.messages[:-1], one.tools),
-            one.messages[-1].content,
-        )
-        for one in dialogues[:count]
-    ]
+    prompts: list[SamplePrompt] = []
+    for one in held_out:
+        if len(prompts) < count and len(one.messages) > 1 and one.messages[-1].role == "assistant":
+            with suppress(RowRejected):  # a row that is not scored either
+                asked = record_encoder.template.prompt(one.messages[:-1], one.tools)
+                if answer := one.messages[-1].content:
+                    prompts.append(SamplePrompt(one.messages[-2].content, asked, answer))
+    return prompts

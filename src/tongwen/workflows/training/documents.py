@@ -27,7 +27,7 @@ from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 OPENING = 24  # characters of a held-out document that the model continues, for the report
 
 
-def document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
+def make_document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
     """Encode the documents for the `pretrain` stage. tokens: the folder for the encoded data.
 
     Raises RecipeError if the base or the phases cannot learn from plain text.

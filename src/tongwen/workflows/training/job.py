@@ -25,7 +25,7 @@ from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.recipe.training import Forgetting
 from tongwen.train import trackers
 from tongwen.train.metrics import MetricsCallback, check_forgetting
-from tongwen.train.parallel import choose_engine, from_first_rank, gather
+from tongwen.train.parallel import broadcast_from_rank0, choose_engine, gather
 from tongwen.train.phase import Phase
 from tongwen.train.report import report_result
 from tongwen.train.trainer import PhaseRun, train_phase
@@ -38,7 +38,7 @@ from tongwen.workflows.training.model import (
     score_held_out,
     set_memory_savers,
 )
-from tongwen.workflows.training.phases import Progress, find_progress, plan_phases, report_plan
+from tongwen.workflows.training.phases import ResumePoint, find_resume_point, plan_phases, report_plan
 from tongwen.workflows.training.report import SAMPLES, facts_of, make_report, method_of, save_answers, write_results
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
@@ -71,7 +71,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
         with artifact.create(out, job.stage, parents, job.settings, resumable=True) as draft:
             # Enter the run: a new one, or an interrupted one with the same settings, data and base.
             run = resume.enter(draft.path, job.settings, _identity(job, model, parents))
-            progress = find_progress(job, model, phases, run)
+            progress = find_resume_point(job, model, phases, run)
 
             # Audit the first phase before anything slow. Then score the held-out data, once.
             guarded, unreached = _begin_phase(model, progress.phases[0], job, len(phases) > 1)
@@ -92,13 +92,13 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                     done = phase.steps_before + train_phase(phase_run)
                     notices += phase_run.notices
                     best_score = min((score for _, score in metrics.evaluations), default=math.inf)
-            notices += _settle_adalora(model)
+            notices += _finish_adalora(model)
             throughput = progress.throughput(done, draft.path / "metrics.jsonl", time.monotonic() - began)
 
             # Score again, save, report.
             after = _score_and_answer(job, model, phases[0].plan.budget)
             _check_forgotten(job, before, after)
-            whole = gather(model.model, model.adapted.learners)
+            whole = gather(model.model, model.adapted.trainable)
             if distributed.is_main_process():
                 draft.fingerprint = save_model(job, model, draft.path, whole)
                 draft.facts = facts_of(job, model, phases, throughput) | {"run": run["run"], "forks": run["forks"]}
@@ -179,14 +179,14 @@ def _phase_run(
     model: PreparedModel,
     phase: Phase,
     guarded: list[torch.nn.Parameter],
-    progress: Progress,
+    progress: ResumePoint,
     metrics: MetricsCallback,
     before: dict[str, Any],
 ) -> PhaseRun:
     folder = metrics.file.parent
 
     def evaluate(step: int) -> dict[str, Any]:
-        scores: dict[str, Any] = from_first_rank(_score(job, model, progress.budget))
+        scores: dict[str, Any] = broadcast_from_rank0(_score(job, model, progress.budget))
         answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
         save_answers(folder / SAMPLES, step, [prompt.title for prompt in job.prompts], answers)
         check_forgetting(before["scores"]["groups"], scores["groups"], job.forgetting)
@@ -207,7 +207,7 @@ def _phase_run(
         evaluate=evaluate if job.data.held_out_stores else None,
         metrics=metrics,
         engine=model.engine,
-        learners=model.adapted.learners,
+        trainable=model.adapted.trainable,
         embeddings=model.adapted.embeddings if has_own_rate else (),
         guarded=guarded,
         allocator=rank_allocator(model.model),
@@ -219,7 +219,7 @@ def _phase_run(
 
 
 def _tracker_run(
-    job: TrainingJob, phase: Phase, folder: Path, progress: Progress, *, must: bool
+    job: TrainingJob, phase: Phase, folder: Path, progress: ResumePoint, *, must: bool
 ) -> trackers.TrackerRun | None:
     """Return the phase's run for the trackers; each phase is a separate run with steps counted from its start.
 
@@ -234,7 +234,7 @@ def _tracker_run(
     )
 
 
-def _settle_adalora(model: PreparedModel) -> list[str]:
+def _finish_adalora(model: PreparedModel) -> list[str]:
     """Make the cuts that AdaLoRA's schedule had left when training ended early, and return a notice about them."""
     allocator = rank_allocator(model.model)
     if not allocator or not (cut := allocator.reach_target_rank()):

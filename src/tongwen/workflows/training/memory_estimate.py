@@ -28,12 +28,12 @@ from tongwen.model.loading import load
 from tongwen.model.loading.quantized import without_compiler
 from tongwen.recipe.training import AdapterConfig, TrainedPart
 from tongwen.train.memory import (
-    ALONE,
     CUDA_CONTEXT,
     QUANTIZED,
+    SINGLE_PROCESS,
     STATE_BYTES,
     ModelShape,
-    Sharing,
+    ShardingPlan,
     kept_for_backward,
     rough_shape,
 )
@@ -70,7 +70,7 @@ class QuantizedLinear(torch.nn.Linear):
 class TrainingSetup:
     """How a model is trained.
 
-    parts: all parts that any phase trains; dtype: number type of the computation; device: cpu, cuda, ...; sharing: how
+    parts: all parts that any phase trains; dtype: dtype of the computation; device: cpu, cuda, ...; sharing: how
     processes divide the model; rows: number of single rows that are trained, for new pieces.
     """
 
@@ -80,7 +80,7 @@ class TrainingSetup:
     device: str
     optimizer: str = "adamw"
     checkpointing: bool = False
-    sharing: Sharing = ALONE
+    sharding: ShardingPlan = SINGLE_PROCESS
     rows: int = 0
 
     @property
@@ -91,7 +91,7 @@ class TrainingSetup:
 def shape_of(config: Any, setting: TrainingSetup) -> ModelShape:
     """Return parameter counts and widths of the adapted model."""
     rough = rough_shape(config)
-    model = _skeleton(config, setting)[0].model
+    model = _build_on_meta(config, setting)[0].model
     parameters = sum(part.numel() for part in model.parameters())
     of_layers = [
         sum(part.numel() for part in module.parameters())
@@ -133,7 +133,7 @@ def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> M
     width, state = setting.dtype.itemsize, STATE_BYTES[setting.optimizer] * shape.trainable
     frozen = QUANTIZED[setting.quantize] if setting.quantize else width
     found = [
-        setting.sharing.of({**dict.fromkeys(PURPOSES, 0), **part, "optimizer": state}, shape, width, frozen)
+        setting.sharding.of({**dict.fromkeys(PURPOSES, 0), **part, "optimizer": state}, shape, width, frozen)
         for part in parts
     ]
     fullest = max(found, key=lambda part: sum(part.values()))
@@ -142,7 +142,7 @@ def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> M
 
 
 def _trace(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: int) -> list[dict[str, int]]:
-    adapted, matrices = _skeleton(_with_layers(config, layers), setting)
+    adapted, matrices = _build_on_meta(_with_layers(config, layers), setting)
     model = adapted.model
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("it has its own attention implementation")
@@ -172,13 +172,13 @@ def _prepare(model: Any, setting: TrainingSetup) -> None:
     model.set_attn_implementation(packed_attention.register())
     model.config.use_cache = False
     model.train()
-    if setting.sharing.is_whole and setting.dtype in FUSED_DTYPES.get(setting.device, ()):
+    if setting.sharding.is_whole and setting.dtype in FUSED_DTYPES.get(setting.device, ()):
         fuse_blocks(model, is_same=lambda *_: True)
 
 
 def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
     """Turn on blockwise logits if the stage does; returns how many of the rows of logits exist at the same time."""
-    if setting.sharing.is_whole and setting.dtype != torch.float16 and use_blockwise_head(model, None):
+    if setting.sharding.is_whole and setting.dtype != torch.float16 and use_blockwise_head(model, None):
         return min(rows, head_rows(setting.device))
     return rows
 
@@ -188,14 +188,14 @@ def estimate_files(
 ) -> tuple[int, list[int]]:
     """Return (bytes of the result's weights, bytes of a checkpoint in each phase). A checkpoint has the weights that
     peft or transformers saves, and the optimizer's state for the phase's parts."""
-    adapted, _ = _skeleton(config, setting)
+    adapted, _ = _build_on_meta(config, setting)
     whole = sum(part.numel() for part in adapted.model.parameters())
     if hasattr(adapted.model, "peft_config"):  # peft saves both names of a tied matrix that it has copied
         named = adapted.model.named_parameters(remove_duplicate=False)
         saved = 4 * sum(part.numel() for _, part in named if part.requires_grad)
     else:
         saved = 4 * whole
-    state = STATE_BYTES[setting.optimizer] + 4 * setting.sharing.engine.startswith("zero")  # and the fp32 originals
+    state = STATE_BYTES[setting.optimizer] + 4 * setting.sharding.engine.startswith("zero")  # and the fp32 originals
     sizes = []
     for parts in phases:
         adapted.train_only(parts)
@@ -205,9 +205,9 @@ def estimate_files(
     return result, sizes
 
 
-def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list[int]]:
+def _build_on_meta(config: Any, setting: TrainingSetup) -> tuple[attach.AdaptedModel, list[int]]:
     """Return the adapted model on the meta device, and the sizes of its quantisable matrices."""
-    model = load.make_skeleton(config).to(attach.base_dtype(setting.parts, setting.dtype))
+    model = load.build_on_meta(config).to(attach.base_dtype(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
@@ -216,7 +216,7 @@ def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list
     adapter = setting.adapter.model_copy(update={"continue_from": None})  # same shapes, no files
     with torch.device("meta"), load.quiet(), without_compiler():
         rows = list(range(setting.rows))
-        adapted = attach.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+        adapted = attach.make_trainable(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     return adapted, [module.weight.numel() for module in linear]
 
 
@@ -243,7 +243,7 @@ def _extrapolate(small: dict[str, int], large: dict[str, int], times: float) -> 
 
 
 def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: ModelShape) -> dict[str, int]:
-    adapted, matrices = _skeleton(config, setting)
+    adapted, matrices = _build_on_meta(config, setting)
     model = adapted.model
     width = setting.dtype.itemsize
     weights = sum(part.numel() * (4 if part.requires_grad else part.itemsize) for part in model.parameters())
@@ -262,8 +262,8 @@ def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: Batc
     one micro-batch of the plan, after a warm-up."""
     model, _ = open_adapter_chain(place, attach.base_dtype(setting.parts, setting.dtype), setting.quantize)
     rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # new rows may not exist yet
-    adapted = attach.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
-    for part in adapted.learners:
+    adapted = attach.make_trainable(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+    for part in adapted.trainable:
         part.data = part.data.float()
     if not setting.quantize:
         adapted.model.to(setting.device)
@@ -271,7 +271,7 @@ def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: Batc
     _spare(adapted.model, setting, 0)
     if setting.checkpointing:
         recompute(adapted.model)
-    optimizer = torch.optim.AdamW(adapted.learners, lr=0.0)
+    optimizer = torch.optim.AdamW(adapted.trainable, lr=0.0)
     batch = to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], adapted.model)
     for _ in range(2):
         began = time.monotonic()

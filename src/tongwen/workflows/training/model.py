@@ -26,12 +26,12 @@ from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model
 from tongwen.model.loading.names import unused_tensors
 from tongwen.model.loading.special_tokens import fix_stop_tokens
-from tongwen.model.merging.carry import carry_from_base
+from tongwen.model.merging.carry import restore_unchanged_tensors
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.memory import STATE_BYTES, device_memory, is_estimated_to_fit
 from tongwen.train.packing import BatchPlan, MicroBatches, fill, to_device
-from tongwen.train.parallel import Engine, sharing_of, trainable_to_fp32
+from tongwen.train.parallel import Engine, sharding_plan, trainable_to_fp32
 from tongwen.train.phase import Phase
 from tongwen.train.try_batch import fits
 from tongwen.workflows.tokenized_data import RecordEncoder
@@ -52,7 +52,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     with console.waiting(_("opening the base")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         kept = attach.base_dtype(trained, dtype)
-        if engine.name == "fsdp2" and attach.base_learns(trained):  # it becomes fp32 when it is sharded
+        if engine.name == "fsdp2" and attach.trains_base(trained):  # it becomes fp32 when it is sharded
             kept = load.load_config(place).dtype or kept
         model, fingerprint = open_adapter_chain(place, kept, quantize)
         model.config.use_cache = False
@@ -77,7 +77,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
 
     # Attach what is trained.
     set_seed(job.recipe.seed)
-    adapted = attach.adapt(
+    adapted = attach.make_trainable(
         model,
         section.adapter,
         job.find_rows(model),
@@ -93,9 +93,9 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     # Place it, and turn on the faster forms of its layers.
     if engine.name == "fsdp2":
         engine.shard(adapted.model, dtype)
-        adapted.find_learners()
+        adapted.collect_trainable()
     else:
-        trainable_to_fp32(adapted.learners)
+        trainable_to_fp32(adapted.trainable)
         if not quantize:  # quantised weights are on their device already
             adapted.model.to(device)
     if engine.is_whole and not (section.compile and device == "cuda"):  # the compiler fuses more
@@ -133,7 +133,7 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         ) as error:
             if is_out_of_memory(error):
                 raise
-            reason = _("packed documents break its own code: {said}").format(said=first_line(error)[:160])
+            reason = _("packed documents break its own code: {reason}").format(reason=first_line(error)[:160])
     if not reason:
         console.success(_("audit passed: documents in a pack cannot see each other"))
         prepared = replace(prepared, packed=True)
@@ -225,8 +225,8 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
     """
     section, plan = phase.config, phase.plan
     if section.sharded_by:
-        sharing = sharing_of(section, distributed.world_size())
-        return is_estimated_to_fit(model.model, section, sharing, model.dtype.itemsize, plan.budget, memory)
+        sharding = sharding_plan(section, distributed.world_size())
+        return is_estimated_to_fit(model.model, section, sharding, model.dtype.itemsize, plan.budget, memory)
     learning = sum(part.numel() for part in model.model.parameters() if part.requires_grad)
     largest = max(plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=model.packed)[0]
@@ -312,11 +312,11 @@ def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: d
         fix_stop_tokens(tokenizer, base, job.base)
         prepared.adapted.copy_rows_into(base, whole)
         base.save_pretrained(str(folder))
-        carry_from_base(base, place, folder)
+        restore_unchanged_tensors(base, place, folder)
     else:
         prepared.adapted.save(folder, whole)
         if not load.adapter_type(model):
-            carry_from_base(model, place, folder)
+            restore_unchanged_tensors(model, place, folder)
     chat_setup.save_tokenizer(tokenizer, job.template, folder)
     chat_setup.save_generation_config(model, prepared.stops, folder)
     check_adapter_saved(folder)

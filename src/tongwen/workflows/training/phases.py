@@ -77,7 +77,7 @@ def report_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) 
 
 
 @dataclass(frozen=True)
-class Progress:
+class ResumePoint:
     """The progress of a run.
 
     phases:     the remaining phases, the current one first; is_phased: whether the stage has several
@@ -122,7 +122,7 @@ class Progress:
         return [flat for phase in phases if (flat := flat_loss_in_phase(lines, phase.steps_before, phase.last_step))]
 
 
-def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], run: dict[str, Any]) -> Progress:
+def find_resume_point(job: TrainingJob, model: PreparedModel, phases: list[Phase], run: dict[str, Any]) -> ResumePoint:
     """Return where the run continues. Raises RecipeError if the recipe ends earlier or has other batches."""
     tokens = list(accumulate(size for phase in phases for size in phase.plan.tokens_of(job.data.store.lengths)))
     folders = [phase.checkpoints for phase in phases]
@@ -144,7 +144,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
         console.notice(_("continuing after step {start} of {count}").format(start=start, count=len(tokens)))
     manifest = {**run, "conditions": conditions}
     budget = phases[0].plan.budget
-    return Progress(phases[current:], len(phases) > 1, checkpoint, start, tokens, budget, manifest)
+    return ResumePoint(phases[current:], len(phases) > 1, checkpoint, start, tokens, budget, manifest)
 
 
 def evaluations_of(checkpoint: Path | None, run: dict[str, Any]) -> list[Any]:

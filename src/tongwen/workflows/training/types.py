@@ -11,7 +11,7 @@ import torch
 
 from tongwen.core import artifact
 from tongwen.core.chat_template import Template
-from tongwen.model.adapters.attach import Adapted
+from tongwen.model.adapters.attach import AdaptedModel
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Forgetting, Pretrain, Training
 from tongwen.train.parallel import Engine, reshard
@@ -78,10 +78,10 @@ class PreparedModel:
     """The adapted model on its device, with what training and generation need.
 
     stops: ids that end an answer; packed: whether documents are packed, or padded to batches
-    own_attention: the attention that the model was opened with; dtype: the number type that the Trainer computes in
+    own_attention: the attention that the model was opened with; dtype: the dtype that the Trainer computes in
     """
 
-    adapted: Adapted
+    adapted: AdaptedModel
     stops: tuple[int, ...]
     packed: bool
     base_fingerprint: str | None
@@ -96,7 +96,7 @@ class PreparedModel:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Compute in the Trainer's number type, for work outside the Trainer."""
+        """Compute in the Trainer's dtype, for work outside the Trainer."""
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             yield
         reshard(self.model)

@@ -1,8 +1,8 @@
-"""Write a row for a chat template: the same content in the spelling that this template reads.
+"""Write a row for a chat template: the same content in the layout that this template reads.
 
 Templates agree on roles and texts, and differ in the rest: one reads `reasoning_content`, another `thinking`; one joins the
 arguments of a call as text, another walks through the object; one takes the tools from its argument, another from the system
-turn. Every spelling here is legal; the render shows which one the template reads (core/render_proof.py).
+turn. Every layout here is legal; the render shows which one the template reads (core/render_proof.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ Tools = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Spelling:
+class MessageLayout:
     """How a row is written for a template. The first value of each field is the usual one.
 
     content:     text, or the list of parts of multimodal templates
-    thinking:    the key of an answer's thinking; `part` of its content; `inline` in its text as `<think>`
+    system:      a turn, or the beginning of the first question where the template has no such turn
+    thinking:    the key of an answer's thinking; `part` of its content; `inline` in its text as `<think>`; `blocks`: the
+                 content of every answer is an object of blocks
+    ahead:       whether the thinking of an answer without calls stands ahead of it in the form that the template gives
+                 it before a call
     empty:       the content of a turn that only calls tools: "", no key, or null
     arguments:   of a call: an object, or its JSON text
     definitions: of tools: as the row has them, inside {"type": "function"}, or bare
@@ -31,7 +35,9 @@ class Spelling:
     """
 
     content: str = "text"
+    system: str = "turn"
     thinking: str = "reasoning_content"
+    ahead: bool = False
     empty: str = "empty"
     arguments: str = "object"
     definitions: str = "row"
@@ -39,10 +45,11 @@ class Spelling:
     ids: str = "row"
 
 
-USUAL = Spelling()
-OTHERS = {
+DEFAULT_LAYOUT = MessageLayout()
+LAYOUT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "content": ("text", "parts"),
-    "thinking": ("reasoning_content", "thinking", "reasoning", "part", "inline"),
+    "thinking": ("reasoning_content", "thinking", "reasoning", "part", "inline", "blocks"),
+    "ahead": (False, True),
     "empty": ("empty", "absent", "null"),
     "arguments": ("object", "text"),
     "definitions": ("row", "wrapped", "bare"),
@@ -51,40 +58,48 @@ OTHERS = {
 }
 
 
-def spellings(turns: Sequence[Turn], tools: Tools, usual: Spelling) -> Iterator[Spelling]:
-    """Yield the spellings in which this row can be written, those with the fewest unusual words first."""
+def layouts(turns: Sequence[Turn], tools: Tools, usual: MessageLayout) -> Iterator[MessageLayout]:
+    """Yield the layouts in which this row can be written, those with the fewest unusual words first."""
     calls = any(turn.get("tool_calls") for turn in turns)
     asked = {
-        "content": False,  # the same for all rows: found when the template is bound
+        "content": False,  # the same for all rows, like `system`: found when the template is bound
+        "system": False,
         "thinking": any(turn.get("reasoning_content") for turn in turns),
+        "ahead": any(turn.get("reasoning_content") and not turn.get("tool_calls") for turn in turns),
         "empty": any(turn.get("tool_calls") and not turn["content"] for turn in turns),
         "arguments": calls,
         "definitions": bool(tools),
         "tools": bool(tools),
         "ids": calls,
     }
-    names = [field.name for field in fields(Spelling) if asked[field.name]]
-    choices = sorted(product(*(range(len(OTHERS[name])) for name in names)), key=lambda picks: (_unusual(picks), picks))
+    names = [field.name for field in fields(MessageLayout) if asked[field.name]]
+    choices = sorted(
+        product(*(range(len(LAYOUT_OPTIONS[name])) for name in names)), key=lambda picks: (_unusual(picks), picks)
+    )
     for picks in choices:
-        yield replace(usual, **{name: OTHERS[name][pick] for name, pick in zip(names, picks, strict=True)})
+        yield replace(usual, **{name: LAYOUT_OPTIONS[name][pick] for name, pick in zip(names, picks, strict=True)})
 
 
 def _unusual(picks: Sequence[int]) -> int:
     return sum(map(bool, picks))
 
 
-def spell(turns: Sequence[Turn], tools: Tools, spelling: Spelling) -> tuple[list[Turn], list[dict[str, Any]] | None]:
+def apply_layout(
+    turns: Sequence[Turn], tools: Tools, layout: MessageLayout
+) -> tuple[list[Turn], list[dict[str, Any]] | None]:
     """Return (messages, tools) as the template gets them."""
-    definitions = [_definition(tool, spelling.definitions) for tool in tools]
-    ids = _CallIds(spelling.ids)
-    out = [_spell_turn(turn, spelling, ids) for turn in turns]
+    definitions = [_definition(tool, layout.definitions) for tool in tools]
+    ids = _CallIds(layout.ids)
+    if layout.system == "question":
+        turns = _system_in_question(turns)
+    out = [_spell_turn(turn, layout, ids) for turn in turns]
     if not definitions:
         return out, None
-    if spelling.tools == "argument":
+    if layout.tools == "argument":
         return out, definitions
     if not out or out[0]["role"] != "system":
         out.insert(0, {"role": "system", "content": ""})
-    listed: Any = definitions if spelling.tools == "system" else _dump(definitions)
+    listed: Any = definitions if layout.tools == "system" else _dump(definitions)
     out[0] = {**out[0], "tools": listed}
     return out, None
 
@@ -138,28 +153,69 @@ class _CallIds:
         return {**turn, "tool_call_id": found[0], "name": turn.get("name") or found[1]}
 
 
-def _spell_turn(turn: Turn, spelling: Spelling, ids: _CallIds) -> Turn:
+def _spell_turn(turn: Turn, layout: MessageLayout, ids: _CallIds) -> Turn:
     out = dict(turn)
     thinking = out.pop("reasoning_content", None)
     calls = out.get("tool_calls")
     if calls:
-        out["tool_calls"] = [ids.call(_call(call, spelling.arguments)) for call in calls]
+        out["tool_calls"] = [ids.call(_call(call, layout.arguments)) for call in calls]
     if out["role"] == "tool":
         out = ids.answer(out)
-    if thinking and spelling.thinking == "inline":
+    if thinking and layout.thinking == "inline":
         out["content"] = f"<think>\n{thinking.strip()}\n</think>\n\n{out['content']}"
-    if spelling.content == "parts" or (thinking and spelling.thinking == "part"):
+    if layout.thinking == "blocks" and out["role"] == "assistant":
+        blocks = [("thoughts", thinking), ("response", out.pop("content"))]
+        if any(text for _type, text in blocks):
+            out["content"] = {"blocks": [{"type": type_, "text": text} for type_, text in blocks if text]}
+        return out
+    if layout.content == "parts" or (thinking and layout.thinking == "part"):
         out["content"] = [{"type": "text", "text": out["content"]}]
-    if thinking and spelling.thinking == "part":
+    if thinking and layout.thinking == "part":
         out["content"].insert(0, {"type": "thinking", "thinking": thinking})
-    elif thinking is not None and spelling.thinking != "inline":
-        out[spelling.thinking] = thinking
-    if calls and not turn["content"] and out["content"] == "" and spelling.empty != "empty":
-        if spelling.empty == "absent":
+    elif thinking is not None and layout.thinking != "inline":
+        out[layout.thinking] = thinking
+    if calls and not turn["content"] and out["content"] == "" and layout.empty != "empty":
+        if layout.empty == "absent":
             del out["content"]
         else:
             out["content"] = None
     return out
+
+
+def _system_in_question(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Return the turns with the system text at the beginning of the first question, which follows it."""
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return turns
+    return [{**turns[1], "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}, *turns[2:]]
+
+
+def one_call_each(turns: Sequence[Turn]) -> list[Turn] | None:
+    """Return the turns with one call in each, followed by its result, for templates that render one call a turn. None when no
+    turn has several, or when a call has no result."""
+    out: list[Turn] = []
+    rest = list(turns)
+    while rest:
+        turn = rest.pop(0)
+        calls = turn.get("tool_calls") or ()
+        if len(calls) < 2:
+            out.append(turn)
+            continue
+        results = [rest.pop(0) for call in calls if rest and rest[0]["role"] == "tool"]
+        ids = [result.get("tool_call_id") for result in results]
+        names = [call.get("id") for call in calls]
+        if len(results) < len(calls) or (rest and rest[0]["role"] == "tool"):
+            return None
+        if None not in ids and None not in names:
+            if {*ids} != {*names} or len({*ids}) < len(ids):
+                return None
+            results.sort(key=lambda result: names.index(result["tool_call_id"]))
+        for number, (call, result) in enumerate(zip(calls, results, strict=True)):
+            one = {**turn, "tool_calls": [call]}
+            if number:
+                one["content"] = ""
+                one.pop("reasoning_content", None)
+            out += [one, result]
+    return out if len(out) > len(turns) else None
 
 
 def read_arguments(arguments: Any) -> Any:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ArtifactError, RecipeError
 from tongwen.core.i18n import _
 from tongwen.model.loading import chat_setup, load
-from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.tensors import open_model
 from tongwen.model.merging import chat_vector
 
@@ -21,8 +21,8 @@ from tongwen.model.merging import chat_vector
 def run(target: str, instruct: str, base: str, scale: float, out: str, *, again: bool) -> int:
     """target + scale x (instruct - base)"""
     folder = Path(out)
-    artifact.clear_path(folder, again=again)
     names = {"target": target, "instruct": instruct, "base": base}
+    originals.clear_path(folder, names.values(), again=again)
     opened = {role: load.ensure_local(load.locate(name)) for role, name in names.items()}
     for role, model in opened.items():
         if model.adapters:
@@ -39,7 +39,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     tokenizer, instruct_tokenizer = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
     _check_control_tokens(tokenizer, instruct_tokenizer, instruct)
     parents = {
-        role: {"path": names[role], "fingerprint": combine(model_lines(model))} for role, model in opened.items()
+        role: {"path": names[role], "fingerprint": combine(tensor_digests(model))} for role, model in opened.items()
     }
     settings = {**names, "scale": scale}
     with artifact.create(folder, "model", parents, settings, remove_on_error=True) as draft:

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact, console, originals
 from tongwen.core.console import human_bytes, human_time
 from tongwen.core.errors import ArtifactError, RecipeError, first_line
 from tongwen.core.html import curves, render
@@ -78,7 +78,7 @@ def run(paths: Sequence[str], html: str) -> int:
     if html:
         title = _("Runs compared")
         page = render("commands/compare.html.jinja", title=title, summary=" · ".join(paths), kinds=kinds)
-        Path(html).write_text(page, encoding="utf-8")
+        originals.write_sealed(Path(html), page, originals.HTML, paths)
         console.success(html)
     console.emit(
         {
@@ -115,7 +115,7 @@ def _report(stage: Path) -> dict[str, Any]:
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8")))
         lacks = {"held_out", "throughput", "trainable", "peak_memory_bytes"} - {*report}
-        problem = _("it lacks {lacks}").format(lacks=_(", ").join(sorted(lacks))) if lacks else ""
+        problem = _("it lacks {missing}").format(missing=_(", ").join(sorted(lacks))) if lacks else ""
     except (OSError, ValueError, TypeError) as error:
         problem = _("it cannot be read: {error}").format(error=first_line(error))
     if problem:

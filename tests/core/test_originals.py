@@ -1,0 +1,297 @@
+"""No output replaces or moves what tongwen did not write: what is refused is refused with 2, and every file is as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import dialogues, write_rows
+from tongwen.core import artifact, originals
+from tongwen.core.errors import ArtifactError, RecipeError
+
+
+def seen(folder: Path) -> dict[str, Any]:
+    """Return every path below a folder with its bytes, or where it links to."""
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, an adapter, a hub's cache, data, and the folder that a command is called from."""
+    home = tmp_path / "home"
+    files = {
+        "model/config.json": '{"model_type": "llama"}',
+        "model/model.safetensors": "weights",
+        "adapter/adapter_config.json": "{}",
+        "old/pytorch_model.bin": "weights",
+        "pth/consolidated.00.pth": "weights",
+        "hub/models--a--b/snapshots/1/README.md": "",
+        "hub/models--a--b/blobs/2": "",
+        "project/config.json": '{"theme": "dark"}',
+        "data/a.jsonl": "{}",
+        "notes.txt": "my notes",
+        "work/.keep": "",
+    }
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    (home / "link").symlink_to("model")
+    (home / "nowhere").symlink_to("gone")
+    (home / "model/out").symlink_to("../data")
+    monkeypatch.chdir(home / "work")
+    return home
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        "model/x",
+        "model/a/b/x.json",
+        "../home/model/x/",
+        "data/../model/x",
+        "link/x",
+        "model/out",  # a link: what is made under this name is made in the model's folder
+        "adapter/x",
+        "old/x",
+        "pth/x",
+        "hub/models--a--b/snapshots/1/x",
+        "hub/models--a--b/x",
+    ],
+)
+def test_nothing_is_written_into_a_models_folder(out: str, home: Path) -> None:
+    before = seen(home)
+    for act in (
+        lambda: originals.clear_path(home / out, [], again=False),
+        lambda: originals.clear_path(home / out, [], again=True),
+        lambda: originals.write_new(home / out, "text"),
+        lambda: originals.write_sealed(home / out, "text", originals.HTML),
+    ):
+        with pytest.raises(RecipeError, match="model's folder"):
+            act()
+    assert seen(home) == before
+
+
+def test_configuration_of_something_else_marks_no_model(home: Path) -> None:
+    originals.clear_path(home / "project" / "x", [], again=False)
+    originals.write_new(home / "project" / "x.json", "{}")
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs"),
+    [
+        ("data", ["data"]),
+        ("data/a.jsonl", ["data/*.jsonl"]),
+        ("data/a.jsonl", ["data"]),
+        ("data", ["data/a.jsonl"]),
+        ("data/", ["data/../data/a.jsonl"]),
+        ("model", ["model"]),
+        ("link", ["model"]),
+        ("model", ["link"]),
+        (".", ["model"]),
+        ("work/..", ["model"]),
+        ("./work/../../home", []),
+        ("work", []),  # which the command is called from
+        ("notes.txt", []),  # what tongwen did not write is not moved
+        ("project", []),
+        ("nowhere", []),
+        ("model/out", []),
+    ],
+)
+def test_again_moves_neither_inputs_nor_what_is_not_ours(out: str, inputs: list[str], home: Path) -> None:
+    before = seen(home.parent)
+    with pytest.raises(RecipeError):
+        originals.clear_path(home / out, [str(home / name) for name in inputs], again=True)
+    with pytest.raises(RecipeError):
+        originals.clear_path(home / out, [], again=False)
+    assert seen(home.parent) == before
+
+
+def test_relative_names_and_hard_links_are_the_same_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.link(home / "data/a.jsonl", home / "b.jsonl")
+    monkeypatch.chdir(home)
+    for out, given in (("b.jsonl", "data/a.jsonl"), ("./data//a.jsonl", "data/a.jsonl")):
+        with pytest.raises(RecipeError, match="an input of the same command"):
+            originals.check_output(Path(out), [given])
+    for out in ("", ".", "..", "x/.."):
+        with pytest.raises(RecipeError):
+            originals.clear_path(Path(out), [], again=True)
+    with pytest.raises(RecipeError, match="NUL"):
+        originals.clear_path(Path("a\0b"), [], again=False)
+
+
+def test_result_of_ours_is_kept_under_another_name(home: Path) -> None:
+    (home / "made").mkdir()
+    (home / "made/manifest.json").write_text('{"kind": "model", "fingerprint": "1"}')
+    with pytest.raises(RecipeError, match="--again"):
+        originals.clear_path(home / "made", [], again=False)
+    originals.clear_path(home / "made", [str(home / "data")], again=True)
+    assert (home / "made.old-1/manifest.json").is_file() and not (home / "made").exists()
+    (home / "app").mkdir()
+    (home / "app/manifest.json").write_text('{"name": "a page", "icons": []}')
+    with pytest.raises(RecipeError, match="did not write"):
+        originals.clear_path(home / "app", [], again=True)
+
+
+def test_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
+    base, adapter = home / "base", home / "adapter"
+    base.mkdir()
+    (base / "manifest.json").write_text('{"kind": "model", "fingerprint": "1"}')
+    record = {"kind": "sft", "fingerprint": "2", "parents": {"base": {"path": str(base)}}}
+    (adapter / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(RecipeError, match="an input"):
+        originals.clear_path(base, [str(adapter)], again=True)
+    assert (base / "manifest.json").is_file()
+
+
+def test_page_is_written_again_until_somebody_changes_it(home: Path) -> None:
+    page = home / "page.html"
+    originals.write_sealed(page, "one\n", originals.HTML)
+    originals.write_sealed(page, "two\n", originals.HTML)
+    assert page.read_text().endswith("two\n")
+    page.write_text(page.read_text() + "mine\n")
+    for file in (page, home / "notes.txt", home / "nowhere", home / "data"):
+        before = seen(home)
+        with pytest.raises(RecipeError, match="exists"):
+            originals.write_sealed(file, "three\n", originals.HTML)
+        assert seen(home) == before
+
+
+def test_new_file_takes_no_name_that_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    originals.write_new(home / "new/x.json", "text")
+    originals.write_new(home / "new/x.json", "text")
+    for file in (home / "new/x.json", home / "notes.txt", home / "data", home / "nowhere"):
+        with pytest.raises(RecipeError, match="exists"):
+            originals.write_new(file, "other")
+    monkeypatch.setattr(originals, "check_new", lambda *words: None)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # another process writes it a moment later
+    before = seen(home)
+    with pytest.raises(RecipeError, match="exists"):
+        originals.write_new(home / "notes.txt", "other")
+    assert seen(home) == before
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_working_folder_of_somebody_else_is_left_alone(resumable: bool, home: Path) -> None:
+    out = home / "x"
+    artifact.partial_of(out).mkdir()
+    (artifact.partial_of(out) / "thesis.txt").write_text("mine")
+    before = seen(home)
+    with pytest.raises(RecipeError, match="did not make it"):
+        originals.clear_path(out, [], again=True)
+    with pytest.raises(RecipeError, match="did not make it"), artifact.create(out, "k", {}, {}, resumable=resumable):
+        pass
+    assert seen(home) == before
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_working_folder_of_ours_goes_on_or_starts_over(resumable: bool, home: Path) -> None:
+    out = home / "x"
+    with pytest.raises(ArtifactError), artifact.create(out, "k", {}, {}, resumable=resumable) as draft:
+        (draft.path / "half").write_text("half")
+        raise ArtifactError("stopped")
+    with artifact.create(out, "k", {}, {}, resumable=resumable) as draft:
+        assert (draft.path / "half").is_file() == resumable
+        draft.record_files(lambda file: True)
+    assert artifact.MARK not in {file.name for file in out.rglob("*")} | set(draft.facts["files"])
+
+
+COMMANDS = {
+    "convert": ("convert", "{model}", "--to", "hf", "--out", "{out}", "--again"),
+    "merge": ("merge", "--base", "{model}", "--adapter", "{model}", "--out", "{out}", "--again"),
+    "train": ("tokenizer", "train", "--corpus", "{data}", "--pieces", "300", "--out", "{out}", "--again"),
+    "extend": ("tokenizer", "extend", "--base", "{model}", "--corpus", "{data}", "--pieces", "9", "--out", "{out}"),
+    "report": ("tokenizer", "report", "--base", "{model}", "--text", "{data}", "--out", "{out}"),
+    "generate": ("generate", "--model", "{model}", "--prompts", "{data}", "--out", "{out}", "--again"),
+    "evaluate": ("evaluate", "--model", "{model}", "--task", "bits_per_byte", "--data", "{data}", "--out", "{out}"),
+    "fetch": ("fetch", "a/b", "--kind", "model", "--out", "{out}", "--again"),
+    "init": ("init", "qwen3-0.6b-lora-8g", "--out", "{out}"),
+    "look": ("look", "{recipe}", "--html", "{out}"),
+    "run": ("run", "{recipe}", "out={out}", "--again"),
+    "check": ("check", "{recipe}", "out={out}"),
+    "demo": ("demo", "--model", "{model}", "--out", "{out}"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_asks_before_it_writes(
+    name: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a model's folder, onto the folder around it, and onto an input."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, data = tmp_path / "all" / "model", tmp_path / "all" / "data.jsonl"
+    shutil.copytree(chat_model, model)
+    write_rows(data, dialogues(6))
+    recipe = tmp_path / "all" / "r.yaml"
+    recipe.write_text(
+        f"name: x\nbase: {model}\nprepare: {{dialogues: {data}, held_out: 2}}\nsft: {{template: chatml}}\n"
+    )
+    outs = [model / "x", data if name not in ("fetch", "init", "demo", "report") else model / "y"]
+    if name in ("run", "check", "demo", "report"):
+        outs += [model, tmp_path / "all" / ".." / "all" / "model"]
+    if name not in ("run", "check", "demo", "report"):
+        outs += [tmp_path / "all", model]
+    before = seen(tmp_path)
+    for out in outs:
+        words = [word.format(model=model, data=data, out=out, recipe=recipe) for word in COMMANDS[name]]
+        code, said, err = tongwen(*words)
+        wanted = (2, 4) if name == "fetch" else (2,)  # fetch says of another folder that it is an artifact's place
+        assert code in wanted and "Traceback" not in err, (out, code, said, err)
+        assert seen(tmp_path) == before, out
+
+
+FOREIGN = {
+    "recipe.yaml": "# mine\nname: x\n",
+    "prepare/notes.txt": "mine",
+    "sft.partial/notes.txt": "mine",
+    "sft/manifest.json": '{"name": "a page"}',
+    ".lock": "mine",
+}
+
+
+@pytest.mark.parametrize("again", [[], ["--again"]])
+@pytest.mark.parametrize("file", FOREIGN)
+def test_run_leaves_what_is_not_its_own(
+    file: str, again: list[str], chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", dialogues(6))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: x\nbase: {chat_model}\nout: {tmp_path}/o\nprepare: {{dialogues: {data}, held_out: 2}}\nsft: {{template: chatml}}\n"
+    )
+    (tmp_path / "o" / file).parent.mkdir(parents=True)
+    (tmp_path / "o" / file).write_text(FOREIGN[file])
+    before = seen(tmp_path)
+    for command in ("check", "run"):
+        code, _, err = tongwen(command, recipe, *(again if command == "run" else []))
+        assert code in ((2, 4) if "manifest" in file else (2,)) and Path(file).parts[0] in err, err
+        assert seen(tmp_path) == before
+
+
+def test_data_beside_a_run_stays_where_it_is(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    data = write_rows(tmp_path / "o" / "data.jsonl", dialogues(8))
+    recipe = tmp_path / "o" / "mine.yaml"
+    text = f"name: x\nbase: {chat_model}\nout: {tmp_path}/o\nprepare: {{dialogues: {data}, held_out: 2}}\n"
+    recipe.write_text(text)
+    before = seen(tmp_path)
+    assert tongwen("run", recipe)[0] == 0
+    assert tongwen("run", recipe, "--again")[0] == 0
+    assert before.items() <= seen(tmp_path).items()
+    own = tmp_path / "o" / "recipe.yaml"
+    assert tongwen("run", own, "prepare.held_out=1", "--again")[0] == 0, "the resolved recipe is a recipe"
+    assert "held_out: 1" in own.read_text()
+    own.write_text(own.read_text().replace("held_out: 1", "held_out: 3 # mine"))
+    changed = own.read_bytes()
+    code, _, err = tongwen("run", own, "--again")
+    assert code == 2 and "recipe.yaml" in err and own.read_bytes() == changed
