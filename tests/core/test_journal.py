@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,48 @@ def test_other_settings_are_refused_after_the_first_entry(tmp_path: Path) -> Non
     assert file.read_bytes() == whole
 
 
-def test_damaged_line_is_reported_with_its_place(tmp_path: Path) -> None:
-    for settings, bad in ((None, 1), ({"a": 1}, 1), ({"a": 1}, 2)):
-        file = tmp_path / "journal.jsonl"
-        file.unlink(missing_ok=True)
+DAMAGED = [b"{\n", b"[]\n", b'{"m": 1}\n', b"\0\0\0\n", b"\xff\n", b"\n", b"[" * 100_000 + b"\n"]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("settings", [None, {"a": 1}])
+def test_a_damaged_line_costs_itself_and_is_named(
+    settings: Any, damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = 0 if settings is None else 1
+    for place in range(first, first + 3):
+        file = tmp_path / f"{place}.jsonl"
         lines = write(file, 1, 2, 3, settings=settings).splitlines(keepends=True)
-        for damage in (b"{\n", b"[]\n", b'{"m": 1}\n'):
-            if bad == 1 and settings and damage != b"{\n":
-                continue  # settings of another run
-            file.write_bytes(b"".join([*lines[: bad - 1], damage, *lines[bad:]]))
-            with pytest.raises(ArtifactError, match=rf"journal.jsonl:{bad}: .*\n.*delete the line"):
-                Entries(file, settings=settings)
+        file.write_bytes(b"".join([*lines[:place], damage, *lines[place + 1 :]]))
+        kept = [number for number in (1, 2, 3) if number != place - first + 1]
+        assert read(file, settings=settings) == kept
+        assert f"{file}:{place + 1}: this line is damaged" in capsys.readouterr().out
+        write(file, 9, settings=settings)
+        assert read(file, settings=settings) == [*kept, 9]
+
+
+def test_damaged_settings_are_refused_with_their_place(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    lines = write(file, 1, settings={"a": 1}).splitlines(keepends=True)
+    for damage in (b"{\n", b"\0\n", b"3\n"):
+        file.write_bytes(damage + lines[1])
+        with pytest.raises(ArtifactError, match=r"journal.jsonl:1: .*\n.*redo"):
+            Entries(file, settings={"a": 1}, remedy="redo")
+        assert file.read_bytes() == damage + lines[1]
+
+
+def test_entries_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each at once where it is paid for; else at least once a second, and at the end."""
+    synced: list[int] = []
+    clock = [100.0]
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    for durable, expected in ((True, [9, 18, 27]), (False, [9, 27])):
+        with Entries(tmp_path / str(durable), durable=durable) as journal:
+            synced.clear()
+            for seconds in (0, 0.5, 1):
+                clock[0] += seconds
+                journal.append({"n": 1})
+            assert synced == expected
+            journal.append({"n": 1})
+        assert synced[-1] == 36

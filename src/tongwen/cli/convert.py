@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=_("push it to a hub: OWNER/NAME or modelscope:OWNER/NAME"),
     )
     parser.add_argument("--public", action="store_true", help=_("make it public; private by default"))
+    parser.set_defaults(writes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

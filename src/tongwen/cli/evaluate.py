@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help=_("maximum number of questions at a time"))
     parser.add_argument("--max-new-tokens", type=int, default=256)
     model_arguments.add_opening(parser, template="auto")
+    parser.set_defaults(writes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help=_("start over; the old file is kept"))
     model_arguments.add_opening(parser)
     model_arguments.add_sampling(parser)
+    parser.set_defaults(writes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

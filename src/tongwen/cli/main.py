@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tongwen.core.i18n import _
@@ -61,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code, or that of its error, with a message."""
     from tongwen.core import distributed  # after parse, which exits on --help: these imports take a third of its time
     from tongwen.core.errors import TongwenError
+    from tongwen.core.file_lock import lock_output
 
     distributed.read_launcher_environment()
     _silence_libraries()
@@ -69,7 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
         console.SCREEN.use_json()
     try:
-        return int(arguments.run_command(arguments))
+        with lock_output(arguments.out) if arguments.writes and arguments.out else nullcontext():
+            return int(arguments.run_command(arguments))
     except TongwenError as error:
         return _fail(error.exit_code, error.text())
     except BrokenPipeError:

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=_("allow a base that is not the adapter's own, or another order of adapters"),
     )
+    parser.set_defaults(writes=True)
 
 
 def _add_merge_inputs(parser: argparse.ArgumentParser) -> None:

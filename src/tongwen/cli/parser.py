@@ -113,7 +113,7 @@ def make_parser() -> Parser:
     )
     # DeepSpeed's launcher passes it here and in the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    parser.set_defaults(json=False, parser=parser, run_command=_print_help, serves=False)
+    parser.set_defaults(json=False, parser=parser, run_command=_print_help, serves=False, writes=False)
     subparsers = parser.add_subparsers(prog="tongwen", metavar="COMMAND", help=argparse.SUPPRESS)
     for title, commands in command_groups().items():
         # argparse has no groups of commands, so each group is a heading with lines of text.

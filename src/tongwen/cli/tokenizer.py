@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _("report how well a tokenizer encodes texts and whether to extend it"),
         )
     )
+    parser.set_defaults(writes=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ vocabulary may have grown; each control token must have the same id in both.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -86,4 +85,4 @@ def _copy_chat_setup(tokenizer: Any, instruct_tokenizer: Any, instruct: Path, ou
     tokenizer.save_pretrained(str(out))
     file = instruct / "generation_config.json"
     if file.is_file():
-        artifact.write_json(out / file.name, json.loads(file.read_text(encoding="utf-8")))
+        artifact.write_json(out / file.name, artifact.read_json(file))

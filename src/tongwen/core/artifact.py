@@ -22,7 +22,7 @@ from typing import Any
 from tongwen import __version__
 from tongwen.core.console import human_bytes
 from tongwen.core.distributed import is_main_process
-from tongwen.core.errors import ArtifactError, MachineError, RecipeError
+from tongwen.core.errors import ArtifactError, MachineError, RecipeError, first_line
 from tongwen.core.i18n import _
 
 MANIFEST = "manifest.json"
@@ -55,15 +55,24 @@ def find(path: Path) -> Artifact | None:
     file = path / MANIFEST
     if not file.is_file():
         return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        return Artifact(path, dict(manifest)) if manifest["kind"] and manifest["fingerprint"] else None
-    except (ValueError, KeyError, TypeError) as error:
+    remedy = _("run the stage again with --again")
+    manifest = read_json(file, remedy)
+    if problem := _problem_of(manifest):
         raise ArtifactError(
-            _("the manifest cannot be read: {error}").format(error=error),
-            place=str(file),
-            remedy=_("run the stage again with --again"),
-        ) from None
+            _("the manifest is damaged: {problem}").format(problem=problem), place=str(file), remedy=remedy
+        )
+    return Artifact(path, manifest)
+
+
+def _problem_of(manifest: Mapping[str, Any]) -> str:
+    """Return what keeps a manifest from being one of ours; empty for a sound one."""
+    kinds = {"kind": str, "fingerprint": str, "parents": dict, "settings": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind) or manifest[name] == ""]
+    if not wrong and not all(isinstance(parent, dict) for parent in manifest["parents"].values()):
+        wrong = ["parents"]
+    optional: dict[str, tuple[Any, Any]] = {"versions": ({}, dict), "seconds": (0, (int, float))}
+    wrong += [name for name, (absent, kind) in optional.items() if not isinstance(manifest.get(name, absent), kind)]
+    return ", ".join(wrong)
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:
@@ -281,6 +290,19 @@ def hash_file(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(file: Path, remedy: str = "") -> dict[str, Any]:
+    """Return the JSON object in a file. Raises ArtifactError when the file holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            _("not JSON: {error}").format(error=first_line(error)), place=str(file), remedy=remedy
+        ) from None
+    if not isinstance(found, dict):
+        raise ArtifactError(_("not a JSON object"), place=str(file), remedy=remedy)
+    return found
 
 
 def write_json(file: Path, value: Any) -> None:

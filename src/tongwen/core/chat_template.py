@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -50,6 +50,7 @@ from tongwen.core.render_proof import (
     values_of,
 )
 from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton
+from tongwen.core.template_guard import GUARD, IS_POSSIBLE, TemplateFailure
 
 SHIPPED = (
     "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
@@ -147,6 +148,17 @@ def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
 def shipped_source(name: str) -> str:
     """Return the marked source of a template that ships with tongwen."""
     return (resources.files("tongwen.core") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=16)
+def shipped_forms(special: tuple[str, ...]) -> frozenset[str]:
+    """Return the sources of our own templates as they are exported with a tokenizer of these special tokens."""
+    sources = [GENERATION_TAG.sub("", shipped_source(name)) for name in SHIPPED]
+    return frozenset(_with_prefix(source, prefix) for source in sources for prefix in ("", *special[:8]))
+
+
+def _with_prefix(source: str, prefix: str) -> str:
+    return source.replace("@prefix@", prefix.replace("\\", "\\\\").replace("'", "\\'"))
 
 
 @dataclass(frozen=True)
@@ -255,7 +267,7 @@ class Template:
             source = own_source
         else:
             text = shipped_source(name) if name in SHIPPED else _read_template(name)
-            text = text.replace("@prefix@", prefix.replace("\\", "\\\\").replace("'", "\\'"))
+            text = _with_prefix(text, prefix)
             if GENERATION_TAG.search(text):
                 marked = text
             source = GENERATION_TAG.sub("", text)
@@ -275,6 +287,11 @@ class Template:
         if template.marked:
             template._check_marks()
         return template
+
+    @cached_property
+    def _renders_here(self) -> bool:
+        """Whether the template is known to be harmless: then it needs no process of its own."""
+        return not IS_POSSIBLE or self.name in SHIPPED or self.source in shipped_forms(self.special)
 
     @property
     def texts(self) -> str:
@@ -555,17 +572,20 @@ class Template:
         marks: bool = False,
     ) -> str:
         messages, definitions = apply_layout(turns, tools, layout)
+        context = {
+            "messages": messages,
+            "tools": definitions,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "enable_thinking": thinking,
+            "thinking": thinking,  # the same word in DeepSeek's and Granite's templates
+            "show_marks": marks,
+            **self.tokens,
+        }
         try:
-            return compile_template(self.marked if marks else self.source).render(
-                messages=messages,
-                tools=definitions,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=thinking,
-                thinking=thinking,  # the same word in DeepSeek's and Granite's templates
-                show_marks=marks,
-                **self.tokens,
-            )
+            if self._renders_here:
+                return compile_template(self.marked if marks else self.source).render(context)
+            return GUARD.render(self.source, self.name, context)
         except jinja2.TemplateError as error:
             raise RowRejected(
                 "template_refuses",
@@ -575,7 +595,7 @@ class Template:
             raise RowRejected(
                 "template_fails",
                 _("the template fails on this dialogue: {type}: {error}").format(
-                    type=type(error).__name__, error=error
+                    type=error.kind if isinstance(error, TemplateFailure) else type(error).__name__, error=error
                 ),
             ) from None
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from tongwen.core import console
 from tongwen.core.artifact import differences, refuse_changed, write_text
 from tongwen.core.errors import ArtifactError, RecipeError
 from tongwen.core.i18n import _
 
+SYNC_SECONDS = 1.0
 Self = TypeVar("Self", bound="Journal")
 
 
@@ -45,11 +48,12 @@ class Journal(ABC):
         self, file: Path, *, settings: Mapping[str, Any] | None = None, remedy: str = "", durable: bool = False
     ) -> None:
         """settings: what the entries depend on, kept in the first line. remedy: for the error about other settings.
-        durable: sync every entry to disk before `append` returns; otherwise `close` syncs them.
+        durable: sync every entry to disk before `append` returns; otherwise once a second, and when it is closed.
 
-        Raises RecipeError when the file was started with other settings, ArtifactError for a damaged line.
+        Raises RecipeError when the file was started with other settings, ArtifactError when its settings are damaged. A
+        damaged entry is skipped with a notice.
         """
-        self.file, self.durable = file, durable
+        self.file, self.durable, self._synced = file, durable, 0.0
         header = [] if settings is None else [json.loads(json.dumps(settings))]
         size = self._read(header, remedy) if file.is_file() else 0
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +70,9 @@ class Journal(ABC):
     def append(self, entry: Any) -> None:
         self._stream.write(_to_line(entry))
         self._stream.flush()
-        if self.durable:
+        if self.durable or time.monotonic() > self._synced + SYNC_SECONDS:
             os.fsync(self._stream.fileno())
+            self._synced = time.monotonic()
 
     def close(self) -> None:
         os.fsync(self._stream.fileno())
@@ -85,23 +90,28 @@ class Journal(ABC):
         """Load the entries; return the bytes to keep: whole lines only, and 0 for a file without entries (its settings may
         change)."""
         lines = [line for line in self.file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        size = 0
-        for number, line in enumerate(lines if len(lines) > len(header) else [], 1):
+        if len(lines) <= len(header):
+            return 0
+        for settings, line in zip(header, lines, strict=False):
+            refuse_changed(str(self.file), differences(self._settings_in(line, remedy), settings), remedy)
+        for number, line in enumerate(lines[len(header) :], len(header) + 1):
             try:
-                if number > len(header):
-                    self.load(json.loads(line))
-                else:
-                    refuse_changed(str(self.file), differences(dict(json.loads(line)), header[0]), remedy)
-            except (ValueError, KeyError, TypeError):
-                if number == len(lines):
-                    break
-                raise ArtifactError(
-                    _("this line of the journal is damaged"),
-                    place=f"{self.file}:{number}",
-                    remedy=_("delete the line: its answer will be requested again"),
-                ) from None
-            size += len(line)
-        return size
+                self.load(json.loads(line))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                console.notice(
+                    _("{place}: this line is damaged and counts as missing").format(place=f"{self.file}:{number}")
+                )
+        return sum(map(len, lines))
+
+    def _settings_in(self, line: bytes, remedy: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            raise ArtifactError(
+                _("this line of the journal is damaged: it held the settings of the entries"),
+                place=f"{self.file}:1",
+                remedy=remedy,
+            ) from None
 
 
 def _to_line(entry: Any) -> bytes:

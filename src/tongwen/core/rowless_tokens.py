@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from tongwen.core.artifact import read_json
+
 
 def split_rowless(
     ids: Mapping[str, int], added: Collection[str], named: Collection[str], template: str, rows: int
@@ -27,7 +29,7 @@ def read_rowless(folder: Path, rows: int) -> tuple[list[str], list[str]]:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return [], []
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     vocabulary = found["model"]["vocab"]
     pieces = vocabulary if isinstance(vocabulary, dict) else {text: index for index, (text, _) in enumerate(vocabulary)}
     added = {token["content"]: int(token["id"]) for token in found.get("added_tokens", ())}
@@ -40,8 +42,7 @@ def read_rowless(folder: Path, rows: int) -> tuple[list[str], list[str]]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _text(token: Any) -> str:

@@ -101,6 +101,24 @@ class TracedContent(str):
     __hash__ = str.__hash__
 
 
+def find_trace(value: Any) -> RenderTrace | None:
+    """Return the trace of the first traced content among messages; None for ordinary ones."""
+    if isinstance(value, TracedContent):
+        return value.trace
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(find_trace, parts)), None)
+
+
+def revive(value: Any, trace: RenderTrace) -> Any:
+    """Return messages with traced contents in place of the marks of slots."""
+    if isinstance(value, dict):
+        return {key: revive(one, trace) for key, one in value.items()}
+    if isinstance(value, list):
+        return [revive(one, trace) for one in value]
+    found = _SLOT.fullmatch(value) if isinstance(value, str) else None
+    return TracedContent.make(trace, trace.slots[int(found[1])]) if found else value
+
+
 class ConcatenatedContent(str):
     """A content concatenated with other text: it may be written or concatenated further, nothing else."""
 

@@ -5,13 +5,12 @@ Every claim comes from a manifest. The card asks the author to add facts that ar
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen.core.artifact import Artifact, find
+from tongwen.core.artifact import Artifact, find, read_json
 
 
 def make_card(title: str, model: Artifact) -> str:
@@ -70,7 +69,7 @@ def _data(manifest: Mapping[str, Any]) -> list[str]:
 
 def _scores(stage: Artifact) -> list[str]:
     file = stage.path / "report.json"
-    score = json.loads(file.read_text(encoding="utf-8")).get("held_out", {}) if file.is_file() else {}
+    score = read_json(file).get("held_out", {}) if file.is_file() else {}
     bits = score.get("bits_per_byte") or {}
     if not bits:
         return []

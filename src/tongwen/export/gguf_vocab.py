@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
+from tongwen.core.artifact import read_json
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
@@ -49,7 +50,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
     Raises ModelError for a tokenizer that llama.cpp does not support.
     """
-    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition = read_json(folder / "tokenizer.json")
     model = definition["model"]
     if model["type"] != "BPE":
         raise _unknown(f"model {model['type']}")
@@ -184,7 +185,7 @@ def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, st
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _unknown(what: str) -> ModelError:

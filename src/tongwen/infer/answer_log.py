@@ -17,7 +17,10 @@ class AnswerJournal(Journal):
         super().__init__(file, settings=settings, remedy=remedy)
 
     def load(self, entry: Any) -> None:
-        row, self.answers[row] = entry
+        row, answer = entry
+        if not (isinstance(row, int) and isinstance(answer, str)):
+            raise TypeError(entry)
+        self.answers[row] = answer
 
     def add(self, row: int, answer: str) -> None:
         self.answers[row] = answer

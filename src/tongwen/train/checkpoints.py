@@ -73,7 +73,7 @@ def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
     try:
         manifest = read_manifest(checkpoint)
         seal, files, run, step = manifest.pop("seal"), manifest["files"], manifest["run"], manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return _("no readable {manifest}").format(manifest=MANIFEST)
     if seal != _seal(manifest):
         return _("{manifest} has changed").format(manifest=MANIFEST)

@@ -179,7 +179,7 @@ def _save_llama_tokenizer(source: ModelSource, out: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     model, file = sentencepiece.read_model(source.folder / "tokenizer.model"), source.folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = artifact.read_json(file) if file.is_file() else {}
     backend = sentencepiece.fast_form(model)
     if not settings.get("add_bos_token", True):
         backend.post_processor = None

@@ -13,10 +13,11 @@ import yaml
 
 from tongwen.core import artifact, originals
 from tongwen.core.errors import RecipeError
+from tongwen.core.file_lock import is_lock
 from tongwen.core.i18n import _
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
-from tongwen.workflows.run_lock import LOCK, is_lock
+from tongwen.workflows.run_lock import LOCK
 
 RESOLVED = {"name", "base", "out", "seed", "devices", "track"}  # keys of each recipe that v0.1 resolved
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from tongwen.core import distributed
-from tongwen.core.errors import MachineError
+from tongwen.core import distributed, file_lock
 from tongwen.core.i18n import _
 
 LOCK = ".lock"  # held by the process that runs in a folder; contains its host and process id
-TEXT = re.compile(r"(?P<host>.*), process (?P<number>\d+), since.*\s*")
-TRIES, WAIT = 10, 0.05  # a process that only looks whether a folder is locked holds the lock for an instant
 
 
 @contextmanager
@@ -26,37 +20,11 @@ def lock_folder(out: Path) -> Iterator[None]:
 
     Raises MachineError with the holder's name if another run has the lock.
     """
-    if not distributed.is_main_process() or distributed.is_child_process() or os.name == "nt":
+    if not distributed.is_main_process() or distributed.is_child_process():
         yield
         return
-    with (out / LOCK).open("a+", encoding="utf-8") as stream:
-        if not _acquire(stream):
-            stream.seek(0)
-            owner = stream.read().strip()
-            raise MachineError(
-                _("another tongwen is running in this folder: {owner}, or a process that it started").format(
-                    owner=owner
-                ),
-                place=str(out),
-                remedy=_("wait for it, or choose another `out`"),
-            )
-        os.set_inheritable(stream.fileno(), True)  # processes that it launches may still be saving when it is killed
-        stream.truncate(0)
-        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        stream.flush()
-        try:
-            yield
-        finally:
-            stream.truncate(0)
-
-
-def is_lock(file: Path) -> bool:
-    """Whether a file is empty, or has the text of a lock."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-    return not text or TEXT.fullmatch(text) is not None
+    with file_lock.hold(out / LOCK, str(out), _("wait for it, or choose another `out`")):
+        yield
 
 
 def lock_holder(out: Path) -> int | None:
@@ -69,7 +37,7 @@ def lock_holder(out: Path) -> int | None:
 
     try:
         file = out / LOCK
-        found = TEXT.fullmatch(file.read_text(encoding="utf-8"))
+        found = file_lock.TEXT.fullmatch(file.read_text(encoding="utf-8"))
         if found is None or found["host"] != platform.node() or not _is_held(file):
             return None
         process = psutil.Process(int(found["number"]))
@@ -88,17 +56,6 @@ def is_locked(out: Path) -> bool:
     except OSError:
         return False
     return bool(node) and (node != platform.node() or lock_holder(out) is not None)
-
-
-def _acquire(stream: IO[str]) -> bool:
-    import fcntl
-
-    for _try in range(TRIES):
-        with suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(WAIT)
-    return False
 
 
 def _is_held(file: Path) -> bool:

@@ -6,7 +6,6 @@ watching page may therefore be closed and opened again.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -146,7 +145,7 @@ def samples(out: Path) -> list[dict[str, str]]:
     for stage in reversed(TRAINING):
         file = out / stage / "report.json"
         if file.is_file():
-            return list(json.loads(file.read_text(encoding="utf-8")).get("samples") or [])
+            return list(artifact.read_json(file).get("samples") or [])
     return []
 
 

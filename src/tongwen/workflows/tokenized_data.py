@@ -325,7 +325,7 @@ def encode_prepared(
     store, ledger = found
     rejected = list(token_store.read_rejected(store_folder))
     mask = record_encoder.check(store, rejected)
-    mask["round_trip"] = json.loads((store_folder / ROUND_TRIP).read_text(encoding="utf-8"))
+    mask["round_trip"] = artifact.read_json(store_folder / ROUND_TRIP)
     sources, files = _sources_of(prepared, record_encoder.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
     held_out, held_out_stores = _encode_held_out(prepared, record_encoder, ledger, languages)

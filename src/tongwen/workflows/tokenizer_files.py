@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tongwen.core import console
-from tongwen.core.artifact import write_json
+from tongwen.core.artifact import read_json, write_json
 from tongwen.core.errors import DataError, ModelError, RecipeError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
@@ -155,7 +155,7 @@ def _open(path: Path, name: str) -> TokenizerFiles:
 
 def _open_file(path: Path) -> TokenizerFiles:
     if path.suffix == ".json":
-        definition = _read_json(path)
+        definition = read_json(path)
         if "model" in definition:
             return TokenizerFiles(str(path), Tokenizer.from_str(json.dumps(definition)))
     ranked = read_ranks(path)
@@ -163,13 +163,6 @@ def _open_file(path: Path) -> TokenizerFiles:
         return TokenizerFiles(str(path), ranked)
     model = sentencepiece.read_model(path)
     return TokenizerFiles(str(path), sentencepiece.fast_form(model), model)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(_("not JSON: {error}").format(error=error), place=str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -355,7 +348,7 @@ def save(files: TokenizerFiles, folder: Path) -> None:
         tokenizer.chat_template = own.chat_template
     tokenizer.save_pretrained(str(folder))
     config = folder / "tokenizer_config.json"
-    known = json.loads(config.read_text(encoding="utf-8"))
+    known = read_json(config)
     # All versions of transformers know this class; version 4 does not know the one that version 5 writes.
     write_json(config, {**known, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS})
     if files.model is not None:

@@ -30,7 +30,9 @@ class ReplyJournal(Journal):
         super().__init__(file, durable=True)
 
     def load(self, entry: Any) -> None:
-        self.replies[entry["key"]] = Reply(**{**entry, "tokens": tuple(entry["tokens"])})
+        asked, answered = map(int, entry["tokens"])
+        key, text, finish = (str(entry[name]) for name in ("key", "text", "finish"))
+        self.replies[key] = Reply(key, text, finish, (asked, answered))
 
     def check_disk_space(self) -> None:
         """Raise MachineError when the disk may have no space for the next reply."""

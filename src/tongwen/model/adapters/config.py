@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         raise no_adapter_config(folder) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(_("not JSON: {error}").format(error=error), place=str(file)) from None
     if config.get("peft_type") != "LORA":
         raise ModelError(

@@ -6,7 +6,6 @@ user must give it: a wrong guess would silently give another model.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def _config_of(folder: Path, state: dict[str, Any], alpha: float | None) -> dict
     """Return the folder's adapter_config.json, or one derived from names and shapes, with the given scale."""
     file = folder / "adapter_config.json"
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return artifact.read_json(file)
     ranks = {int(tensor.shape[0]) for name, tensor in state.items() if ".lora_A." in name}
     targets = sorted({name.partition(".lora_A.")[0].split(".")[-1] for name in state if ".lora_A." in name})
     whole = sorted({name.split(".")[-2] for name in state if ".lora_" not in name})

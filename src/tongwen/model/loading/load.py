@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import json
 import logging
 import os
 import sys
@@ -88,7 +87,7 @@ def _locate_local(name: str, path: Path) -> ModelRef:
         raise ModelError(_("a model must be a folder or a .gguf file"), place=name)
     stage = artifact.find(path)
     if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
-        below = locate(stage.manifest["parents"]["base"]["path"])
+        below = locate(str(stage.manifest["parents"].get("base", {}).get("path")))
         return replace(below, name=name, adapters=(*below.adapters, str(path)))
     if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
         raise ModelError(
@@ -102,7 +101,7 @@ def _locate_local(name: str, path: Path) -> ModelRef:
             check_header(ggufs[0])
             return ModelRef(name, str(path), gguf=ggufs[0].name)
         if (path / "adapter_config.json").is_file():
-            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = artifact.read_json(path / "adapter_config.json").get("base_model_name_or_path")
             raise ModelError(
                 _("this folder holds an adapter, not a model"),
                 place=name,
@@ -174,7 +173,7 @@ def _lone_sentencepiece(ref: ModelRef) -> Path | None:
 def read_model_type(ref: ModelRef) -> str:
     """Return `model_type` from a folder's config.json, read without transformers; "" without a config."""
     file = Path(ref.folder) / "config.json"
-    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+    return str(artifact.read_json(file).get("model_type", "")) if file.is_file() else ""
 
 
 def read_text_type(ref: ModelRef) -> str:
@@ -190,8 +189,9 @@ def check_trainable(ref: ModelRef) -> None:
     Read without transformers; a model that this does not know is tried when it is opened.
     """
     file = Path(ref.folder) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    architecture = str((config.get("architectures") or [""])[0])
+    config = artifact.read_json(file) if file.is_file() else {}
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     other = next((ending for ending in OTHER_TASKS if architecture.endswith(ending)), "")
     # A config that knows cross-attention can be an encoder's or a decoder's, and says which: BERT and its descendants.
     sees_all = "add_cross_attention" in config and config.get("is_decoder") is False
@@ -490,7 +490,10 @@ class explain_errors:  # noqa: N801
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, (ModelError, MachineError)):
+        is_panic = type(error).__name__ == "PanicException"  # of Rust code, which derives it from BaseException
+        if error is None or not (isinstance(error, Exception) or is_panic):
+            return
+        if isinstance(error, (ModelError, MachineError)):
             return
         if is_out_of_memory(error):  # the command itself reports the remedy
             return
@@ -511,15 +514,11 @@ class explain_errors:  # noqa: N801
                 place=self.ref.name,
                 remedy=self._without_its_code(),
             ) from None
-        if (
-            isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
-            or type(error).__name__ == "SafetensorError"
-        ):
-            raise ModelError(
-                _("the model cannot be loaded: {reason}").format(reason=reason[:300]),
-                place=self.ref.name,
-                remedy=_("check that the files are complete"),
-            ) from error
+        raise ModelError(
+            _("the model cannot be loaded: {reason}").format(reason=reason[:300]),
+            place=self.ref.name,
+            remedy=_("check that the files are complete"),
+        ) from error
 
     def _without_its_code(self) -> str:
         if read_model_type(self.ref) == "baichuan":

@@ -6,11 +6,11 @@ three. transformers then recurses without end, or trains on wrong tokens and the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
+from tongwen.core.artifact import read_json
 from tongwen.core.i18n import _
 
 USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
@@ -77,7 +77,7 @@ def fix_stop_tokens(tokenizer: Any, model: Any, place: str) -> None:
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    return [read_json(file) for file in files if file.is_file()]
 
 
 def _text(token: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core import console
+from tongwen.core.artifact import read_json
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import (
@@ -102,10 +103,7 @@ def open_model(ref: ModelRef) -> tuple[TensorSource, dict[str, Any]]:
         config = json.loads(model.config.to_json_string())  # only values that differ from the family's defaults
         return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
     file = Path(ref.folder) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError) as error:
-        raise ModelError(_("not JSON: {error}").format(error=error), place=str(file)) from None
+    config = read_json(file)
     if config.get("quantization_config"):
         raise ModelError(
             _("this model is quantised"),
