@@ -21,7 +21,7 @@ from tongwen.model.loading import load
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.schema import Recipe
 from tongwen.train import trackers
-from tongwen.workflows.pipeline import check_processes
+from tongwen.workflows.pipeline import check_machine, check_processes
 from tongwen.workflows.run_folder import check_folder
 from tongwen.workflows.stage_inputs import inputs
 
@@ -34,7 +34,7 @@ def run(recipe: Recipe) -> int:
         check_processes(recipe, recipe.stages)
     except RecipeError as error:  # a launcher may still start the processes
         console.notice(error.text())
-    for check in (_check_folder, _check_base, _check_export, _check_trackers):
+    for check in (_check_folder, _check_machine, _check_base, _check_export, _check_trackers):
         try:
             check(recipe)
         except TongwenError as error:
@@ -67,6 +67,11 @@ def run(recipe: Recipe) -> int:
 def _check_folder(recipe: Recipe) -> None:
     """Raise for an output folder in which `run` would replace what tongwen did not write."""
     check_folder(recipe, [name for name in recipe.stages if not artifact.find(Path(recipe.out) / name)])
+
+
+def _check_machine(recipe: Recipe) -> None:
+    """Raise for more processes than this machine can carry."""
+    check_machine(recipe, recipe.stages)
 
 
 def _check_base(recipe: Recipe) -> None:

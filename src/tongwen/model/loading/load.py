@@ -179,7 +179,7 @@ def read_model_type(ref: ModelRef) -> str:
 def read_text_type(ref: ModelRef) -> str:
     """Return the `model_type` of a wrapped model's text part; of any other model, its own."""
     file = Path(ref.folder) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = artifact.read_json(file) if file.is_file() else {}
     return str((config.get("text_config") or {}).get("model_type") or config.get("model_type", ""))
 
 
