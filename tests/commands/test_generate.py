@@ -20,7 +20,7 @@ import torch
 from tests.conftest import byte_level_tokenizer, tiny_llama, write_rows
 from tongwen.cli.main import main
 from tongwen.infer.answer_log import AnswerJournal
-from tongwen.infer.generation import PAGE, Sampling, cache_tokens, make_batches
+from tongwen.infer.generation import PAGE, Sampling, cache_bytes, cache_tokens, make_batches
 from tongwen.infer.presets import PRESETS
 
 ROWS = [
@@ -133,6 +133,12 @@ def test_batches_hold_each_prompt_once_within_the_token_limit(chat_model: Path) 
     model = open_chat_model(str(chat_model), template="completion", precision="fp32").generator.model
     assert cache_tokens(model) == (1 << 30) // (2 * 2 * 2 * 8 * 4), "keys and values, layers, heads, width, bytes"
     assert cache_tokens(model) > PAGE
+    from transformers import Gemma4TextConfig, Mamba2Config
+
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_key_value_heads": 2}
+    by_layer = Gemma4TextConfig(**layers, head_dim=16, global_head_dim=32, num_kv_shared_layers=0)
+    assert cache_bytes(by_layer, 4) == sum(2 * 2 * width * 4 for width in (16, 32))
+    assert cache_bytes(Mamba2Config(), 4) == 1, "its state does not grow"
 
 
 def test_presets_match_the_published_settings() -> None:

@@ -297,12 +297,18 @@ def cache_bytes(config: Any, item_size: int) -> int:
     """Return the cache's bytes per token for numbers of `item_size` bytes; 1 for a model without attention, whose state
     does not grow."""
     config = config.get_text_config()
+    if getattr(config, "is_heterogeneous", False):  # layers with heads of different widths: Gemma 4
+        return max(sum(_layer_bytes(layer, item_size) for layer in config.per_layer_config), 1)
+    return max(config.num_hidden_layers * _layer_bytes(config, item_size), 1)
+
+
+def _layer_bytes(config: Any, item_size: int) -> int:
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
-        return 1
+        return 0
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * groups * width * item_size)
+    return int(2 * groups * width * item_size)
 
 
 class StreamDecoder:

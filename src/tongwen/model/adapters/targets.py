@@ -226,12 +226,16 @@ def _probe(model: Any, modules: Collection[str]) -> tuple[list[str], set[str]]:
     for name in modules:
         module = model.get_submodule(name)
         hooks.append(module.register_forward_hook(partial(watch, name)))
+    was_training = model.training
+    model.train()  # Gemma 3n clamps a weight in training instead of calling its layer
     try:
         ids = torch.arange(1, 17, device=embedding.weight.device)[None] % len(embedding.weight)
-        model(input_ids=ids, use_cache=False).logits.sum().backward()
+        with torch.random.fork_rng():
+            model(input_ids=ids, use_cache=False).logits.sum().backward()
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError):
         return [], set()  # a model that needs other inputs: the audit before training decides
     finally:
+        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return [name for name in modules if name not in reached and "expert" not in name], reshaping
