@@ -14,12 +14,14 @@ import torch
 import tongwen.workflows.training.documents
 import tongwen.workflows.vocab_extension  # noqa: F401 (imported here, once for all children)
 from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, tiny_moe, write_rows
+from tests.export.gguf_models import make_model
 from tests.launching import run_forked, run_ranks
 from tongwen.commands.init import METHODS, STARTS, TRAINS, render
 from tongwen.recipe.load import load_recipe
 from tongwen.recipe.training import AdapterConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
+MODERN = {"qwen3.5": "qwen3_5", "hunyuan": "hunyuan_v1_dense", "ernie-4.5": "ernie4_5", "ministral-3": "mistral3"}
 NEEDS = {"zero": "deepspeed", "qlora": "bitsandbytes", "int8": "bitsandbytes"}
 
 
@@ -29,10 +31,12 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("materials")
     turn = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tail = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    for base in (folder / "base", folder / "experts"):
+    for base in (folder / "base", folder / "experts", *(folder / family for family in MODERN.values())):
         vocabulary = len(byte_level_tokenizer(base))
         if base.name == "experts":
             tiny_moe(vocab_size=vocabulary, num_experts_per_tok=2, eos_token_id=2).save_pretrained(base)
+        elif base.name in MODERN.values():
+            make_model(base, base.name, vocabulary)
         else:
             tiny_llama(base, vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
         tokenizer = json.loads((base / "tokenizer_config.json").read_text())
@@ -51,7 +55,7 @@ def texts(words: list[str], count: int) -> list[list[str]]:
 
 def test_recipes_match_init() -> None:
     files = sorted(FOLDER.iterdir())
-    assert [file.name for file in files] == sorted(f"{name}.yaml" for name in STARTS) and len(files) == 29
+    assert [file.name for file in files] == sorted(f"{name}.yaml" for name in STARTS) and len(files) == 33
     for file in files:
         text = file.read_text(encoding="utf-8")
         assert text == render(file.stem) and "@" not in text and "¦" not in text
@@ -77,6 +81,7 @@ def test_each_method_and_each_engine_has_a_recipe() -> None:
 @pytest.mark.sample(
     "smollm2-135m-lora-cpu",
     "smollm2-135m-vocab-cpu",
+    "qwen3.5-4b-lora-24g",
     "qwen3-8b-qlora-24g",
     "qwen3-8b-full-fsdp2",
     "qwen3-4b-full-zero2",
@@ -89,7 +94,8 @@ def test_each_recipe_runs_on_a_tiny_model(name: str, materials: Path, tmp_path: 
             pytest.skip(f"{package} is not installed")
     stage = "sft" if start.stage == "sft" else "pretrain"
     documents = f"[{materials}/chinese.txt, {{path: {materials}/english.jsonl, language: en, share: 0.2}}]"
-    base = materials / ("experts" if start.method == "experts" else "base")
+    modern = next((family for stem, family in MODERN.items() if name.startswith(stem)), "base")
+    base = materials / ("experts" if start.method == "experts" else modern)
     changes = [f"base={base}", f"out={tmp_path}", f"{stage}.precision=fp32", f"{stage}.max_length=128"]
     changes += [f"{stage}.samples=1", f"{stage}.stop_after=2 steps", "devices=1", "prepare.held_out=4"]
     if stage == "sft":

@@ -107,6 +107,12 @@ STARTS = {
     "llama3.1-8b-attention-40g": RecipeTemplate(
         "meta-llama/Llama-3.1-8B-Instruct", "family", "40 GB GPU", 2048, "2e-4"
     ),
+    "qwen3.5-4b-lora-24g": RecipeTemplate("Qwen/Qwen3.5-4B", "lora", "24 GB GPU", 2048, "2e-4"),
+    "hunyuan-4b-lora-24g": RecipeTemplate("tencent/Hunyuan-4B-Instruct", "lora", "24 GB GPU", 2048, "2e-4"),
+    "ernie-4.5-0.3b-lora-8g": RecipeTemplate("baidu/ERNIE-4.5-0.3B-PT", "lora", "8 GB GPU", 2048, "2e-4"),
+    "ministral-3-8b-lora-40g": RecipeTemplate(
+        "mistralai/Ministral-3-8B-Instruct-2512-BF16", "lora", "40 GB GPU", 2048, "1e-4"
+    ),
     "qwen3-8b-base-chatml-40g": RecipeTemplate("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
     "qwen3-30b-a3b-experts-fsdp2": RecipeTemplate(
         "Qwen/Qwen3-30B-A3B", "experts", "2 GPUs of 80 GB", 2048, "1e-4", rank=8, engine="fsdp2", devices=2
