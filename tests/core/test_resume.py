@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import dialogues, tensors, write_recipe, write_rows
+from tests.conftest import byte_level_tokenizer, dialogues, tensors, tiny_moe, write_recipe, write_rows
 from tests.launching import kill_at_step, run_forked
 from tests.laws.test_run import manifest
 from tongwen.cli.main import main
@@ -284,3 +284,24 @@ def test_deepspeed_resumes_with_the_checkpoint_learning_rate(
         assert code == 0 and len(manifest(tmp_path / "out" / "sft")["forks"]) == 1
     else:
         assert code == 2 and "learning_rate: 0.01 → 0.001" in err and "--fork cannot change it" in err
+
+
+@pytest.mark.parametrize("of_old", [True, False])
+def test_mixture_goes_on_with_the_targets_of_its_checkpoint(of_old: bool, tmp_path: Path, tongwen: Any) -> None:
+    """0.1 chose other weights for all-linear than this version does."""
+    from tongwen.model.adapters import targets
+
+    folder = tmp_path / "model"
+    tiny_moe(vocab_size=len(byte_level_tokenizer(folder))).save_pretrained(folder)
+    recipe = write_recipe(tmp_path, folder, sft=", save_every: 1, stop_after: 4 steps", merge=False)
+
+    def begin() -> None:
+        if of_old:
+            targets.fused_experts = lambda model: []  # type: ignore[assignment]
+        kill_at_step(2)()
+
+    assert os.WTERMSIG(run_forked("run", recipe, before=begin)) == signal.SIGKILL
+    code, text, err = tongwen("run", recipe)
+    assert code == 0 and "continuing after step" in text, err
+    assert ("the targets with which this run began" in text) is of_old
+    assert any(".experts." in name for name in tensors(tmp_path / "out" / "sft")) is not of_old

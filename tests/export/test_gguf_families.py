@@ -97,7 +97,7 @@ def test_fused_experts_and_layers_that_the_model_does_not_load(tmp_path: Path, t
     assert code == 0, err
     towers = sum("visual" in name for name in held)
     assert f"{towers} tensors are not of the text part" in text and f"convert_hf_to_gguf.py --mmproj {folder}" in text
-    assert "1 tensors for multi-token prediction" in text
+    assert "1 tensor for multi-token prediction" in text
     check_answers(folder, model, tokenizer, tmp_path / "out", tongwen)
 
 

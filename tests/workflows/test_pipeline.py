@@ -79,7 +79,7 @@ def test_check_reports_an_engine_with_one_process(tmp_path: Path, tongwen: Any) 
 def test_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_load, "count_devices", lambda: 1)
     made = load_recipe(recipe(tmp_path, "auto"), ["devices=2"])[0]
-    with pytest.raises(TongwenError, match="this machine has 1 visible GPUs"):
+    with pytest.raises(TongwenError, match="this machine has 1 visible GPU;"):
         pipeline._check_devices(made, ["prepare", "sft"])
     pipeline._check_devices(made, ["prepare", "export"])
 

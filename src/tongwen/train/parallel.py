@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tongwen.core import console, distributed
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
-from tongwen.core.i18n import _
+from tongwen.core.i18n import _, ngettext
 from tongwen.recipe import engine_config
 from tongwen.recipe.training import Training
 from tongwen.train.memory import SHARDED_PURPOSES, ShardingPlan
@@ -124,9 +124,11 @@ class Engine:
             )
         if shards and shards != world:
             raise RecipeError(
-                _("DeepSpeed split this checkpoint over {shards} processes, but {world} are running").format(
-                    shards=shards, world=world
-                ),
+                ngettext(
+                    "DeepSpeed split this checkpoint over {shards} processes, but {world} is running",
+                    "DeepSpeed split this checkpoint over {shards} processes, but {world} are running",
+                    world,
+                ).format(shards=shards, world=world),
                 place=str(checkpoint),
                 remedy=f"tongwen run RECIPE --devices {shards}",
             )

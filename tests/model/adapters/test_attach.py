@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import tiny_moe
 from tongwen.model.adapters.attach import find_untrained_rows, make_trainable
 from tongwen.model.loading.load import build_on_meta
 from tongwen.recipe.training import AdapterConfig
@@ -59,3 +60,40 @@ def test_rows_as_small_as_the_padding_are_untrained(size: float, owned: Any, wan
     with torch.no_grad():
         model.lm_head.weight[89:] *= size
     assert find_untrained_rows(model, [5, 89], owned) == wanted
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_plan_counts_the_experts_that_peft_adapts(quantize: bool) -> None:
+    """The plan's count comes from shapes; the other is what peft has made of a real mixture."""
+    from peft import LoraConfig, get_peft_model
+
+    from tongwen.workflows.training.memory_estimate import TrainingSetup, shape_of
+
+    model = tiny_moe(num_hidden_layers=3)
+    chosen = AdapterConfig(rank=4, method="qlora" if quantize else "lora")
+    planned = shape_of(model.config, TrainingSetup(chosen, {"lora"}, torch.float32, "cpu"))
+    live = get_peft_model(
+        model,
+        LoraConfig(
+            r=4,
+            target_modules=ATTENTION,
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        ),
+    )
+    counted = live.get_nb_trainable_parameters()
+    assert (planned.trainable, planned.parameters) == counted
+    experts = sum(part.numel() for name, part in live.named_parameters() if ".experts." in name and part.requires_grad)
+    assert experts > counted[0] / 2  # most of the adapter
+
+
+def test_run_keeps_the_targets_with_which_it_began() -> None:
+    """As 0.1 chose them for all-linear: a mixture's attention, and no experts."""
+    began = {"target_modules": [*ATTENTION], "target_parameters": None}
+    kept = make_trainable(tiny_moe(), AdapterConfig(rank=4), [], begun_with=began)
+    assert any("targets with which this run began" in notice for notice in kept.notices)
+    assert not any(".experts." in name and part.requires_grad for name, part in kept.model.named_parameters())
+    config = kept.model.peft_config["default"]
+    same = {"target_modules": [*ATTENTION], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}
+    usual = make_trainable(tiny_moe(), AdapterConfig(rank=4), [], begun_with=same)
+    assert set(config.target_modules) == set(ATTENTION) and not config.target_parameters
+    assert not any("this run began" in notice for notice in usual.notices)

@@ -6,7 +6,7 @@ selects the parts of the current phase.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,7 @@ def make_trainable(
     new_rows: list[int] | None = None,
     steps: int = 0,
     fingerprint: str | None = None,
+    begun_with: Mapping[str, Any] | None = None,
 ) -> AdaptedModel:
     """Freeze the weights that no part trains, and attach an adapter if one is configured.
 
@@ -154,6 +155,8 @@ def make_trainable(
     new_rows:     ids for the part `new_rows`
     steps:        training steps, for AdaLoRA's schedule
     fingerprint:  of the model, to check an adapter that is trained further
+    begun_with:   the adapter's config in a checkpoint of this run, whose targets it keeps: another version of tongwen
+                  may choose others for `all-linear`
     Raises ModelError when a target names no module, or when nothing would be trained.
     """
     parts = set(trained) or {adapter_config.part}
@@ -173,7 +176,7 @@ def make_trainable(
             part.requires_grad_(True)
         return AdaptedModel(model, rows, whole=True)
     if "lora" in parts:
-        adapted = _with_adapter(model, adapter_config, parts, control_rows, rows, steps, fingerprint)
+        adapted = _with_adapter(model, adapter_config, parts, control_rows, rows, steps, fingerprint, begun_with)
     elif "embeddings" in parts:
         model.requires_grad_(False)
         for part in _weights_of_embeddings(model):
@@ -201,6 +204,7 @@ def _with_adapter(
     new_rows: list[int],
     steps: int,
     fingerprint: str | None,
+    begun_with: Mapping[str, Any] | None,
 ) -> AdaptedModel:
     single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
     if adapter_config.continue_from:
@@ -234,6 +238,11 @@ def _with_adapter(
     rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
     targets = find_targets(model, adapter_config)
     experts = _experts(model, targets)
+    if begun_with and (kept := targets.kept_from(begun_with)):
+        targets, experts = (
+            kept,
+            [_("the adapter keeps the targets with which this run began: this version would choose others")],
+        )
     config = _peft_config(model, adapter_config, targets, also, rows or None, steps)
     try:
         with quiet():

@@ -6,7 +6,7 @@ mixture of experts `all-linear` takes in the dense layers, the shared experts an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +27,12 @@ class AdapterTargets:
     modules: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def kept_from(self, config: Mapping[str, Any]) -> AdapterTargets | None:
+        """Return the targets of a saved adapter's config if they differ from these, else None."""
+        saved = AdapterTargets(list(config.get("target_modules") or ()), list(config.get("target_parameters") or ()))
+        same = {*saved.modules} == {*self.modules} and {*saved.parameters} == {*self.parameters}
+        return None if same else saved
 
     def notices(self) -> list[str]:
         """Return a message for each reason why layers have no adapter."""

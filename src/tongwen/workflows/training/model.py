@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -88,6 +89,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
         new_rows=list(job.new_rows),
         steps=sum(len(phase.plan) for phase in phases if "lora" in phase.parts),
         fingerprint=fingerprint,
+        begun_with=_adapter_of_checkpoints(phases),
     )
     for notice in adapted.notices:
         console.notice(notice)
@@ -108,6 +110,14 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     if section.compile:
         checkpointing.compile_layers(adapted.model)
     return prepared
+
+
+def _adapter_of_checkpoints(phases: list[Phase]) -> dict[str, Any] | None:
+    """Return the adapter's config in a checkpoint of an interrupted run; None without one. All of them have the same."""
+    for phase in phases:
+        for file in phase.checkpoints.glob("checkpoint-*/adapter_config.json"):
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+    return None
 
 
 def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
@@ -170,12 +180,13 @@ def _reason_to_pad(model: Any, job: TrainingJob) -> str:
         return f"{job.stage}.packing: false"
     if family and family.padded:
         return _(family.padded)
-    if not getattr(model, "_supports_attention_backend", False):
+    if carries_state(model):  # transformers says of few such models that they support any attention: the audit decides
+        if missing := missing_packages(model):
+            return _(
+                "its layers carry a state from token to token, and packages that keep documents apart in them are missing: {packages}"
+            ).format(packages=" ".join(missing))
+    elif not getattr(model, "_supports_attention_backend", False):
         return _("it has its own attention implementation")
-    if carries_state(model) and (missing := missing_packages(model)):
-        return _(
-            "its layers carry a state from token to token, and packages that keep documents apart in them are missing: {packages}"
-        ).format(packages=" ".join(missing))
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk and int(job.data.store.lengths.max()) > chunk:
         return _("it attends in chunks of {chunk} tokens, and a sample is longer").format(chunk=chunk)
