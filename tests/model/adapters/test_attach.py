@@ -63,7 +63,7 @@ def test_rows_as_small_as_the_padding_are_untrained(size: float, owned: Any, wan
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_a_plan_counts_the_experts_that_peft_adapts(quantize: bool) -> None:
+def test_plan_counts_the_experts_that_peft_adapts(quantize: bool) -> None:
     """The plan's count comes from shapes; the other is what peft has made of a real mixture."""
     from peft import LoraConfig, get_peft_model
 
@@ -86,7 +86,7 @@ def test_a_plan_counts_the_experts_that_peft_adapts(quantize: bool) -> None:
     assert experts > counted[0] / 2  # most of the adapter
 
 
-def test_a_run_keeps_the_targets_with_which_it_began() -> None:
+def test_run_keeps_the_targets_with_which_it_began() -> None:
     """As 0.1 chose them for all-linear: a mixture's attention, and no experts."""
     began = {"target_modules": [*ATTENTION], "target_parameters": None}
     kept = make_trainable(tiny_moe(), AdapterConfig(rank=4), [], begun_with=began)
