@@ -299,7 +299,7 @@ def cache_bytes(config: Any, item_size: int) -> int:
     config = config.get_text_config()
     if getattr(config, "is_heterogeneous", False):  # layers with heads of different widths: Gemma 4
         return max(sum(_layer_bytes(layer, item_size) for layer in config.per_layer_config), 1)
-    return max(config.num_hidden_layers * _layer_bytes(config, item_size), 1)
+    return max(int(config.num_hidden_layers) * _layer_bytes(config, item_size), 1)
 
 
 def _layer_bytes(config: Any, item_size: int) -> int:
