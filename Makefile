@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lowest newest gpu docs messages pages bench bench-large templates crash-storm synthesize clean
+.PHONY: demo test lowest newest gpu docs messages pages bench bench-large families templates crash-storm synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -39,6 +39,11 @@ bench: $(VENV)/installed-dev
 # make bench-large TEXT=zh_docs.txt TOKENIZER=FOLDER: two gigabytes through the data pipeline, unattended (half an hour)
 bench-large: $(VENV)/installed-dev
 	$(BIN)/python bench/data_pipeline.py --text $(TEXT) --tokenizer $(TOKENIZER) --sizes 2048 --out bench/results/data_pipeline_2gb.json
+
+# make families: every architecture in transformers through check, training, resume, merge, generate (half an hour on one core)
+families: $(VENV)/installed-dev
+	$(BIN)/python bench/families.py --out bench/results/families.json
+	$(BIN)/python scripts/generate_docs.py
 
 # make templates ARCHIVES="trl-1.16.0-py3-none-any.whl …": published chat templates lose no part of a row (see the script's head)
 templates: $(VENV)/installed-dev

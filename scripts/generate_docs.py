@@ -8,6 +8,7 @@ table of the READMEs, and recipes/ from `tongwen init`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -62,6 +63,7 @@ def main() -> int:
 def families_page() -> str:
     """Return the page of family features; tests/laws/test_families.py and tests/export/test_gguf.py verify them."""
     from tongwen.core.model_families import FAMILIES
+    from tongwen.export.gguf_architectures import ARCHITECTURES
 
     heads = (
         _("family"),
@@ -85,9 +87,88 @@ def families_page() -> str:
         merged = _("in memory") if family.experts else _("streamed")
         packed, text = ("no" if family.padded else "✓"), ("no" if family.dialogues_only else "✓")
         vllm = _("listed") if family.vllm else "no"
-        rows.append((f"`{name}`", family.models, "✓", "✓", packed, text, merged, "✓" if family.gguf else "no", vllm))
+        rows.append(
+            (f"`{name}`", family.models, "✓", "✓", packed, text, merged, "✓" if name in ARCHITECTURES else "no", vllm)
+        )
+    others = ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in FAMILIES)
+    notes.append(_("- GGUF is verified for these families, too: {others}").format(others=others))
     table = "\n".join(f"| {' | '.join(row)} |".replace("| no ", _("| no ")) for row in rows)
-    return _(FAMILIES_PAGE).format(table=table, notes="\n".join(notes))
+    return _(FAMILIES_PAGE).format(table=table, notes="\n".join(notes)) + architectures_section()
+
+
+def architectures_section() -> str:
+    """Return the part of the page that bench/families.py measured: what each architecture of transformers does."""
+    found = json.loads((DOCS.parent / "bench" / "results" / "families.json").read_text(encoding="utf-8"))
+    by_outcome: dict[str, list[str]] = {"trained": [], "refused": [], "not": [], "failed": []}
+    for kind, one in found["architectures"].items():
+        outcome = one["outcome"].split()[0]
+        row = f"`{kind}`"
+        if outcome == "trained":
+            packed = (
+                _("packed") if one["batches"] == "packed" else _("padded: {why}").format(why=reason(one["why_padded"]))
+            )
+            row = f"| {row} | {packed} | {one['merge_difference']:.1e} | {'✓' if one['gguf'] == 'same' else '—'} |"
+        elif outcome in ("refused", "failed"):
+            row = f"| {row} | {one['outcome'].split()[-1]} | {reason(one['message'])} |"
+        by_outcome[outcome].append(row)
+    assert not by_outcome["failed"], by_outcome["failed"]
+    trained = [one for one in found["architectures"].values() if one["outcome"] == "trained"]
+    return _(ARCHITECTURES).format(
+        version=found["versions"]["transformers"],
+        tried=found["counts"]["tried"],
+        trained=len(trained),
+        worst=f"{max(one['merge_difference'] for one in trained):.1e}",
+        table="\n".join(by_outcome["trained"]),
+        refused="\n".join(by_outcome["refused"]),
+        unbuilt=_(", ").join(by_outcome["not"]),
+    )
+
+
+# The start of a message, and what the page says in its place.
+REASONS = {
+    "it has its own attention": N_("it has its own attention implementation"),
+    "its layers carry a state": N_("its layers carry a state from token to token"),
+    "ALiBi adds": N_("ALiBi adds a bias by absolute distance"),
+    "soft-capped": N_("soft-capped attention scores"),
+    "packed documents break": N_("its code does not accept packed documents"),
+    "its attention has an argument": N_("its attention has an argument of its own"),
+    "packed attention changes": N_("packed attention changes its scores"),
+    "documents in one pack": N_("packed documents see each other"),
+    "does not predict": N_("it does not predict the next token of a text"),
+    "cannot read a text alone": N_("it needs a picture or another input beside the text"),
+    "depends on a later token": N_("the score of a token depends on later tokens"),
+    "get no gradient": N_("tensors that should be trained get no gradient"),
+}
+
+
+def reason(message: str) -> str:
+    """Return the reason in a message, in the page's language."""
+    known = next((text for start, text in REASONS.items() if start in message), "")
+    return _(known) if known else message.splitlines()[0].partition(": ")[2].replace("|", "\\|")
+
+
+ARCHITECTURES = N_("""
+## Every architecture in transformers
+
+`make families` builds a tiny random model of each architecture that transformers {version} opens as a language model, alone
+or with towers for pictures and sound, and runs the commands that a user types (`bench/families.py`, results in
+`bench/results/families.json`). {tried} could be built; {trained} of them train. Each of these was audited, trained with LoRA
+on all linear layers, stopped after its first step and continued to the bit, and merged. Its merged logits are within
+{worst} of peft's live model, and `tongwen generate` writes the greedy text that plain transformers writes. GGUF ✓: llama.cpp
+writes the same greedy tokens.
+
+| model type | batches | merge: largest difference | GGUF |
+| --- | --- | --- | --- |
+{table}
+
+These are refused, before anything is trained. `check` reads the base's config.json; `run` asks the model itself.
+
+| model type | refused by | why |
+| --- | --- | --- |
+{refused}
+
+These could not be built at tiny size, so nothing is known about them: {unbuilt}.
+""")
 
 
 FAMILIES_PAGE = N_("""# Model families

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tongwen"
 PO = PACKAGE / "core" / "locale" / "zh_CN" / "LC_MESSAGES" / "tongwen.po"
 MO = PO.with_suffix(".mo")
-# Functions with a literal text for users, and the index of that argument.
-MARKS = {"_": 0, "N_": 0, "setting": 1}
+# Functions with literal texts for users, and the indexes of those arguments.
+MARKS = {"_": (0,), "N_": (0,), "setting": (1,), "ngettext": (0, 1)}
 HEADER = """# Chinese texts of tongwen. `make messages` keeps the entries in step with the code; translate them here.
 msgid ""
 msgstr ""
@@ -74,10 +74,9 @@ def in_python(source: str) -> Iterator[tuple[int, str]]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MARKS:
-            place = MARKS[node.func.id]
-            text = node.args[place] if len(node.args) > place else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found.append((node.lineno, node.col_offset, text.value))
+            for text in (node.args[place] for place in MARKS[node.func.id] if len(node.args) > place):
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    found.append((node.lineno, text.col_offset, text.value))
     yield from ((line, text) for line, _, text in sorted(found))
 
 

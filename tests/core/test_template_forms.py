@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from tests.conftest import byte_level_tokenizer
-from tests.core.test_chat_template import HERE, LLAMA3, SPECIAL, TOKENS, TOOL, calling, learned, own, talk
+from tests.core.test_chat_template import (
+    HERE,
+    LLAMA3,
+    SPECIAL,
+    TOKENS,
+    TOOL,
+    learned,
+    make_dialogue,
+    own_template,
+    tool_call_dialogue,
+)
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.records import Dialogue, Message
@@ -60,39 +70,43 @@ NO_SYSTEM = (
 
 
 def test_thinking_that_is_written_before_calls_alone_is_written_so_before_answers() -> None:
-    template = own(AHEAD)
-    samples = template.samples(talk("问一", "答一", "问二", "答二", thinking="想"))
+    template = own_template(AHEAD)
+    samples = template.samples(make_dialogue("问一", "答一", "问二", "答二", thinking="想"))
     assert samples[-1].spans[-2].text == "<|channel>thought\n想\n<channel|>答二"
     assert samples[-1].text.split("<|channel>")[0].endswith("<|im_start|>model\n"), "as add_generation_prompt ends it"
     called = Dialogue(
-        (Message("user", "问"), *calling("北京").messages[1:3], Message("assistant", "答", "想")), HERE, (TOOL,)
+        (Message("user", "问"), *tool_call_dialogue("北京").messages[1:3], Message("assistant", "答", "想")),
+        HERE,
+        (TOOL,),
     )
     assert learned(template, called)[-1] == "<|channel>thought\n想\n<channel|>答<|im_end|>"
 
 
 @pytest.mark.parametrize(("thinking", "wanted"), [("想", "想\n"), (None, "")])
 def test_prompt_that_begins_the_thinking_is_continued_by_it(thinking: str | None, wanted: str) -> None:
-    dialogue = talk("问", "答", thinking=thinking)
-    (sample,) = own(OPENER).samples(dialogue)
+    dialogue = make_dialogue("问", "答", thinking=thinking)
+    (sample,) = own_template(OPENER).samples(dialogue)
     assert sample.text.endswith(
         f"<|assistant|>\nHere are my reasoning steps:\n{wanted}[BEGIN FINAL RESPONSE]\n答<|im_end|>"
     )
-    assert sample.text.startswith(own(OPENER).prompt(dialogue.messages[:1]))
+    assert sample.text.startswith(own_template(OPENER).prompt(dialogue.messages[:1]))
 
 
 def test_opener_that_begins_no_thinking_is_not_passed_over() -> None:
     with pytest.raises(RowRejected) as caught:
-        own(OPENER.replace("{% if m.reasoning_content and loop.last %}", "{% if false %}")).samples(talk("问", "答"))
+        own_template(OPENER.replace("{% if m.reasoning_content and loop.last %}", "{% if false %}")).samples(
+            make_dialogue("问", "答")
+        )
     assert caught.value.reason == "prompt_differs"
 
 
 def test_turn_that_is_held_open_after_a_tool_is_asked_as_the_prompt_asks() -> None:
-    template = own(HELD_OPEN)
-    (sample,) = template.samples(calling("北京"))
+    template = own_template(HELD_OPEN)
+    (sample,) = template.samples(tool_call_dialogue("北京"))
     taught = [span.text for span in sample.spans if span.learn]
     assert taught == ['<sop>{"name": "get_weather", "arguments": {"city": "北京"}}', "[gMASK]", "答", "</s>"]
     assert sample.text.endswith("[gMASK][北京晴]<|assistant|>答</s>")
-    dialogue = talk("问一", "答一", "问二", "答二", thinking="想")
+    dialogue = make_dialogue("问一", "答一", "问二", "答二", thinking="想")
     assert learned(template, dialogue) == ["答一</s><|im_start|>想<|im_end|>答二</s>"]
 
 
@@ -102,33 +116,33 @@ def test_header_that_differs_after_a_tool_is_refused() -> None:
         "{% elif m.content and loop.previtem.role == 'tool' %}{{ '#' + m.content }}{% elif m.content %}",
     )
     with pytest.raises(RowRejected) as caught:
-        own(other).samples(calling("北京"))
+        own_template(other).samples(tool_call_dialogue("北京"))
     assert caught.value.reason == "prompt_differs"
 
 
 @pytest.mark.parametrize("source", [ONE_CALL, FIRST_CALL], ids=["raises", "drops"])
 def test_calls_side_by_side_are_learned_one_after_the_other_where_a_turn_has_one(source: str) -> None:
-    template = own(source)
-    (sample,) = template.samples(calling("北京", "上海", content="查"))
+    template = own_template(source)
+    (sample,) = template.samples(tool_call_dialogue("北京", "上海", content="查"))
     learned_calls = [span.text for span in sample.spans if span.learn and not span.stop]
     assert [re.findall("北京|上海", text) for text in learned_calls] == [["北京"], ["上海"], []]
     assert sample.text.count("查<|im_end|>") == 1
     assert [sample.text.index(part) for part in ("北京晴", '"上海"', "上海晴")] == sorted(
         sample.text.index(part) for part in ("北京晴", '"上海"', "上海晴")
     )
-    prompt = template.prompt(calling("北京", "上海", content="查").messages[:-1], (TOOL,))
+    prompt = template.prompt(tool_call_dialogue("北京", "上海", content="查").messages[:-1], (TOOL,))
     assert sample.text.startswith(prompt) and sample.text[len(prompt) :] == "答<|im_end|>", "and asked so"
-    unanswered = Dialogue(calling("北京", "上海").messages[:2], HERE, (TOOL,))
+    unanswered = Dialogue(tool_call_dialogue("北京", "上海").messages[:2], HERE, (TOOL,))
     with pytest.raises(RowRejected):
         template.samples(unanswered)
 
 
 def test_answers_of_tools_follow_the_ids_of_their_calls() -> None:
-    dialogue = calling("北京", "上海")
+    dialogue = tool_call_dialogue("北京", "上海")
     calls = tuple({**call, "id": name} for call, name in zip(dialogue.messages[1].tool_calls, "ab", strict=True))
     results = [Message("tool", "上海晴", tool_call_id="b"), Message("tool", "北京晴", tool_call_id="a")]
     turns = (dialogue.messages[0], Message("assistant", "", tool_calls=calls), *results, dialogue.messages[-1])
-    (sample,) = own(ONE_CALL).samples(Dialogue(turns, HERE, (TOOL,)))
+    (sample,) = own_template(ONE_CALL).samples(Dialogue(turns, HERE, (TOOL,)))
     places = [sample.text.index(part) for part in ('"北京"', "北京晴", '"上海"', "上海晴")]
     assert places == sorted(places)
 
@@ -136,14 +150,16 @@ def test_answers_of_tools_follow_the_ids_of_their_calls() -> None:
 @pytest.mark.parametrize("city", ["北京", "Xi'an"])
 def test_calls_with_keywords_are_calls(city: str) -> None:
     escaped = city.replace("'", "\\'")
-    assert learned(own(KEYWORDS), calling(city)) == [f"get_weather(city='{escaped}')<|im_end|>答<|im_end|>"]
+    assert learned(own_template(KEYWORDS), tool_call_dialogue(city)) == [
+        f"get_weather(city='{escaped}')<|im_end|>答<|im_end|>"
+    ]
 
 
 def test_system_text_begins_the_question_where_there_is_no_system_turn() -> None:
     turns = (Message("system", "系统"), Message("user", "问"), Message("assistant", "答"))
-    (sample,) = own(NO_SYSTEM).samples(Dialogue(turns, HERE))
+    (sample,) = own_template(NO_SYSTEM).samples(Dialogue(turns, HERE))
     assert sample.text == "<|im_start|>user\n系统\n\n问<|im_end|>\n<|im_start|>model\n答<|im_end|>"
-    assert own(NO_SYSTEM).prompt(turns[:2]) == sample.text.removesuffix("答<|im_end|>")
+    assert own_template(NO_SYSTEM).prompt(turns[:2]) == sample.text.removesuffix("答<|im_end|>")
 
 
 # -- several templates ---------------------------------------------------------------------------------------------
@@ -163,15 +179,19 @@ def test_rows_with_tools_are_rendered_by_tool_use_as_transformers_does(form: typ
     tokenizer.save_pretrained(str(tmp_path / "base"))
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "base"))
     template = chat_setup.bind_template("own", tokenizer, [])
-    turns = [message.to_dict() for message in calling("北京").messages[:3]]
+    turns = [message.to_dict() for message in tool_call_dialogue("北京").messages[:3]]
     judged = tokenizer.apply_chat_template(turns, tools=[TOOL], add_generation_prompt=True, tokenize=False)
-    assert template.prompt(calling("北京").messages[:3], (TOOL,)) == judged
-    (sample,) = template.samples(calling("北京"))
+    assert template.prompt(tool_call_dialogue("北京").messages[:3], (TOOL,)) == judged
+    (sample,) = template.samples(tool_call_dialogue("北京"))
     assert sample.text.startswith(judged)
     plain = tokenizer.apply_chat_template(
         [{"role": "user", "content": "问"}], add_generation_prompt=True, tokenize=False
     )
-    assert template.samples(talk("问", "答"))[0].spans[0].text == plain == template.prompt([Message("user", "问")])
+    assert (
+        template.samples(make_dialogue("问", "答"))[0].spans[0].text
+        == plain
+        == template.prompt([Message("user", "问")])
+    )
 
     chat_setup.save_tokenizer(tokenizer, template, tmp_path / "out")
     chat_setup.copy_chat_setup(tmp_path / "out", tmp_path / "copy")
@@ -185,9 +205,9 @@ def tokenizer_source() -> str:
 def test_broken_tool_use_refuses_rows_with_tools_alone() -> None:
     sources = {"default": tokenizer_source(), "tool_use": "{{ no_such_thing.at_all }}"}
     template = Template.make("own", sources, TOKENS, SPECIAL)
-    assert learned(template, talk("问", "答")) == ["答<|im_end|>"]
+    assert learned(template, make_dialogue("问", "答")) == ["答<|im_end|>"]
     with pytest.raises(RowRejected, match="tool_use"):
-        template.samples(calling("北京"))
+        template.samples(tool_call_dialogue("北京"))
     with pytest.raises(ModelError):
         Template.make("own", {"rag": "x"}, TOKENS, SPECIAL)
 
@@ -199,11 +219,11 @@ def test_broken_tool_use_refuses_rows_with_tools_alone() -> None:
 @pytest.mark.parametrize(
     "dialogue",
     [
-        calling("北京", "上海"),
-        calling("北京", content="查"),
-        Dialogue(calling("北京").messages, HERE),
+        tool_call_dialogue("北京", "上海"),
+        tool_call_dialogue("北京", content="查"),
+        Dialogue(tool_call_dialogue("北京").messages, HERE),
         Dialogue((Message("user", "问"), Message("assistant", "答")), HERE, (TOOL,)),
-        Dialogue((*calling("北京").messages[:1], Message("assistant", "", "想", calling("北京").messages[1].tool_calls), *calling("北京").messages[2:]), HERE, (TOOL,)),
+        Dialogue((*tool_call_dialogue("北京").messages[:1], Message("assistant", "", "想", tool_call_dialogue("北京").messages[1].tool_calls), *tool_call_dialogue("北京").messages[2:]), HERE, (TOOL,)),
     ],
 )  # fmt: skip
 def test_remedy_of_a_refusal_works(dialogue: Dialogue, special: tuple[str, ...]) -> None:
@@ -219,4 +239,4 @@ def test_remedy_of_a_refusal_works(dialogue: Dialogue, special: tuple[str, ...])
 
 def test_prompt_that_cannot_show_its_tools_is_refused() -> None:
     with pytest.raises(RowRejected, match="chatml"):
-        own(LLAMA3).prompt([Message("user", "问")], (TOOL,))
+        own_template(LLAMA3).prompt([Message("user", "问")], (TOOL,))

@@ -259,3 +259,20 @@ def test_tied_head_is_written_out(chat_model: Path, tmp_path: Path, tongwen: Any
     assert tongwen("convert", chat_model, "--to", "pth", "--out", tmp_path / "pth")[0] == 0
     (state,) = load_all(tmp_path / "pth")
     assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+
+
+def test_same_model_gives_the_same_bytes_at_any_time(
+    tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    make_original(tmp_path / "original", "13B, 49953 rows")
+    tongwen("convert", tmp_path / "original", "--to", "hf", "--out", tmp_path / "hf")
+    now = time.time()
+    for number in range(2):
+        monkeypatch.setattr(time, "time", lambda number=number: now + number * 1e6)
+        assert tongwen("convert", tmp_path / "hf", "--to", "pth", "--out", tmp_path / f"{number}")[0] == 0
+    files = sorted(file.name for file in (tmp_path / "0").iterdir() if file.name != "manifest.json")
+    assert files == ["consolidated.00.pth", "params.json"]
+    for name in files:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name

@@ -335,3 +335,27 @@ def test_slurm_variables_match_torchrun(monkeypatch: pytest.MonkeyPatch) -> None
         "MASTER_ADDR": "gpu03",
         "MASTER_PORT": "24567",
     }
+
+
+def test_two_ranks_end_with_the_command_that_was_killed(chat_model: Path, tmp_path: Path) -> None:
+    """Nothing passes SIGKILL on: each process watches the one that waits for it. What was saved continues."""
+    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
+    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 4)
+    run_ranks = psutil.Process(running.pid).children(recursive=True)
+    assert sum("RANK" in child.environ() for child in run_ranks) == 2
+    running.kill()
+    began = time.monotonic()
+    wait_until(lambda: not any(_lives(child) for child in run_ranks))
+    assert time.monotonic() - began < 5
+    running.wait(timeout=10)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

@@ -65,6 +65,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from tongwen.core.file_lock import lock_output
 
     distributed.read_launcher_environment()
+    if distributed.is_child_process():
+        distributed.end_with_parent(signal.SIGKILL)  # whoever waits for it has passed on what asks it to save
     _silence_libraries()
     if arguments.json:
         from tongwen.core import console

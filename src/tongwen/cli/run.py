@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=_("continue an interrupted stage with changed settings"),
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help=_("compare finished stages with the hashes in their manifests; without it, only the sizes of their files"),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         until=arguments.until,
         again=arguments.again,
         fork=arguments.fork,
+        verify=arguments.verify,
     )
     console.emit({"out": recipe.out, "stages": {found.path.name: found.manifest for found in done}})
     return 0

@@ -21,7 +21,7 @@ from tongwen.model.loading import load
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.schema import Recipe
 from tongwen.train import trackers
-from tongwen.workflows.pipeline import check_processes
+from tongwen.workflows.pipeline import check_machine, check_processes
 from tongwen.workflows.run_folder import check_folder
 from tongwen.workflows.stage_inputs import inputs
 
@@ -34,7 +34,7 @@ def run(recipe: Recipe) -> int:
         check_processes(recipe, recipe.stages)
     except RecipeError as error:  # a launcher may still start the processes
         console.notice(error.text())
-    for check in (_check_folder, _check_base, _check_export, _check_trackers):
+    for check in (_check_folder, _check_machine, _check_base, _check_export, _check_trackers):
         try:
             check(recipe)
         except TongwenError as error:
@@ -69,6 +69,11 @@ def _check_folder(recipe: Recipe) -> None:
     check_folder(recipe, [name for name in recipe.stages if not artifact.find(Path(recipe.out) / name)])
 
 
+def _check_machine(recipe: Recipe) -> None:
+    """Raise for more processes than this machine can carry."""
+    check_machine(recipe, recipe.stages)
+
+
 def _check_base(recipe: Recipe) -> None:
     """Raise for a base that no training stage could train. Only a local base is checked."""
     model_ref = load.ModelRef(recipe.base, recipe.base)
@@ -84,9 +89,9 @@ def _check_export(recipe: Recipe) -> None:
     check_type(recipe.export.quantize)
     model_ref = load.ModelRef(recipe.base, recipe.base)
     with load.explain_errors(model_ref):
-        kind = load.read_model_type(model_ref)
+        kind = load.read_text_type(model_ref)
     if kind:
-        check_family(kind)
+        check_family(kind, f"{recipe.out}/merge")
 
 
 def _check_trackers(recipe: Recipe) -> None:

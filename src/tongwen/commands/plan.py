@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
 from tongwen.export.gguf import bytes_per_weight
+from tongwen.model.kernels.recurrent import carries_state, missing_packages
 from tongwen.model.loading import load
 from tongwen.model.merging.resize import plan_rows
 from tongwen.recipe.memory_remedies import cheaper, last_resort
@@ -111,6 +112,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "steps_per_epoch": plans[-1].steps_per_epoch,
         "batch_size": None if section.batch_tokens else section.batch_size,
         "batch_tokens": section.batch_tokens,
+        "padding": _padding(config, section, plans, data),
         "fill": round(plans[-1].fill(data.store.lengths), 4),
         "micro_batches_per_step": plans[-1].accumulate,
         "devices": plans[-1].world,
@@ -133,6 +135,18 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     }
     _show(name, section, facts, device, measure)
     return facts
+
+
+def _padding(config: Any, section: Training, plans: Sequence[BatchPlan], data: TokenizedData) -> dict[str, Any] | None:
+    """Return what the lack of packages costs whose kernels keep documents apart, as tokens computed per token of the
+    data; None if nothing is missing."""
+    model = load.build_on_meta(config)
+    packages = missing_packages(model) if section.packing is not False and carries_state(model) else []
+    if not packages:
+        return None
+    lengths = [data.store.lengths[list(micro)] for plan in plans for micro in plan.flat() if micro]
+    padded = sum(int(each.max()) * len(each) for each in lengths)
+    return {"packages": packages, "times": round(padded / sum(int(each.sum()) for each in lengths), 4)}
 
 
 def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
@@ -363,6 +377,12 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
             ),
         ],
     )
+    if padding := facts["padding"]:
+        console.notice(
+            _(
+                "documents share no row without {packages}: batches are padded, and the model computes {times:.2f} times the tokens; on a GPU: pip install {packages}"
+            ).format(packages=" ".join(padding["packages"]), times=padding["times"])
+        )
     if facts["fits"] is not False:
         return
     console.notice(_("this does not fit; try in this order, each change on top of those before:"))

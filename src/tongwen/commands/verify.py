@@ -15,10 +15,8 @@ from tongwen.core.errors import ArtifactError, ModelError, RecipeError, TongwenE
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import find_tensors
 from tongwen.export import checksums, pth
-from tongwen.model.loading import load
-from tongwen.model.loading.fingerprint import combine, tensor_digests
+from tongwen.workflows.finished import fingerprint_now, recorded_files
 
-OF_TENSORS = ("model", "vocab", "sft", "pretrain")  # kinds whose fingerprint is that of their tensors
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
 
 
@@ -84,10 +82,7 @@ def _lists(folder: Path, against: str) -> list[Path]:
 def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
     """Return (file name, its hash, the source) for every expected file."""
     out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
-    manifest = stage.manifest if stage else {}
-    recorded = {name: facts["sha256"] for name, facts in manifest.get("files", {}).items()}
-    if stage and stage.kind == "prepare":  # its `files` are what it read, wherever that lies now
-        recorded = manifest.get("made", {})
+    recorded = recorded_files(stage) if stage else {}
     return out + [(name, digest, artifact.MANIFEST) for name, digest in recorded.items()]
 
 
@@ -134,16 +129,9 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
 
 def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
     """Compare with the fingerprint in the manifest, and name a tensor that changed since."""
-    if stage.kind in OF_TENSORS:
-        lines = tensor_digests(load.ModelRef(str(stage.path), str(stage.path)))
-        found, recorded = combine(lines), stage.manifest.get("tensors", {})
-        changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
-        place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)
-    elif "files" in stage.manifest:
-        return  # its files were compared already
-    else:
-        found, place = artifact.fingerprint_files(stage.path), str(stage.path)
-    verdicts.compare(stage.path.name, stage.fingerprint, found, artifact.MANIFEST, place)
+    found, place = fingerprint_now(stage)
+    if found:  # otherwise its files were compared already
+        verdicts.compare(stage.path.name, stage.fingerprint, found, artifact.MANIFEST, place)
 
 
 def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], verdicts: VerifyReport) -> int:

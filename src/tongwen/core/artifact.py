@@ -186,6 +186,7 @@ class Draft:
             "seconds": round(time.time() - self.started, 3),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.facts,
+            "sizes": self._sizes(),
         }
         sync_tree(self.path)
         write_json(self.path / MANIFEST, manifest)
@@ -198,6 +199,11 @@ class Draft:
         self.path.rename(path)
         sync_folder(path.parent)
         self.artifact = Artifact(path, manifest)
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the bytes of each file. Checkpoints may be deleted when the stage is finished."""
+        files = {file.relative_to(self.path): file for file in sorted(self.path.rglob("*")) if file.is_file()}
+        return {name.as_posix(): file.stat().st_size for name, file in files.items() if name.parts[0] != "checkpoints"}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

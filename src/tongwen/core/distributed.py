@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +20,12 @@ from tongwen.core.stop_signals import on_stop_signals
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
 START_TIME = "TONGWEN_BEGAN"
+PARENT = "TONGWEN_PARENT"  # the process that waits for a launched one
+FEW = 8  # processes that any machine may be asked for, so that a small one can rehearse what a large one will run
+PROCESS_BYTES = 400_000_000  # that a process with torch takes before it has a model
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 SAVING_SECONDS = 600  # torchrun kills its processes this long after asking them to stop
+LAST_SECONDS = 3.0  # that processes have to save when the command that waits for them is gone
 
 
 def read_launcher_environment() -> None:
@@ -89,6 +95,7 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
         environment = {
             **os.environ,
             EXIT_FILE: str(exit_file),
+            PARENT: str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(devices)),
         }
         code = _wait_for([*command, "-m", "tongwen", *arguments], environment)
@@ -100,6 +107,44 @@ def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603 - it holds the folder's lock, too
     with on_stop_signals(lambda number: process.terminate()):
         return process.wait()
+
+
+def end_with_parent(number: int) -> None:
+    """Get a signal when the process that waits for this one ends, however it ends; `LAST_SECONDS` later, be killed.
+
+    On Linux the kernel sends the signal at once. A thread watches too: it works elsewhere, and sees a parent that ended
+    before this was called.
+    """
+    parent = os.environ.get(PARENT, "")
+    if not parent.isdigit() or os.name == "nt":
+        return
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os.kill(os.getpid(), number)
+        time.sleep(LAST_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def most_processes() -> int:
+    """Return how many training processes this machine can carry: one per GPU or core, a few in any case, if its memory
+    holds what each needs before it has a model."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = len(_gpu_files())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return max(1, min(max(cores, gpus, FEW), memory // PROCESS_BYTES if memory > 0 else FEW))
+
+
+def _gpu_files() -> list[Path]:
+    """Return the devices of NVIDIA's driver, which are known without torch."""
+    return [file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)]
 
 
 def claim_exit(code: int) -> bool:

@@ -29,6 +29,11 @@ def _(text: str) -> str:
     return _chinese().gettext(text) if text and language() == "zh" else text
 
 
+def ngettext(one: str, many: str, count: int) -> str:
+    """Return the text for this number of things in the user's language; Chinese has one form for all numbers."""
+    return _(one if count == 1 else many)
+
+
 def N_(text: str) -> str:  # noqa: N802 (gettext's own name)
     """Mark a text for the catalogue inside a table; `_` translates it where it is shown."""
     return text

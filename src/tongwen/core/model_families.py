@@ -19,7 +19,6 @@ class Family:
     transposed: the file stores matrices as (in, out), as GPT-2's Conv1D does
     experts:    adapters train fused experts, which the file stores one by one: merged in memory
     like_llama: layers compute the same as LLaMA's, so base + adapters and the merged model are compared layer by layer
-    gguf:       llama.cpp's name of the architecture if export is tested, else ""
     vllm:       whether vLLM lists the architecture (vLLM needs a GPU; the tests do not run it)
     """
 
@@ -31,7 +30,6 @@ class Family:
     transposed: bool = False
     experts: bool = False
     like_llama: bool = False
-    gguf: str = ""
     vllm: bool = True
 
 
@@ -43,16 +41,15 @@ FAMILIES: dict[str, Family] = {
         "LLaMA 1 / 2 / 3, Chinese-LLaMA-Alpaca, Yi, SmolLM2, Baichuan-7B (converted)",
         _ATTENTION,
         like_llama=True,
-        gguf="llama",
     ),
-    "mistral": Family("Mistral", _ATTENTION, like_llama=True, gguf="llama"),
-    "qwen2": Family("Qwen1.5, Qwen2, Qwen2.5", _ATTENTION, like_llama=True, gguf="qwen2"),
-    "qwen3": Family("Qwen3", _ATTENTION, like_llama=True, gguf="qwen3"),
-    "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", _ATTENTION, experts=True, gguf="qwen3moe"),
+    "mistral": Family("Mistral", _ATTENTION, like_llama=True),
+    "qwen2": Family("Qwen1.5, Qwen2, Qwen2.5", _ATTENTION, like_llama=True),
+    "qwen3": Family("Qwen3", _ATTENTION, like_llama=True),
+    "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", _ATTENTION, experts=True),
     "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True),
-    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True, gguf="deepseek2"),
-    "glm": Family("GLM-4-9B (hf)", _ATTENTION, gguf="chatglm"),
-    "glm4": Family("GLM-4-0414", _ATTENTION, gguf="glm4"),
+    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True),
+    "glm": Family("GLM-4-9B (hf)", _ATTENTION),
+    "glm4": Family("GLM-4-0414", _ATTENTION),
     "chatglm": Family(
         "ChatGLM-6B",
         ("query_key_value",),
@@ -63,20 +60,18 @@ FAMILIES: dict[str, Family] = {
         "BLOOM, BLOOMZ, BELLE",
         ("query_key_value",),
         padded=N_("ALiBi adds a bias by absolute distance"),
-        gguf="bloom",
     ),
-    "gpt2": Family("GPT-2, Wenzhong", ("c_attn",), table=True, transposed=True, gguf="gpt2"),
-    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",), gguf="gptneox"),
-    "gemma": Family("Gemma", _ATTENTION, gguf="gemma"),
+    "gpt2": Family("GPT-2, Wenzhong", ("c_attn",), table=True, transposed=True),
+    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",)),
+    "gemma": Family("Gemma", _ATTENTION),
     "gemma2": Family(
         "Gemma 2",
         _ATTENTION,
         padded=N_("soft-capped attention scores"),
-        gguf="gemma2",
     ),
-    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION, gguf="gemma3"),
-    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj"), gguf="phi3"),
-    "smollm3": Family("SmolLM3", _ATTENTION, gguf="smollm3"),
+    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION),
+    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj")),
+    "smollm3": Family("SmolLM3", _ATTENTION),
 }
 
 
@@ -89,7 +84,8 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sen
 
 # Pre-tokenizer patterns of byte-level tokenizers by llama.cpp's name (`tokenizer.ggml.pre`), applied one after the other.
 # Words as in GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3). GPT-4o and its descendants
-# (Phi-4-mini) end a word where capitals begin again; DeepSeek-V3 splits off Chinese and kana first.
+# (Phi-4-mini, gpt-oss) end a word where capitals begin again; DeepSeek-V3 splits off Chinese and kana first; Qwen3.5 keeps
+# marks with their letters.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER, _SHORT = (
@@ -98,14 +94,18 @@ _UPPER, _LOWER, _SHORT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
 )
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_END = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
     "qwen2": (_WORDS + r"\p{N}" + _REST,),
     "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _REST,),
     "bloom": (r" ?[^(\s|[.,!?…。，、।۔،])]+",),
-    "gpt-4o": (
-        f"{_BEFORE}{_UPPER}*{_LOWER}+{_SHORT}{_BEFORE}{_UPPER}+{_LOWER}*{_SHORT}"
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": (f"{_BEFORE}{_UPPER}*{_LOWER}+{_SHORT}{_BEFORE}{_UPPER}+{_LOWER}*{_SHORT}" + r"\p{N}{1,3}" + _END,),
+    "tekken": (f"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|" + r"\p{N}" + _END,),
+    "qwen35": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
+    "seed-coder": (_WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",),
+    "minicpm5": (r"\p{N}{1,3}", _WORDS + r"\p{N}+" + _REST),
     "deepseek-v3": (
         r"\p{N}{1,3}",
         "[一-龥぀-ゟ゠-ヿ]+",

@@ -7,6 +7,7 @@ the map, raises an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tongwen.core.errors import MissingPackage, ModelError, NumbersError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks, row_count
 from tongwen.export import kquants
-from tongwen.export.gguf_metadata import ARCHITECTURES, add_metadata, extra_tensors, head_width
+from tongwen.export.gguf_architectures import ARCHITECTURES
+from tongwen.export.gguf_metadata import add_metadata, extra_tensors, head_width
 from tongwen.export.gguf_vocab import Vocabulary
 from tongwen.export.pth import heads, read_rows
 
@@ -28,7 +30,7 @@ PERMUTED = (
     "q_proj.bias",
     "k_proj.bias",
 )  # row order of LLaMA's own files, see pth.py
-PERMUTED_ARCHITECTURES = ("llama", "smollm3")  # the architectures with that order
+ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")
 
 
 def check_type(kind: str) -> None:
@@ -71,7 +73,7 @@ def write(
     """Write a GGUF file of one dtype. config: must have passed `gguf_metadata.check_config`."""
     gguf = _library()
     names, extra = _names(tensors, config), extra_tensors(config)
-    writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
+    writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])].name)
     add_metadata(writer, config, _title(config, vocabulary), vocabulary_rows(tensors, config), kind)
     if vocabulary is not None:
         _add_vocabulary(writer, vocabulary, template)
@@ -148,7 +150,7 @@ def check(
 def _stored_shape(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return a tensor's shape in the file: stacked experts are (experts, rows, columns), DeepSeek's decompression is
     (heads, rows, columns)."""
-    if name.endswith("_exps.weight"):
+    if "_exps." in name and len(shape) > 1 and not name.endswith("_exps.bias"):
         count = int(config["num_experts"])
     elif name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
         count = int(config["num_attention_heads"])
@@ -160,10 +162,10 @@ def _stored_shape(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
 def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, Any]) -> str:
     """Return the GGUF type of a tensor. name: llama.cpp's name.
 
-    Vectors and the experts' router stay F32. In 4- and 5-bit files the head and the embedding get 8 bits. Rows whose
+    Vectors, routers and short convolutions stay F32. In 4- and 5-bit files the head and the embedding get 8 bits. Rows whose
     length is no multiple of a block stay F16. The K types are mixtures (see kquants.py).
     """
-    if len(shape) < 2 or kind == "f32" or name.endswith("ffn_gate_inp.weight"):
+    if len(shape) < 2 or kind == "f32" or name.endswith(ALWAYS_F32):
         return "F32"
     if kind in kquants.KINDS:
         heads = int(config["num_attention_heads"])
@@ -196,7 +198,7 @@ def _some_rows(tensors: TensorSource, name: str, config: Mapping[str, Any]) -> I
 
 def _permuted_width(name: str, config: Mapping[str, Any]) -> int:
     """Return the head width for tensors whose rows llama.cpp stores in rotation pairs; else 0."""
-    if ARCHITECTURES[str(config["model_type"])] not in PERMUTED_ARCHITECTURES or not name.endswith(PERMUTED):
+    if not ARCHITECTURES[str(config["model_type"])].pairs or not name.endswith(PERMUTED):
         return 0
     return head_width(config)
 
@@ -205,8 +207,11 @@ def _fp32(tensors: TensorSource, name: str, begin: int, end: int, config: Mappin
     gguf = _library()
     rows = read_rows(tensors, name, begin, end, _permuted_width(name, config))
     numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensors.facts[name][0]])
-    if str(config["model_type"]).startswith("gemma") and name.endswith("norm.weight"):
+    shifted = ARCHITECTURES[str(config["model_type"])].shifted
+    if shifted and re.search(shifted, name):
         return numbers + np.float32(1)  # these norms scale by 1 + weight, llama.cpp's by the weight in the file
+    if name.endswith(".A_log"):
+        return -np.exp(numbers)
     return numbers
 
 
@@ -234,16 +239,15 @@ def check_tensors(tensors: TensorSource, config: Mapping[str, Any]) -> None:
 def _names(tensors: TensorSource, config: Mapping[str, Any]) -> dict[str, str]:
     """Return transformers' name -> llama.cpp's. Raises ModelError for a tensor without one."""
     gguf = _library()
-    kind = str(config["model_type"])
+    architecture = ARCHITECTURES[str(config["model_type"])].name
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
         raise ModelError(_("weights of type {dtype}").format(dtype=odd[0]), place="--to gguf", remedy="--to hf")
-    arch = gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()]
+    arch = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}
     for name in tensors.facts:
-        known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as in its files on the hub
-        known_as = known_as.replace("e_score_correction_bias", "e_score_correction.bias")
-        gguf_name = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
+        known_as = name.removeprefix("transformer.") if architecture == "bloom" else name  # as in its files on the hub
+        gguf_name = known.get_name(known_as, try_suffixes=(".weight", ".bias", ".scale"))
         if gguf_name is None:
             raise ModelError(_("llama.cpp has no name for {name}").format(name=name), place="--to gguf")
         out[name] = gguf_name

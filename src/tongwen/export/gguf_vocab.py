@@ -22,7 +22,8 @@ from tongwen.core.rowless_tokens import read_rowless
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
-NAMES = {patterns: name for name, patterns in PATTERNS.items()}
+MERGES_IGNORED = ("llama-bpe", "tekken")  # where llama.cpp takes a whole word that has a token before any merge
+ENDS = ("eos", "eot", "eom")  # llama.cpp's names of tokens that end an answer; a name for each
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Vocabulary:
     types: list[int]
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> id
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, eot, eom, unk, pad -> id
     add_bos: bool = False
     add_space: bool = False
     drops_blanks: bool = False  # after special tokens
@@ -121,10 +122,18 @@ def _pattern(definition: Mapping[str, Any]) -> str:
         elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
             found = "smollm"
         elif {*kinds[:-1]} == {"Split"} and kinds[-1] == "ByteLevel" and not steps[-1].get("use_regex", True):
-            found = NAMES.get(tuple(step.get("pattern", {}).get("Regex", "") for step in steps[:-1]))
-    if found is None or (found != "llama-bpe" and definition["model"].get("ignore_merges")):
+            found = NAMES.get(_spelled(step.get("pattern", {}).get("Regex", "") for step in steps[:-1]))
+    if found is None or (found not in MERGES_IGNORED and definition["model"].get("ignore_merges")):
         raise _unknown(json.dumps(cut, ensure_ascii=False)[:160])
     return found
+
+
+def _spelled(patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return patterns with line ends as escapes, which some files contain as characters."""
+    return tuple(pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in patterns)
+
+
+NAMES = {_spelled(patterns): name for name, patterns in PATTERNS.items()}
 
 
 def _adds_space(definition: Mapping[str, Any]) -> bool:
@@ -156,7 +165,7 @@ def _ranks(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, str]) -> tuple[dict[str, int], bool]:
-    """Return (ids of bos, eos, unk and pad; whether the tokenizer puts bos before every text)."""
+    """Return (ids of bos, unk, pad and of the tokens that end an answer; whether the tokenizer puts bos before every text)."""
     ids = {text: index for index, text in texts.items()}
     config = _json(folder / "tokenizer_config.json")
     special = {}
@@ -166,9 +175,9 @@ def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, st
         if text in ids:
             special[name] = ids[text]
     stops = _json(folder / "generation_config.json").get("eos_token_id")
-    stop = stops[0] if isinstance(stops, list) and stops else stops
-    if isinstance(stop, int):  # the stop token of training, rather than the base's
-        special["eos"] = stop
+    stops = stops if isinstance(stops, list) else [stops]
+    for name, stop in zip(ENDS, dict.fromkeys(stop for stop in stops if isinstance(stop, int)), strict=False):
+        special[name] = stop  # the stop tokens of training in the model's order, rather than the base's
     from tokenizers import Tokenizer
 
     before = Tokenizer.from_str(json.dumps(definition)).encode("").ids

@@ -246,7 +246,7 @@ class PthFile:
             stream = io.BytesIO()
             _Pickler(stream, protocol=2).dump(self.tensors)
             for name, content in (("data.pkl", stream.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
-                self.zip.writestr(f"{self.root}/{name}", content)
+                self.zip.writestr(zipfile.ZipInfo(f"{self.root}/{name}"), content)  # without the time: same bytes twice
         self.zip.close()
         self.stream.close()
 

@@ -294,9 +294,12 @@ def cache_tokens(model: Any) -> int:
 
 
 def cache_bytes(config: Any, item_size: int) -> int:
-    """Return the cache's bytes per token for numbers of `item_size` bytes."""
+    """Return the cache's bytes per token for numbers of `item_size` bytes; 1 for a model without attention, whose state
+    does not grow."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     return int(2 * config.num_hidden_layers * groups * width * item_size)

@@ -25,7 +25,7 @@ def check_ahead(recipe: Recipe) -> None:
     from tongwen.workflows import model_formats
 
     assert recipe.export
-    model_formats.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
+    model_formats.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize, f"{recipe.out}/merge")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

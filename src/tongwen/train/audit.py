@@ -11,6 +11,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -41,6 +42,32 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
     return worst
 
 
+def check_no_state_passes(model: Any, samples: list[Any], loss: Loss) -> float:
+    """Raise NumbersError when another first document changes the scores of a pack's second one.
+
+    Both packs have the same shape, so that kernels compute the same numbers: the limit can be far below that of
+    `check_isolation`, as a short convolution may let a little of only three tokens through. Returns the largest
+    difference in nats.
+    """
+    (ids, learn), second = _shortened(samples)
+    vocabulary = model.config.get_text_config().vocab_size
+    other = ((ids.astype(np.int64) + 1) % vocabulary, learn)
+    before, after = (
+        score(model, pack([first, second]), loss)[-(len(second[0]) - 1) :] for first in ((ids, learn), other)
+    )
+    worst = float((before - after).abs().max())
+    limit = limit_of(model) / 20
+    if not worst <= limit:
+        raise NumbersError(
+            _("documents in one pack can see each other: a score changes by {worst:.3g} nats (limit {limit:g})").format(
+                worst=worst, limit=limit
+            ),
+            place=type(model).__name__,
+            remedy="packing: false",
+        )
+    return worst
+
+
 def check_own_attention(model: Any, sample: Any, loss: Loss, own: AbstractContextManager[None]) -> None:
     """Raise NumbersError unless a sample scores the same in packed attention and, inside `own`, in the model's own."""
     one = _shortened([sample])
@@ -57,14 +84,17 @@ def check_own_attention(model: Any, sample: Any, loss: Loss, own: AbstractContex
 
 
 def check_causal(model: Any, batch: dict[str, Any], loss: Loss) -> None:
-    """Raise NumbersError when the score of a token depends on a later one, which the model would learn to copy.
+    """Raise NumbersError when the score of a token depends on later ones, which the model would learn to copy.
 
-    batch: one sample. Models that fill gaps in a text (BERT) can be opened as language models, but see the whole text.
+    batch: one sample, of which all tokens behind the middle of the learned ones are replaced. Models that fill gaps in a
+    text (BERT) can be opened as language models, but see the whole text.
     """
+    middle = len(batch["rows"]) // 2
     changed = batch | {"input_ids": batch["input_ids"].clone()}
-    changed["input_ids"][0, -1] = (int(batch["input_ids"][0, -1]) + 1) % model.config.get_text_config().vocab_size
-    apart = (score(model, batch, loss) - score(model, changed, loss)).abs()
-    if len(apart) and float(apart.max()) > limit_of(model):
+    place = int(batch["rows"][middle])
+    changed["input_ids"][0, place + 1 :] = changed["input_ids"][0, place]
+    apart = (score(model, batch, loss) - score(model, changed, loss))[: middle + 1].abs()
+    if float(apart.max()) > limit_of(model):
         raise NumbersError(
             _("the score of a token depends on a later token: this model is no causal language model"),
             place="audit",

@@ -202,7 +202,8 @@ def _done(stop_after: Duration, steps: int, tokens: int, per_epoch: int) -> bool
 class MicroBatches(Dataset[dict[str, Any]]):
     """The micro-batches of a plan as tensors.
 
-    packed: documents follow each other in one row (1, T); positions restart at each, `cu_seq_lens_q` has the borders.
+    packed: documents follow each other in one row (1, T); positions restart at each, `cu_seq_lens_q` has the borders
+            and `seq_idx` the document of each token.
     Otherwise they are padded to (B, L), with a mask made from lengths.
     """
 
@@ -231,6 +232,9 @@ def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
         "cu_seq_lens_k": borders,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), borders.diff())[
+            None
+        ],  # (1, T)
         "rows": torch.from_numpy(places - 1),  # (R,)
         "targets": torch.from_numpy(ids[places]),  # (R,)
         "learned": len(places),

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tongwen.core import console
+from tongwen.core import console, distributed
 from tongwen.core.errors import MachineError
 from tongwen.core.i18n import _
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun's command line. Return 0, 5 when a process was killed, else 1: that process has printed its error."""
+    distributed.end_with_parent(signal.SIGTERM)  # it is passed on to the processes, which save
+    os.environ[distributed.PARENT] = str(os.getpid())
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _end_with_parent()
     stop, received = api._terminate_process_handler, list[int]()
 
     def stop_once(number: int, frame: Any) -> None:
@@ -52,12 +53,6 @@ def main(arguments: Sequence[str]) -> int:
             )
         return MachineError.exit_code if killed else 1
     return 0
-
-
-def _end_with_parent() -> None:
-    """Linux: get SIGTERM when the parent command is killed; else the processes would continue without it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import _
+from tongwen.core.i18n import _, ngettext
 from tongwen.core.records import Message
 from tongwen.core.safetensors_io import SHARD_BYTES, TensorSource
 from tongwen.export import gguf, gguf_layout, gguf_metadata, hf, pth
@@ -81,24 +81,24 @@ def open_source(name: str) -> ModelSource:
     )
 
 
-def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
+def check_ahead(base: str, formats: Sequence[str], quantize: str, merged: str) -> None:
     """Raise now, before training, if the result could not be exported: because of family, config, tokenizer or number
-    type."""
+    type. merged: the folder that will hold the result."""
     if "gguf" not in formats:
         return
     place = load.locate(base)
-    _check_gguf(base, load.load_config(place).to_dict(), quantize)
+    _check_gguf(base, load.load_config(place).to_dict(), quantize, merged)
     tokenizer = load.load_tokenizer(place)
     with tempfile.TemporaryDirectory() as made:
         tokenizer.save_pretrained(made)
         read_vocabulary(Path(made), 1 + max(tokenizer.get_vocab().values()))
 
 
-def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
+def _check_gguf(name: str, config: Mapping[str, Any], quantize: str, folder: str) -> dict[str, Any]:
     """Return the config with LLaMA's keys. Raises ModelError or MissingPackage if GGUF cannot hold the model."""
     gguf.check_type(quantize or "f16")
     with load.explain_errors(load.ModelRef(name, name)):
-        llama_config = gguf_layout.with_llama_keys(config)
+        llama_config = gguf_layout.with_llama_keys(config, folder)
     gguf_metadata.check_config(llama_config)
     return llama_config
 
@@ -111,7 +111,10 @@ def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Ma
         "gguf": lambda source, draft: _to_gguf(source, draft, quantize or "f16"),
     }
     if to == "gguf":
-        config = _check_gguf(source.name, source.config, quantize)
+        config = _check_gguf(source.name, source.config, quantize, source.name)
+        _name_what_stays(source)
+        if notice := gguf_metadata.describe_rounding(config):
+            console.notice(notice)
         source = replace(source, tensors=gguf_layout.for_llama_cpp(source.tensors, config), config=config)
         gguf.check_tensors(source.tensors, source.config)
     console.header(f"convert → {to}", source.name)
@@ -122,6 +125,30 @@ def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Ma
     assert draft.artifact
     console.success(_("written and verified: {out}").format(out=out))
     return draft.artifact
+
+
+def _name_what_stays(source: ModelSource) -> None:
+    """Print which tensors a GGUF file does not get, and the command by which llama.cpp's own converter writes them."""
+    left = source.tensors.facts.keys() - set(gguf_layout.text_names(source.tensors.facts).values())
+    ahead = {name for name in left if gguf_layout.AHEAD.search(name)}
+    if left - ahead:
+        console.notice(
+            ngettext(
+                "{count} tensor is not of the text part: llama.cpp reads it from another file, which its own converter"
+                " writes: {command}",
+                "{count} tensors are not of the text part: llama.cpp reads them from another file, which its own"
+                " converter writes: {command}",
+                len(left - ahead),
+            ).format(count=len(left - ahead), command=gguf_metadata.converter_command(source.name, "--mmproj"))
+        )
+    if ahead:
+        console.notice(
+            ngettext(
+                "{count} tensor for multi-token prediction is left out: answers are the same without it",
+                "{count} tensors for multi-token prediction are left out: answers are the same without them",
+                len(ahead),
+            ).format(count=len(ahead))
+        )
 
 
 def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:

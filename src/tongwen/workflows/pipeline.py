@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
-from tongwen.core.i18n import _
+from tongwen.core.i18n import _, ngettext
 from tongwen.recipe.schema import STAGES, Recipe
+from tongwen.workflows.finished import check_finished
 from tongwen.workflows.prepared_data import changed_files, check_prepared
 from tongwen.workflows.run_folder import check_folder, write_recipe
 from tongwen.workflows.run_lock import is_locked, lock_folder
@@ -56,10 +57,12 @@ def run(
     until: str = "",
     again: bool = False,
     fork: bool = False,
+    verify: bool = False,
 ) -> list[artifact.Artifact]:
     """Run the chosen stages; returns their artifacts.
 
-    arguments: recipe file and overrides, for the processes that it launches.
+    arguments: recipe file and overrides, for the processes that it launches. verify: compare the digests of finished
+    stages, too; their sizes are always compared.
 
     Raises RecipeError if a finished or interrupted stage was made with other settings, and for `again` and `fork` in
     several processes.
@@ -110,6 +113,7 @@ def run(
             if name in redone:
                 _put_aside(path)
             elif (found := _find_unchanged(recipe, name, out, stages, fork)) is not None:
+                check_finished(found, digests=verify)
                 console.success(_("{name}: already done").format(name=name))
                 done.append(found)
                 continue
@@ -175,8 +179,22 @@ def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
             )
 
 
+def check_machine(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise MachineError if the recipe wants more processes than this machine can carry. Needs no torch."""
+    most = distributed.most_processes()
+    if set(stages) & set(TRAINING) and recipe.devices > most:
+        raise MachineError(
+            _("this machine cannot carry so many processes: it has cores, GPUs and memory for {most}").format(
+                most=most
+            ),
+            place=f"devices: {recipe.devices}",
+            remedy=_("--devices {most}; for several machines: docs/engines.md").format(most=most),
+        )
+
+
 def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raise MachineError if the recipe wants more processes than this machine has GPUs."""
+    """Raise MachineError if the recipe wants more processes than this machine can carry, or than it has GPUs."""
+    check_machine(recipe, stages)
     if recipe.devices == 1 or not set(stages) & set(TRAINING):
         return
     from tongwen.model.loading.load import count_devices
@@ -184,7 +202,11 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
     count = count_devices()
     if count and recipe.devices > count:
         raise MachineError(
-            _("this machine has {count} visible GPUs; each process needs one").format(count=count),
+            ngettext(
+                "this machine has {count} visible GPU; each process needs one",
+                "this machine has {count} visible GPUs; each process needs one",
+                count,
+            ).format(count=count),
             place=f"devices: {recipe.devices}",
             remedy=f"--devices {count}",
         )

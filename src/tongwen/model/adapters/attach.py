@@ -410,7 +410,7 @@ def _owners_apart(model: Any, also: list[str]) -> list[str]:
 
 def _experts(model: Any, targets: AdapterTargets) -> list[str]:
     """Return a notice on whether the adapter covers fused expert weights, which are not `Linear` modules."""
-    parts = dict(model.named_parameters())
+    parts = dict(model.named_parameters(remove_duplicate=False))  # tied ones have two names
     fused = {name: parts[name] for name in fused_experts(model)}
     passed = [name for name in fused if not is_named(targets.parameters, name)]
     if passed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +53,22 @@ def find_targets(model: Any, adapter_config: AdapterConfig) -> AdapterTargets:
             raise no_module("exclude", name, model)
         chosen, parameters = ([full for full in names if full not in found] for names in (chosen, parameters))
     targets = AdapterTargets()
-    if adapter_config.targets == "all-linear" and (unreached := _unreached(model, chosen)):
-        targets.left_out[_("no gradient reaches its output")] = unreached
-        chosen = [full for full in chosen if full not in unreached]
-    reserved = _renamed_by_peft(model, chosen)
+    reshaping: Collection[str] = ()
+    if adapter_config.targets != "all-linear":
+        if lost := _lost_by_peft(model, [*chosen, *parameters]):
+            raise ModelError(
+                _("peft would save an adapter of {name}, but not load it again").format(name=lost[0]),
+                place="adapter.targets",
+                remedy="targets: all-linear",
+            )
+    else:
+        unreached, reshaping = _probe(model, chosen)
+        lost = _lost_by_peft(model, [full for full in [*chosen, *parameters] if full not in unreached])
+        for why, names in ((_("no gradient reaches its output"), unreached), (_("peft would not load it again"), lost)):
+            if names:
+                targets.left_out[why] = names
+            chosen, parameters = ([full for full in both if full not in names] for both in (chosen, parameters))
+    reserved = _renamed_by_peft(model, chosen) | {*chosen}.intersection(reshaping)
     allowed = _refused_by_peft(model, adapter_config, [name for name in chosen if name not in reserved], targets)
     parameters += [f"{name}.weight" for name in chosen if name in reserved]
     parameters = _fit_for_parameters(model, adapter_config, parameters, targets)
@@ -186,35 +199,61 @@ def _routers(model: Any) -> set[str]:
     return routers
 
 
-def _unreached(model: Any, modules: Collection[str]) -> list[str]:
-    """Return the modules whose output does not change the logits, by one step with a few tokens.
+def _probe(model: Any, modules: Collection[str]) -> tuple[list[str], set[str]]:
+    """Return (modules whose output does not change the logits, modules that do not map a row to a row), by one step with
+    a few tokens.
 
     Some code reads a layer's weight without calling it (Mamba's `dt_proj`), or only ranks what it computes (the indexer
-    of a sparse attention). Experts that the few tokens do not choose count as reached.
+    of a sparse attention). Experts that the few tokens do not choose count as reached. DeepSeek-V4's grouped projection
+    multiplies each group of heads with rows of its own, so an adapter fits its weight, but not its inputs.
     """
     embedding = model.get_input_embeddings()
-    if embedding.weight.device.type == "meta":
-        return []
     reached: set[str] = set()
+    reshaping: set[str] = set()
+    if embedding.weight.device.type == "meta":
+        return [], reshaping
 
-    def watch(name: str, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.requires_grad:
+    def watch(name: str, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            return
+        if inputs and output.shape != (*inputs[0].shape[:-1], getattr(module, "out_features", output.shape[-1])):
+            reshaping.add(name)
+        if output.requires_grad:
             output.register_hook(lambda _gradient: reached.add(name))
 
     model.requires_grad_(False)
     hooks = [embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))]
     for name in modules:
         module = model.get_submodule(name)
-        hooks.append(module.register_forward_hook(lambda _module, _inputs, output, name=name: watch(name, output)))
+        hooks.append(module.register_forward_hook(partial(watch, name)))
     try:
         ids = torch.arange(1, 17, device=embedding.weight.device)[None] % len(embedding.weight)
         model(input_ids=ids, use_cache=False).logits.sum().backward()
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError):
-        return []  # a model that needs other inputs: the audit before training decides
+        return [], set()  # a model that needs other inputs: the audit before training decides
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name in modules if name not in reached and "expert" not in name]
+    return [name for name in modules if name not in reached and "expert" not in name], reshaping
+
+
+def _lost_by_peft(model: Any, targets: Collection[str]) -> list[str]:
+    """Return the modules and weights whose adapters peft would save, but not find when it loads them: it renames an
+    adapter's tensors as transformers does the base's, and some patterns match a name that is right already (Laguna's
+    `mlp.shared_expert.` matches `mlp.shared_experts`)."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    modules = {name for name, _module in model.named_modules()}
+    owners = {name: name if name in modules else name.rpartition(".")[0] for name in targets}
+    given = {
+        f"base_model.model.{owner}.lora_{part}.weight": torch.zeros(1, 1) for owner in owners.values() for part in "AB"
+    }
+    try:
+        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), given)
+    except (ValueError, RuntimeError, KeyError):  # shapes matter to some patterns: the merge decides
+        return []
+    return [name for name, owner in owners.items() if f"base_model.model.{owner}.lora_A.weight" not in found]
 
 
 def _renamed_by_peft(model: Any, modules: Collection[str]) -> set[str]:
@@ -273,7 +312,7 @@ def _fit_for_parameters(
         if adapter_config.dropout
         else ""
     )
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     fit = []
     for name in names:
         if setting:

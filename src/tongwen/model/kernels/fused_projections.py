@@ -110,7 +110,8 @@ class FusedProjectionsFunction(torch.autograd.Function):
         ctx.save_for_backward(wide)
         ctx.fused, ctx.scales, ctx.shape, ctx.adapter_dtype = fused, scales, x.shape, adapters[0].dtype
         out = (wide @ fused.forward_weight.t()).view(*x.shape[:-1], fused.out_features)
-        return tuple(out.split(fused.widths, dim=-1))
+        # Not views for autograd, which would forbid to change one in place, as Gemma 3n does.
+        return tuple(torch.ops.aten._unsafe_view(part, part.shape) for part in out.split(fused.widths, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, *grad_out: torch.Tensor) -> tuple[Any, ...]:

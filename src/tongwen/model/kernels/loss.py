@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from tongwen.model.kernels.recurrent import carries_state
+
 ROWS_AT_ONCE = {"cpu": 4}  # rows per softmax: on a CPU their logits stay in the cache of a core
 ROWS_ELSEWHERE = 256  # small blocks would make an accelerator wait for kernel launches
 HEAD_ROWS = {"cpu": 256}  # rows of logits in memory with the blockwise head
@@ -126,7 +128,7 @@ def _logits_are_head_output(model: Any, head: torch.nn.Linear, batch: dict[str, 
     hook = head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
         with torch.no_grad():
-            logits = model(**_inputs(batch), use_cache=False).logits
+            logits = model(**_inputs(batch, model), use_cache=False).logits
     finally:
         hook.remove()
     return len(outputs) == 1 and torch.equal(outputs[0], logits)
@@ -146,8 +148,10 @@ def _blockwise_head(model: Any) -> Iterator[torch.nn.Linear | None]:
         del head.forward
 
 
-def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+def _inputs(batch: dict[str, Any], model: Any) -> dict[str, Any]:
     inputs = {key: value for key, value in batch.items() if key in INPUTS}
+    if "seq_idx" in inputs and not carries_state(model):  # attention needs the borders alone
+        del inputs["seq_idx"]
     return inputs if "attention_mask" in batch else {**inputs, "logits_to_keep": batch["rows"]}
 
 
@@ -159,7 +163,7 @@ def learned_loss(
     An empty micro-batch (its single token is masked) gives a zero that still depends on every parameter.
     """
     with _blockwise_head(model) as head:
-        rows = model(**_inputs(batch), use_cache=False).logits.flatten(0, 1)
+        rows = model(**_inputs(batch, model), use_cache=False).logits.flatten(0, 1)
     if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
         rows = rows[batch["rows"]]
     if not batch["learned"]:
@@ -180,6 +184,7 @@ INPUTS = (
     "cu_seq_lens_k",
     "max_length_q",
     "max_length_k",
+    "seq_idx",
 )
 
 

@@ -65,7 +65,7 @@ def documents_attention(
         query, key, value = (part.to(computed_in) for part in (query, key, value))
         return _all_at_once(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     out = (loop or _one_by_one)(query, key, value, cu_seq_lens_q, prefix_lengths, scaling, dropout, sliding_window)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # as transformers' own functions do: some models take a view of it
 
 
 def _check_known(extra: dict[str, Any]) -> None:

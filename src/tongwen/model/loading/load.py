@@ -176,6 +176,13 @@ def read_model_type(ref: ModelRef) -> str:
     return str(artifact.read_json(file).get("model_type", "")) if file.is_file() else ""
 
 
+def read_text_type(ref: ModelRef) -> str:
+    """Return the `model_type` of a wrapped model's text part; of any other model, its own."""
+    file = Path(ref.folder) / "config.json"
+    config = artifact.read_json(file) if file.is_file() else {}
+    return str((config.get("text_config") or {}).get("model_type") or config.get("model_type", ""))
+
+
 def check_trainable(ref: ModelRef) -> None:
     """Raise ModelError when a folder's config.json says that the model does not predict the next token of a text.
 
@@ -186,7 +193,9 @@ def check_trainable(ref: ModelRef) -> None:
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     other = next((ending for ending in OTHER_TASKS if architecture.endswith(ending)), "")
-    if not config.get("is_encoder_decoder") and not other:
+    # A config that knows cross-attention can be an encoder's or a decoder's, and says which: BERT and its descendants.
+    sees_all = "add_cross_attention" in config and config.get("is_decoder") is False
+    if not config.get("is_encoder_decoder") and not other and not sees_all:
         return
     raise ModelError(
         _("{architecture} does not predict the next token of a text, so it cannot be trained here").format(

@@ -17,7 +17,7 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks
 from tongwen.model.adapters.chain import merge_adapter, open_adapter, retie_if_equal
 from tongwen.model.adapters.read import AdapterChange, same_fp32
-from tongwen.model.loading.load import ModelRef, explain_errors, load_config, load_model, quiet
+from tongwen.model.loading.load import ModelRef, auto_class, explain_errors, load_config, load_model, quiet
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, read_fp32, torch_name
 from tongwen.model.merging import parity
 from tongwen.model.merging.merge import ROUNDING, MergeResult, MergeTarget, grow, targets_of, untie
@@ -124,10 +124,10 @@ def logits_of(model: Any, ids: Sequence[int]) -> Any:
 def logits_of_folder(folder: Path, ids: Sequence[int]) -> Any:
     """Return the logits (T, V) of a merged folder, opened as any user would: by transformers alone."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with quiet(), explain_errors(ModelRef(str(folder), str(folder))):
-        return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids)
+    place = ModelRef(str(folder), str(folder))
+    with quiet(), explain_errors(place):
+        return logits_of(auto_class(load_config(place)).from_pretrained(folder, dtype=torch.float32).eval(), ids)
 
 
 def _file_tensors(model: Any, base: TensorSource) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def plan_targets(
             targets[name].changes.append(change)
         if tied and head and embedding:  # the file holds both matrices of a tied pair
             targets[head] = _twin(targets[embedding], head)
-    _check_rows_of_head(targets, adapters[-1].folder)
+    _check_rows_of_head(base, targets, adapters[-1].folder)
     if embedding and targets[embedding].shape != base.facts[embedding][1]:
         grow(config, targets[embedding].shape[0])
     return list(targets.values()), config, notices
@@ -411,10 +411,11 @@ def _ending(names: Iterable[str], endings: tuple[str, ...]) -> str | None:
     return next((name for name in names if name.endswith(endings)), None)
 
 
-def _check_rows_of_head(targets: Mapping[str, MergeTarget], folder: Path) -> None:
+def _check_rows_of_head(base: TensorSource, targets: Mapping[str, MergeTarget], folder: Path) -> None:
     """Raise ArtifactError when an adapter brought more rows for only one of embedding and head."""
     embedding, head = _ending(targets, EMBEDDINGS), _ending(targets, HEADS)
-    if embedding and head and targets[embedding].shape[0] != targets[head].shape[0]:
+    grown = [name in base.facts and targets[name].shape != base.facts[name][1] for name in (embedding, head) if name]
+    if embedding and head and any(grown) and targets[embedding].shape[0] != targets[head].shape[0]:
         raise ArtifactError(
             _("{embedding} would have {rows} rows, but {head} has {shape}").format(
                 embedding=embedding, rows=targets[embedding].shape[0], head=head, shape=targets[head].shape[0]

@@ -111,6 +111,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                     "notices": job.data.notices + flat + notices,
                 }
                 write_results(job, draft.path, report)
+                draft.record_files(lambda file: file.suffix != ".safetensors" and file.parent == draft.path)
                 report_result(report, out)
     return draft.artifact or artifact.Artifact(out, {"kind": job.stage, "fingerprint": ""})
 

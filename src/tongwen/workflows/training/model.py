@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from tongwen.core import console, distributed
-from tongwen.core.errors import NumbersError, RecipeError, first_line, is_out_of_memory
+from tongwen.core.errors import ModelError, NumbersError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.data.token_store import TokenStore
@@ -22,6 +22,7 @@ from tongwen.model.adapters.chain import open_adapter_chain, resize_for_adapter
 from tongwen.model.kernels import checkpointing, packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss, use_blockwise_head
+from tongwen.model.kernels.recurrent import carries_state, missing_packages
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model
 from tongwen.model.loading.names import unused_tensors
@@ -37,6 +38,8 @@ from tongwen.train.try_batch import fits
 from tongwen.workflows.tokenized_data import RecordEncoder
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
+# What a model's own code raises for inputs that it was not written for.
+MODEL_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, NotImplementedError)
 FREE_SHARE = 0.03  # share of a GPU's memory to leave free when trying a micro-batch: long runs fragment the allocator
 
 
@@ -122,15 +125,7 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
             )
         except NumbersError as error:
             reason = error.rule
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
+        except MODEL_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             reason = _("packed documents break its own code: {reason}").format(reason=first_line(error)[:160])
@@ -144,7 +139,16 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         )
     with prepared.computing():
         batch = MicroBatches(job.data.store, [(0,)], packed=prepared.packed)[0]
-        audit.check_causal(prepared.model, batch, learned_loss)
+        try:
+            audit.check_causal(prepared.model, batch, learned_loss)
+        except MODEL_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                _("the model cannot read a text alone: {said}").format(reason=first_line(error)[:300]),
+                place=job.base,
+                remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+            ) from error
     return prepared
 
 
@@ -152,6 +156,8 @@ def _check_packing(prepared: PreparedModel, store: TokenStore) -> None:
     """Raise NumbersError unless documents of a pack keep apart and score as in the model's own attention."""
     samples = [store.sample(0), store.sample(min(1, len(store) - 1))]
     audit.check_isolation(prepared.model, samples, learned_loss)
+    if carries_state(prepared.model):
+        audit.check_no_state_passes(prepared.model, samples, learned_loss)
     own = packed_attention.own_attention(prepared.model, prepared.own_attention)
     audit.check_own_attention(prepared.model, samples[0], learned_loss, own)
 
@@ -166,9 +172,10 @@ def _reason_to_pad(model: Any, job: TrainingJob) -> str:
         return _(family.padded)
     if not getattr(model, "_supports_attention_backend", False):
         return _("it has its own attention implementation")
-    kinds = getattr(text, "layer_types", None) or ()
-    if getattr(model, "_is_stateful", False) or any("linear" in kind or "attention" not in kind for kind in kinds):
-        return _("its layers carry a state from token to token")
+    if carries_state(model) and (missing := missing_packages(model)):
+        return _(
+            "its layers carry a state from token to token, and packages that keep documents apart in them are missing: {packages}"
+        ).format(packages=" ".join(missing))
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk and int(job.data.store.lengths.max()) > chunk:
         return _("it attends in chunks of {chunk} tokens, and a sample is longer").format(chunk=chunk)
