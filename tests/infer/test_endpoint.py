@@ -103,7 +103,7 @@ def generate(tongwen: Any, folder: Path, url: str, how: str) -> tuple[int, str, 
         ("echo_json", 4, "no answer"),
         ("page", 2, "web page"),
         ("slow", 5, "no whole reply within 1 seconds"),
-        ("endless", 5, "8388608"),
+        ("endless", 4, "8388608"),
         ("echo", 0, "your key is Bearer …"),
     ],
 )
