@@ -157,6 +157,27 @@ def test_settings_are_changed_and_checked(monkeypatch: pytest.MonkeyPatch, capsy
     assert "unknown option: warmth" in err and "'x' is not a number" in err
 
 
+def test_a_setting_without_meaning_is_refused_and_the_conversation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [
+        "1" + "0" * 23,
+        "-1" + "0" * 23,
+        "1e400",
+        "NaN",
+        "-Infinity",
+        "2.5",
+        "9" * 5000,
+        "[" * 100_000,
+        "null",
+        "",
+    ]
+    lines = [f"/set {name} {value}" for name in ("seed", "max_new_tokens", "top_k") for value in values]
+    scripted_model = conversation([*lines, "/save a\0b", "/set seed 7", "问"], monkeypatch)
+    assert scripted_model.settings == [{"max_new_tokens": 1, "temperature": 0.0, "seed": 7}]
+    assert capsys.readouterr().err.count("✗ ") == len(lines) + 1
+
+
 def test_stopped_answer_stays_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_model = conversation(["问1", "问2", "问3"], monkeypatch, ScriptedModel(["一", "^C", "二"], ["^C"], ["三"]))
     contents = [message["content"] for message in scripted_model.requests[2]]

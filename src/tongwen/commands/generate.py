@@ -67,11 +67,14 @@ def run(
     settings = {**vars(source), "sampling": sampling, "prompts": f"{len(questions)} · {digest[:16]}"}
     if again:
         journal_file.unlink(missing_ok=True)
+    answerer = (
+        _open(source, batch_size, sampling) if source.endpoint else None
+    )  # before its address is written anywhere
     journal = AnswerJournal(journal_file, settings, _("--again starts over"))
     missing = [row for row in range(len(questions)) if row not in journal.answers]
     if len(missing) < len(questions):
         console.notice(_("{count} answers already exist").format(count=len(questions) - len(missing)))
-    answerer = _open(source, batch_size, sampling)
+    answerer = answerer or _open(source, batch_size, sampling)
     with console.progress(len(questions), "generate", len(journal.answers)) as bar:
 
         def on_answer(index: int, answer: str) -> None:

@@ -50,7 +50,7 @@ from tongwen.core.render_proof import (
     values_of,
 )
 from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton
-from tongwen.core.template_guard import GUARD, IS_POSSIBLE, TemplateFailure
+from tongwen.core.template_guard import GUARD, TemplateFailure
 
 SHIPPED = (
     "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
@@ -291,7 +291,7 @@ class Template:
     @cached_property
     def _renders_here(self) -> bool:
         """Whether the template is known to be harmless: then it needs no process of its own."""
-        return not IS_POSSIBLE or self.name in SHIPPED or self.source in shipped_forms(self.special)
+        return not GUARD.is_possible or self.name in SHIPPED or self.source in shipped_forms(self.special)
 
     @property
     def texts(self) -> str:
@@ -341,6 +341,44 @@ class Template:
         if dialogue.tools and (template := self._for_tools(dialogue.tools)) is not self:
             return template.samples(dialogue, learn, thinking)
         self._refuse_control_tokens(dialogue)
+        return self._filled(dialogue, learn, thinking) or self._samples(dialogue, learn, thinking)
+
+    def samples_of_each(
+        self, dialogues: Sequence[Dialogue], learn: str, thinking: str
+    ) -> list[list[RenderedSample] | RowRejected]:
+        """Return the samples of each dialogue, or why it is rejected. A template with a process of its own gets them in
+        batches, except those that need no render."""
+        out: list[list[RenderedSample] | RowRejected] = []
+        later: list[int] = []
+        for number, dialogue in enumerate(dialogues):
+            found: list[RenderedSample] | None = []
+            try:
+                if self._renders_here:
+                    found = self.samples(dialogue, learn, thinking)
+                elif found := None if dialogue.tools else self._filled(dialogue, learn, thinking):
+                    self._refuse_control_tokens(dialogue)
+            except RowRejected as error:
+                out.append(error)
+                continue
+            out.append(found or [])
+            later += [number] if found is None else []
+        specification = {
+            "name": self.name,
+            "own_source": self.own_sources,
+            "tokens": self.tokens,
+            "special": self.special,
+        }
+        answers = GUARD.samples(specification, [dialogues[number].to_dict() for number in later], learn, thinking)
+        for number, answer in zip(later, answers, strict=True):
+            out[number] = (
+                answer
+                if isinstance(answer, RowRejected)
+                else [RenderedSample(tuple(Span(*span) for span in spans)) for spans in answer]
+            )
+        return out
+
+    def _filled(self, dialogue: Dialogue, learn: str, thinking: str) -> list[RenderedSample] | None:
+        """Return the samples of a dialogue whose shape needs no render; None for others."""
         opens_tag = any(message.content.lstrip()[:1] in TAGS for message in dialogue.messages if message.content)
         if (
             not opens_tag
@@ -348,7 +386,7 @@ class Template:
             and skeleton.fits(dialogue.messages)
         ):
             return [RenderedSample(spans) for spans in skeleton.fill(dialogue.messages)]
-        return self._samples(dialogue, learn, thinking)
+        return None
 
     def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[RenderedSample]:
         turns = [message.to_dict() for message in _with_thinking(dialogue.messages, thinking)]
@@ -583,9 +621,12 @@ class Template:
             **self.tokens,
         }
         try:
-            if self._renders_here:
-                return compile_template(self.marked if marks else self.source).render(context)
-            return GUARD.render(self.source, self.name, context)
+            source = self.marked if marks else self.source
+            return (
+                compile_template(source).render(context)
+                if self._renders_here
+                else GUARD.render(source, self.name, context)
+            )
         except jinja2.TemplateError as error:
             raise RowRejected(
                 "template_refuses",

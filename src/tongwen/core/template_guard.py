@@ -2,7 +2,8 @@
 
 A chat template is a program that comes with a model, and what it does depends on the row. Jinja's sandbox keeps it from files and
 Python objects, but not from looping for ever or from filling the memory. So each render of it happens in a small process that
-the kernel ends at a limit. All such templates share one process; it answers in JSON, so nothing is unpickled.
+the kernel ends at a limit. All such templates share one process; it takes rows in batches and
+answers in JSON, so nothing is unpickled.
 
 A render with contents that record what is done with them (core/template_cache.py) takes its record there and back.
 """
@@ -16,22 +17,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
-from tongwen.core.errors import ModelError
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
+from tongwen.core.records import from_dict
 from tongwen.core.template_cache import ContentInspected, RenderTrace, Slot, find_trace, revive
 
-SECONDS = 3.0  # of CPU time for one render; an ordinary one takes a thousandth
+SECONDS = 3.0  # of CPU time for one row; an ordinary one takes a thousandth
 MEMORY = 1 << 30  # bytes of the process's address space
 TEXT = 32 << 20  # characters of one render
-IS_POSSIBLE = os.name != "nt"  # Windows has no such limits: there a template renders in this process
+BATCH, BATCH_BYTES = 100, 1 << 20  # rows of a request, and their size in JSON
 # The parent's path, and nothing else: no folder of a stranger is imported from.
-COMMAND = "import sys; sys.path[:] = {path!r}; from tongwen.core import chat_template, template_guard; template_guard.serve(chat_template.compile_template)"
+COMMAND = "import sys; sys.path[:] = {path!r}; from tongwen.core import chat_template, template_guard; template_guard.serve(chat_template)"
 
 
 class TemplateFailure(ValueError):
@@ -45,48 +49,55 @@ class TemplateFailure(ValueError):
 class Guard:
     """The process, started when it is needed, and again after a template broke a limit. Used by one thread at a time."""
 
+    is_possible = (
+        os.name != "nt"
+    )  # Windows has no such limits: there, as in the process itself, a template renders here
+
     def __init__(self) -> None:
         self._owner = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._sent: dict[str, int] = {}  # sources that the process has, with their numbers
-        self._broke: dict[str, str] = {}  # sources that broke a limit, and how
+        self._sent: dict[str, int] = {}  # templates that the process has, with their numbers
+        self._broke: dict[str, str] = {}  # templates that broke a limit, and how
 
     def render(self, source: str, name: str, context: Mapping[str, Any]) -> str:
         """Return the render. Raises TemplateFailure or jinja2.TemplateError as the template does, ModelError when it breaks a
         limit, ContentInspected for a traced content that it inspects."""
         trace = find_trace(context["messages"])
-        slots = trace.slots if trace else None
+        return _read_reply(
+            self._ask(source, name, {"context": context, "slots": trace.slots if trace else None}), trace
+        )
+
+    def samples(
+        self, specification: Mapping[str, Any], rows: Sequence[dict[str, Any]], learn: str, thinking: str
+    ) -> Iterator[list[list[list[Any]]] | RowRejected]:
+        """Yield the spans of each dialogue's samples, or why it is rejected. specification: arguments of `Template.make`."""
+        template = json.dumps(specification)
+        for batch in _batches(rows):
+            reply = self._ask(template, specification["name"], {"rows": batch, "learn": learn, "thinking": thinking})
+            for spans, refusal in reply["samples"]:
+                yield spans if refusal is None else RowRejected(*refusal)
+
+    def _ask(self, template: str, name: str, request: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
             if self._owner != os.getpid():  # a fork must not share the pipes
-                self._owner, self._process, self._sent = os.getpid(), None, {}
-            if source in self._broke:
-                raise _limit_error(name, self._broke[source])
-            reply = self._ask(source, name, {"context": context, "slots": slots})
-        return _read_reply(reply, trace)
-
-    def _ask(self, source: str, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._process or self._start()
-        assert process.stdin and process.stdout
-        if source not in self._sent:
-            self._sent[source] = len(self._sent)
-            request["source"] = source
-        request["number"] = self._sent[source]
-        try:
-            process.stdin.write(json.dumps(request, default=_plain).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except OSError:
-            line = b""
-        except BaseException:  # Ctrl-C: the reply would answer the next request
-            self.close()
-            raise
-        reply: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"limit": self._end_of(process)}
-        if "limit" in reply:
-            self.close()
-            self._broke[source] = str(reply["limit"])
-            raise _limit_error(name, self._broke[source])
-        return reply
+                self._owner, self._process = os.getpid(), None
+            if template in self._broke:
+                raise _limit_error(name, self._broke[template])
+            process = self._process or self._start()
+            if template not in self._sent:
+                self._sent[template] = len(self._sent)
+                request["template"] = template
+            try:
+                reply = _exchange(process, {**request, "number": self._sent[template]})
+            except BaseException:  # Ctrl-C: the reply would answer the next request
+                self.close()
+                raise
+            if "limit" in reply:
+                self.close()
+                self._broke[template] = str(reply["limit"])
+                raise _limit_error(name, self._broke[template])
+            return reply
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-I", "-c", COMMAND.format(path=sys.path)]
@@ -100,9 +111,6 @@ class Guard:
         self._process, self._sent = process, {}
         return process
 
-    def _end_of(self, process: subprocess.Popen[bytes]) -> str:
-        return "time" if process.wait() == -signal.SIGPROF else "memory"
-
     def close(self) -> None:
         """End the process; the next render starts another."""
         if self._process and self._owner == os.getpid():
@@ -113,6 +121,34 @@ class Guard:
 
 GUARD = Guard()
 atexit.register(GUARD.close)
+
+
+def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict[str, Any]:
+    """Return the reply to a request, or the limit at which the process ended instead."""
+    assert process.stdin and process.stdout
+    line = b""
+    with suppress(OSError):
+        process.stdin.write(json.dumps(request, default=_plain).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    if line.endswith(b"\n"):
+        reply: dict[str, Any] = json.loads(line)
+        if "bug" in reply:
+            raise RuntimeError(reply["bug"])
+        return reply
+    return {"limit": "time" if process.wait() == -signal.SIGPROF else "memory"}
+
+
+def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the rows as JSON, in requests of limited size."""
+    batch: list[str] = []
+    for text in map(json.dumps, rows):
+        if batch and (len(batch) == BATCH or sum(map(len, batch)) + len(text) > BATCH_BYTES):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 def _limit_error(name: str, limit: str) -> ModelError:
@@ -150,38 +186,74 @@ def _plain(value: Any) -> Any:
     return [value.message, value.steps] if isinstance(value, Slot) else list(value)
 
 
-def serve(compile_template: Callable[[str], jinja2.Template]) -> None:
-    """Answer the requests of the parent process until it ends."""
+def serve(chat_template: Any) -> None:
+    """Answer the requests of the parent process until it ends. chat_template: the module, which imports this one."""
     import resource
 
+    Guard.is_possible = False
     with suppress(ValueError, OSError):  # the system may set a lower limit, and some systems none
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sources: dict[int, str] = {}
+    templates: dict[int, Any] = {}
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
-        sources.setdefault(request["number"], request.get("source", ""))
-        trace = RenderTrace()
-        trace.slots = [Slot(number, tuple(map(tuple, steps))) for number, steps in request["slots"] or ()]
-        context = revive(request["context"], trace) if request["slots"] else request["context"]
+        number = request["number"]
+        sources.setdefault(number, request.get("template", ""))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # at the end of which the kernel ends this process
-        reply = _reply(compile_template, sources[request["number"]], context)
-        answer = json.dumps({**reply, "slots": trace.slots, "absent": sorted(trace.absent)}, default=_plain)
+        try:
+            if "rows" in request:
+                if number not in templates:
+                    templates[number] = _make(chat_template, **json.loads(sources[number]))
+                answer = json.dumps(_samples(templates[number], request))
+            else:
+                answer = json.dumps(_render(chat_template.compile_template, sources[number], request), default=_plain)
+        except MemoryError:
+            answer = json.dumps({"limit": "memory"})
+        except Exception:
+            answer = json.dumps({"bug": traceback.format_exc()})
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(answer.encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def _reply(compile_template: Callable[[str], jinja2.Template], source: str, context: dict[str, Any]) -> dict[str, Any]:
+def _make(chat_template: Any, name: str, **arguments: Any) -> Any:
+    special = tuple(arguments.pop("special"))
+    return replace(chat_template.Template.make("own", special=special, **arguments), name=name)
+
+
+def _samples(template: Any, request: Mapping[str, Any]) -> dict[str, Any]:
+    out: list[tuple[Any, Any]] = []
+    for text in request["rows"]:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            samples = template.samples(from_dict(json.loads(text)), request["learn"], request["thinking"])
+            out.append(([sample.spans for sample in samples], None))
+        except RowRejected as error:
+            out.append((None, (error.reason, error.rule)))
+        except RecursionError as error:
+            out.append((None, ("template_fails", str(error))))
+    return {"samples": out}
+
+
+def _render(
+    compile_template: Callable[[str], jinja2.Template], source: str, request: Mapping[str, Any]
+) -> dict[str, Any]:
+    trace = RenderTrace()
+    trace.slots = [Slot(number, tuple(map(tuple, steps))) for number, steps in request["slots"] or ()]
+    context = revive(request["context"], trace) if request["slots"] else request["context"]
+    answer: dict[str, Any] = {}
     try:
-        text = compile_template(source).render(**context)
+        answer["text"] = compile_template(source).render(**context)
+        if len(answer["text"]) > TEXT:
+            return {"limit": "text"}
     except MemoryError:
-        return {"limit": "memory"}
+        raise
     except ContentInspected:
-        return {"error": ["inspected", ""]}
+        answer["error"] = ["inspected", ""]
     except ModelError as error:
-        return {"error": ["syntax", error.rule], "place": error.place}
+        answer |= {"error": ["syntax", error.rule], "place": error.place}
     except jinja2.TemplateError as error:
-        return {"error": ["refused", str(error)[:1000]]}
+        answer["error"] = ["refused", str(error)[:1000]]
     except Exception as error:
-        return {"error": [type(error).__name__, str(error)[:1000]]}
-    return {"text": text} if len(text) <= TEXT else {"limit": "text"}
+        answer["error"] = [type(error).__name__, str(error)[:1000]]
+    return {**answer, "slots": trace.slots, "absent": sorted(trace.absent)}

@@ -253,13 +253,14 @@ def _trainable_samples(
 ) -> list[_Sample]:
     """Return the trainable samples of some dialogues; reject the others."""
     rendered: list[tuple[int, RenderedSample]] = []
-    for number, dialogue in enumerate(chunk):
-        try:
-            rendered += [(number, sample) for sample in template.samples(dialogue, section.learn, section.thinking)]
-        except RowRejected as error:
+    for number, found in enumerate(template.samples_of_each(chunk, section.learn, section.thinking)):
+        if isinstance(found, RowRejected):
+            dialogue = chunk[number]
             ledger.enter(0)
-            ledger.lose(error.reason, 0)
-            reject(RejectedRow(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
+            ledger.lose(found.reason, 0)
+            reject(RejectedRow(dialogue.origin, found.reason, found.rule, dialogue.to_dict()))
+        else:
+            rendered += [(number, sample) for sample in found]
     encoded = encoder.encode([sample.spans for _, sample in rendered])
     samples = [
         _Sample(

@@ -13,20 +13,28 @@ from typing import Any
 
 import openai
 
-from tongwen.core.errors import MachineError, ModelError
+from tongwen.core.errors import MachineError, ModelError, TongwenError
 from tongwen.core.i18n import _
-from tongwen.core.openai_client import OpenAIClient, UnreadableReply
+from tongwen.core.openai_client import OpenAIClient, ReplyTooLarge, TruncatedReply, UnreadableReply, check_address
 from tongwen.infer.generation import Sampling
 
 CONCURRENCY = 8  # concurrent requests
 RETRIES = 4  # of a request, by OpenAI's client
+SECONDS = 900.0  # for a whole reply, all its tries together
 
 
 class EndpointBackend:
-    """A model at an endpoint. completion: continue texts; the endpoint applies no template."""
+    """A model at an endpoint. completion: continue texts; the endpoint applies no template.
+
+    Raises RecipeError for an address that is not safe.
+    """
 
     def __init__(self, url: str, model: str, *, completion: bool = False) -> None:
-        self.url, self.model, self.completion = url, model, completion
+        self.url, self.model, self.completion = (
+            check_address(url, "--endpoint", has_key=bool(_key())),
+            model,
+            completion,
+        )
 
     def answer_each(
         self,
@@ -35,8 +43,11 @@ class EndpointBackend:
         on_answer: Callable[[int, str], None],
         tools: Sequence[Sequence[Mapping[str, Any]]] = (),
     ) -> None:
-        """Call `on_answer` with the index and text of each answer. tools: of each conversation, if any has some. Raises
-        MachineError if the endpoint cannot be reached, ModelError if it refuses."""
+        """Call `on_answer` with the index and text of each whole answer. tools: of each conversation, if any has some.
+
+        Raises MachineError if the endpoint cannot be reached, ModelError if it refuses, or if answers were cut short: then
+        all others have been passed on.
+        """
         if sampling.beams > 1:
             raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
         offered = tools or [()] * len(conversations)
@@ -51,13 +62,19 @@ class EndpointBackend:
         on_answer: Callable[[int, str], None],
     ) -> None:
         indexed = enumerate(asked)
+        cut: dict[int, str] = {}  # answers that are not whole, with the reason
 
         async def worker_loop() -> None:
             for index, (messages, tools) in indexed:  # shared by all workers
                 offered = {"tools": [*map(dict, tools)]} if tools else {}
-                on_answer(index, await self._request(client, messages, {**options, **offered}))
+                try:
+                    on_answer(index, await self._request(client, messages, {**options, **offered}))
+                except TruncatedReply as error:
+                    cut[index] = str(error)
 
-        async with OpenAIClient(self.url, self.model, os.environ.get("OPENAI_API_KEY", ""), retries=RETRIES) as client:
+        async with OpenAIClient(
+            self.url, self.model, _key(), place="--endpoint", retries=RETRIES, seconds=SECONDS
+        ) as client:
             workers = [asyncio.create_task(worker_loop()) for _ in range(CONCURRENCY)]
             try:
                 await asyncio.gather(*workers)
@@ -65,6 +82,17 @@ class EndpointBackend:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+        if cut:
+            index, reason = min(cut.items())
+            raise ModelError(
+                _("{count} answers are not whole; the first is that of prompt {number}: {reason}").format(
+                    count=len(cut), number=index + 1, reason=reason
+                ),
+                place=self.url,
+                remedy=_(
+                    "`length`: raise --max-new-tokens; `content_filter`: take the prompt out. The other answers are kept"
+                ),
+            )
 
     async def _request(
         self, client: OpenAIClient, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]
@@ -73,9 +101,15 @@ class EndpointBackend:
             if self.completion:
                 return await client.complete("".join(str(turn["content"]) for turn in messages), **options)
             return await client.chat(messages, **options)
-        except openai.APIConnectionError as error:
+        except asyncio.TimeoutError:
             raise MachineError(
-                _("no response: {cause}").format(cause=error.__cause__ or error),
+                _("no whole reply within {seconds:g} seconds").format(seconds=SECONDS), place=self.url
+            ) from None
+        except openai.APIConnectionError as error:
+            if isinstance(cause := error.__cause__, TongwenError):
+                raise cause from None
+            raise MachineError(
+                _("no response: {cause}").format(cause=client.without_key(str(cause or error))),
                 place=self.url,
             ) from None
         except openai.AuthenticationError:
@@ -85,17 +119,23 @@ class EndpointBackend:
         except openai.APIStatusError as error:
             raise ModelError(
                 _("the endpoint refused ({status_code}): {message}").format(
-                    status_code=error.status_code, message=error.message
+                    status_code=error.status_code, message=client.without_key(error.message)
                 ),
                 place=self.url,
                 remedy=_("--model must be a name that the endpoint knows: GET /v1/models"),
             ) from None
+        except ReplyTooLarge as error:
+            raise ModelError(_("the reply is too large: {error}").format(error=error), place=self.url) from None
         except UnreadableReply as error:
             raise ModelError(
                 _("the endpoint's reply contains no answer: {error!r}").format(error=str(error)),
                 place=self.url,
                 remedy=_("the address ends with /v1 for most endpoints"),
             ) from None
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "")
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:

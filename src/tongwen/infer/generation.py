@@ -25,7 +25,9 @@ RANGES = {
     "repetition_penalty": (0.01, 10),
     "beams": (1, 64),
     "min_new_tokens": (0, 1 << 20),
+    "seed": (-(1 << 63), (1 << 63) - 1),  # of torch
 }
+SHARES = ("temperature", "top_p", "repetition_penalty")  # the options that are no whole numbers
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            if not isinstance(value, int) and name not in SHARES:
+                raise RecipeError(_("{value} is not a whole number").format(value=value), place=name)
+            if not low <= value <= high:
                 raise RecipeError(
-                    _("{value} is out of range").format(value=getattr(self, name)),
-                    place=name,
-                    remedy=f"{low} … {high}",
+                    _("{value} is out of range").format(value=value), place=name, remedy=f"{low} … {high}"
                 )
 
     def generation_kwargs(self) -> dict[str, Any]:

@@ -152,8 +152,8 @@ class TerminalChat:
             else:
                 originals.write_new(file, text)
             self.saved[file] = artifact.hash_file(file)
-        except OSError as error:
-            console.error(f"{file}: {error.strerror}")
+        except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+            console.error(f"{file}: {error}")
         except TongwenError as error:
             console.error(error.text())
         else:
@@ -246,7 +246,7 @@ def _reader() -> Callable[[], str]:
 def _read_number(name: str, value: str) -> Any:
     try:
         number = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         number = None
     if isinstance(number, (int, float)) and not isinstance(number, bool):
         return number

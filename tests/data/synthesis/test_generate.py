@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tongwen.core import openai_client
 from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRejected
 from tongwen.data.synthesis import client, generate
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
@@ -309,7 +310,7 @@ def test_spending_limit_is_never_exceeded(faults: Callable[..., Any]) -> None:
 def test_api_key_is_refused_for_unsafe_addresses(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with pytest.raises(RecipeError) as caught:
-        client.check_address(address)
+        openai_client.check_address(address, "synthesize.endpoint")
     assert "secret" not in caught.value.text() and "https://HOST/v1" in caught.value.text()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import ipaddress
 import os
 import random
 import time
@@ -21,7 +20,7 @@ import openai
 
 from tongwen.core.errors import MachineError, RecipeError, TongwenError
 from tongwen.core.i18n import _
-from tongwen.core.openai_client import CappedTransport, OpenAIClient, ReplyTooLarge, TruncatedReply
+from tongwen.core.openai_client import OpenAIClient, ReplyTooLarge, TruncatedReply
 from tongwen.recipe.data import Synthesize
 
 MAX_RETRY_AFTER = 120.0  # limit for Retry-After, in seconds
@@ -92,19 +91,13 @@ class SynthesisClient:
         self.next_start = 0.0
         self.probing = asyncio.Lock()
         self.client = OpenAIClient(
-            check_address(section.endpoint),
+            section.endpoint,
             section.model,
             _key(section),
+            place="synthesize.endpoint",
             retries=0,
-            timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
-            default_headers={"Accept-Encoding": "identity"},
-            http_client=httpx2.AsyncClient(
-                # Behind a proxy the library uses its own transport; then only the text counts towards the size limit.
-                transport=None if section.use_proxy else CappedTransport(),
-                trust_env=section.use_proxy,
-                follow_redirects=False,
-                event_hooks={"response": [_refuse_web_page]},
-            ),
+            seconds=section.seconds,
+            use_proxy=section.use_proxy,
         )
 
     async def complete(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
@@ -157,7 +150,7 @@ class SynthesisClient:
             raise cause
         self.failures += 1
         if not isinstance(error, openai.APIStatusError):
-            return f"{type(error).__name__}: {error!s:.200}"
+            return f"{type(error).__name__}: {self.client.without_key(str(error)):.200}"
         status, code = error.status_code, getattr(error, "code", None)
         if status in (400, 422) and self.schema and "response_format" in str(error):
             self.schema = False
@@ -165,7 +158,9 @@ class SynthesisClient:
             return "json_schema"
         if status in FATAL_STATUSES or code == "insufficient_quota" or 300 <= status < 400:
             raise RecipeError(
-                _("the endpoint refused the request ({status}): {error!s:.300}").format(status=status, error=error),
+                _("the endpoint refused the request ({status}): {error:.300}").format(
+                    status=status, error=self.client.without_key(str(error))
+                ),
                 place="synthesize.endpoint",
                 remedy=_("check synthesize.endpoint, synthesize.model and the key in ${section}").format(
                     section=self.section.key
@@ -210,24 +205,6 @@ def _is_unbilled(error: Exception) -> bool:
     return unreached or isinstance(error, openai.APIStatusError)
 
 
-def check_address(address: str) -> str:
-    """Return the base URL. Raises RecipeError when it is not safe to send a key to it."""
-    parts = urlsplit(address)
-    host = parts.hostname or ""
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if parts.username or parts.password or not host or parts.scheme not in ("https", "http"):
-        rule = _("this is not a plain endpoint address")
-    elif parts.scheme == "http" and not is_local:
-        rule = _("without https, anyone on the way can read the key")
-    else:
-        return address
-    shown = f"{parts.scheme}://{host}{parts.path}"  # without user name and password
-    raise RecipeError(f"{shown}: {rule}", place="synthesize.endpoint", remedy="https://HOST/v1")
-
-
 def retry_after(headers: Any) -> float:
     """Return the seconds that a 429 response asks to wait (number or date); 1 for other values and past dates."""
     value = headers.get("retry-after", "")
@@ -250,14 +227,3 @@ def _key(section: Synthesize) -> str:
             remedy=f"export {section.key}=…",
         )
     return key
-
-
-async def _refuse_web_page(response: Any) -> None:
-    """Raise RecipeError when the response is a web page: a login, a portal, a wrong URL."""
-    kind = response.headers.get("content-type", "")
-    if response.status_code == 200 and "html" in kind:
-        raise RecipeError(
-            _("the endpoint answers with a web page"),
-            place="synthesize.endpoint",
-            remedy=_("the address ends with /v1 for most endpoints"),
-        )
