@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from tests.conftest import write_rows
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.records import Dialogue, Origin, from_dict
+from tongwen.data import formats
 from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.files import find_files
 from tongwen.data.formats import check_source, read_dialogue, recognise, recognise_row
@@ -608,3 +610,27 @@ def test_suggested_columns_and_roles_work(row: dict[str, Any]) -> None:
 def test_unknown_question_column_gets_a_placeholder_remedy(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"columns: \{instruction: YOUR_QUESTION, output: YOUR_ANSWER\}"):
         as_dialogue(row)
+
+
+FLAT_TEXTS = ("问", " 问 \n", "", "  ", '{"a": 1}', '"x', "{{name}}", "Human: 问\n\nAssistant: 答\n\nHuman: 再", "<think>想</think>答", "<think>想</think>", "\ud800", "a\0b", None, 3)  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [("instruction", "input", "output"), ("instruction", "output", "reasoning"), ("question", "answer"), ("prompt", "completion"), ("query", "response", "cot")])  # fmt: skip
+def test_short_way_of_flat_rows_reads_as_the_long_way(keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a question and an answer alone have a way of their own; an ignored field sends them the other way."""
+
+    def outcome(row: dict[str, Any], **words: Any) -> Any:
+        try:
+            found = as_dialogue(row, **words)
+        except DataError as error:
+            return type(error), getattr(error, "reason", ""), error.rule
+        return found.messages, found.tools, found.unread
+
+    for values in itertools.product(FLAT_TEXTS, repeat=len(keys)):
+        row = dict(zip(keys, values, strict=True))
+        assert outcome(row) == outcome(row, ignore=["no_such_field"]), row
+    used: list[Any] = []
+    read_flat = formats._read_flat
+    monkeypatch.setattr(formats, "_read_flat", lambda *words: used.append(read_flat(*words)) or used[-1])
+    as_dialogue(dict.fromkeys(keys, "文"))
+    assert used[0] is not None, "the short way is taken"

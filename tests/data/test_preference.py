@@ -52,11 +52,28 @@ def test_suggested_remedy_learns_the_chosen_answer(row: dict[str, Any], format_:
 def test_bad_label_is_refused_and_good_label_is_learned(row: dict[str, Any], key: str, value: Any) -> None:
     if key == "chosen" and not isinstance(value, bool):
         pytest.skip("a text or a number there is no verdict")
+    if key == "label" and ((value == 0 and value is not False) or "instruction" in row):
+        pytest.skip("the class of a classification")
     with pytest.raises(DataError, match=rf"preference data \({key}\)") as caught:
         as_dialogue({**row, key: value})
     assert role_and_text(as_dialogue({**row, key: value}, **settings_of(caught.value.remedy))) == PLAIN
     good = as_dialogue({**row, key: True})
     assert (role_and_text(good), good.unread) == (PLAIN, ())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "QUESTION", "output": "ANSWER", "label": 0},
+        {"instruction": "QUESTION", "output": "ANSWER", "label": 1},
+        {"instruction": "QUESTION", "output": "ANSWER", "label": False},
+        {"messages": [ASK, REPLY], "label": 0},
+        {"prompt": "QUESTION", "completion": "ANSWER", "label": 0},
+    ],
+)
+def test_class_is_no_verdict(row: dict[str, Any]) -> None:
+    found = as_dialogue(row)
+    assert (role_and_text(found), found.unread) == (PLAIN, ("label",))
 
 
 def test_similar_column_names_are_unread() -> None:

@@ -34,6 +34,7 @@ from tongwen.core.message_layout import (
     DEFAULT_LAYOUT,
     LAYOUT_OPTIONS,
     MessageLayout,
+    Offered,
     Tools,
     Turn,
     apply_layout,
@@ -60,7 +61,7 @@ GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
 # Separates the characters of a control token in a user's text: the encoder tokenises the parts separately.
 APART = "\ufdd3"
-TAGS = frozenset("<[◁")  # begin a tag: such a content is never rendered from a skeleton
+TAGS = frozenset(("<", "[", "◁"))  # begin a tag: such a text is never rendered from a skeleton
 OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
 ANSWER: Turn = {"role": "assistant", "content": "A"}
@@ -379,12 +380,8 @@ class Template:
 
     def _filled(self, dialogue: Dialogue, learn: str, thinking: str) -> list[RenderedSample] | None:
         """Return the samples of a dialogue whose shape needs no render; None for others."""
-        opens_tag = any(message.content.lstrip()[:1] in TAGS for message in dialogue.messages if message.content)
-        if (
-            not opens_tag
-            and (skeleton := self._skeleton(dialogue, learn, thinking))
-            and skeleton.fits(dialogue.messages)
-        ):
+        skeleton = self._skeleton(dialogue, learn, thinking)
+        if skeleton and skeleton.fits(dialogue.messages):
             return [RenderedSample(spans) for spans in skeleton.fill(dialogue.messages)]
         return None
 
@@ -403,6 +400,7 @@ class Template:
             raise
 
     def _samples_of(self, turns: list[Turn], tools: Tools, learn: str, prove: bool) -> list[RenderedSample]:
+        tools = Offered.of(tools)
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
             raise RowRejected("no_answer", _("the dialogue has no answer to learn"))
@@ -419,9 +417,17 @@ class Template:
 
     def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderSkeleton | None:
         """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
-        if dialogue.tools or any(message.to_dict().keys() - SIMPLE for message in dialogue.messages):
+        if dialogue.tools:
             return None
-        shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
+        parts: list[Any] = [learn, thinking]
+        for message in dialogue.messages:
+            if message.tool_calls or message.name is not None or message.tool_call_id is not None:
+                return None
+            thought = message.thinking
+            if message.content.lstrip()[:1] in TAGS or (thought is not None and thought.lstrip()[:1] in TAGS):
+                return None
+            parts += message.role, message.learn, thought is not None
+        shape = tuple(parts)
         if shape not in self.skeletons:
             self.skeletons[shape] = make_skeleton(
                 dialogue.messages,

@@ -28,16 +28,16 @@ def continuation(prompt: str, whole: str, question: str, thinking: str) -> str |
         return rest if rest is not None else _after_empty_block(prompt, whole, thinking)
     opening, gap = block["open"], block["gap"]
     closing = opening.replace("START", "END") if "START" in opening else f"{opening[0]}/{opening[1:]}"
-    thinking = thinking.strip()
+    thinks, thinking = bool(thinking), thinking.strip()
     if rest is None:
         rest = _after(prompt[: block.start()], whole, question)
         if rest is not None and rest.lstrip().startswith(opening):  # the render has the block, with other blanks
             inside, found, after = rest.lstrip()[len(opening) :].partition(closing)
             return (after.lstrip() if block["close"] else inside.lstrip() + closing + after) if found else None
-    if rest is None or block["close"] or (thinking and rest.lstrip().startswith(thinking)):
+    if rest is None or block["close"] or (thinks and rest.lstrip().startswith(thinking)):
         return rest
     if rest.lstrip().startswith(closing):
-        return thinking + (gap if thinking else "") + rest.lstrip()
+        return thinking + (gap if thinks else "") + rest.lstrip()
     return f"{thinking}{gap}{closing}{gap}{gap}{rest}"
 
 

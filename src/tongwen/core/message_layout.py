@@ -17,6 +17,20 @@ Turn = dict[str, Any]  # OpenAI's form of a message, as `Message.to_dict` writes
 Tools = Sequence[dict[str, Any]]
 
 
+class Offered(tuple[dict[str, Any], ...]):
+    """The tools of a row, with their JSON: a part of what is known of its shape, asked for once an answer."""
+
+    json: str
+
+    @staticmethod
+    def of(tools: Tools) -> Offered:
+        if isinstance(tools, Offered):
+            return tools
+        out = Offered(tools)
+        out.json = json.dumps(list(tools), sort_keys=True, ensure_ascii=False) if tools else ""
+        return out
+
+
 @dataclass(frozen=True)
 class MessageLayout:
     """How a row is written for a template. The first value of each field is the usual one.

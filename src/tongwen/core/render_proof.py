@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tongwen.core.i18n import _
-from tongwen.core.message_layout import Tools, Turn, body_of, read_arguments
+from tongwen.core.message_layout import Offered, Tools, Turn, body_of, read_arguments
 
 # Keys of a JSON schema whose values are words of the schema, not of the user.
 SCHEMA_WORDS = ("type", "format", "$schema", "$ref", "strict", "additionalProperties", "required")
@@ -219,7 +219,7 @@ def contains_value(text: str, kind: str, value: str) -> bool:
 def shape_of(turns: Sequence[Turn], tools: Tools) -> tuple[Any, ...]:
     """Return what two rows have in common when one proof holds for both."""
     return (
-        json.dumps(list(tools), sort_keys=True, ensure_ascii=False) if tools else "",
+        Offered.of(tools).json,
         *[_turn_shape(turn) for turn in turns],
     )
 

@@ -1,7 +1,7 @@
 """Cache the render of a chat template for all dialogues of one shape: the literal text around the message contents.
 
-Rendering a chat template costs more than tokenising its output, but most templates only write a content and never inspect
-it. This is verified: the template is rendered with contents that record every operation on them. Writing, trimming and
+Rendering a chat template costs more than tokenising its output, but most templates only write a content or a thinking and never
+inspect it. This is verified: the template is rendered with contents that record every operation on them. Writing, trimming and
 concatenating are allowed. A substring test returns False, and real contents must not contain that substring. After any
 other operation the shape has no skeleton, and its dialogues are rendered one by one. Finally, awkward contents are rendered
 both ways and must give the same text.
@@ -30,9 +30,11 @@ class ContentInspected(Exception):
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a message's content in the text. steps: (method, argument) of each trim that the template applied."""
+    """The place of a message's text in the render. field: content or thinking; steps: (method, argument) of each trim that
+    the template applied."""
 
     message: int
+    field: str = "content"
     steps: tuple[tuple[str, str | None], ...] = ()
 
 
@@ -147,10 +149,11 @@ class RenderSkeleton:
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether the skeleton was verified for contents like these."""
         for message in messages:
-            if not message.content.strip():
+            thinking = message.thinking
+            if not message.content.strip() or (thinking is not None and not thinking.strip()):
                 return False
             for text in self.absent:
-                if text in message.content:
+                if text in message.content or (thinking is not None and text in thinking):
                     return False
         return True
 
@@ -170,7 +173,7 @@ class RenderSkeleton:
 
 
 def _content(slot: Slot, messages: Sequence[Message]) -> str:
-    text = messages[slot.message].content
+    text: str = getattr(messages[slot.message], slot.field)
     if not slot.steps:
         return text
     for method, characters in slot.steps:
@@ -183,7 +186,12 @@ def make_skeleton(messages: Sequence[Message], samples: Samples) -> RenderSkelet
     trace = RenderTrace()
     try:
         traced = tuple(
-            replace(message, content=TracedContent.make(trace, Slot(index))) for index, message in enumerate(messages)
+            replace(
+                message,
+                content=TracedContent.make(trace, Slot(index)),
+                thinking=message.thinking and TracedContent.make(trace, Slot(index, "thinking")),
+            )
+            for index, message in enumerate(messages)
         )
         skeleton = RenderSkeleton(
             tuple(tuple((_parts(span.text, trace), span) for span in sample) for sample in samples(traced, False)),
@@ -207,7 +215,12 @@ def _is_faithful(skeleton: RenderSkeleton, messages: Sequence[Message], samples:
     """Whether the skeleton renders awkward contents exactly as the template does."""
     for turn in range(len(AWKWARD)):
         filled = tuple(
-            replace(message, content=AWKWARD[(turn + index) % len(AWKWARD)]) for index, message in enumerate(messages)
+            replace(
+                message,
+                content=AWKWARD[(turn + index) % len(AWKWARD)],
+                thinking=message.thinking and AWKWARD[(turn + index + 2) % len(AWKWARD)],
+            )
+            for index, message in enumerate(messages)
         )
         if skeleton.fits(filled) and skeleton.fill(filled) != samples(filled, True):
             return False

@@ -55,9 +55,13 @@ class Fields:
             keys = tuple(key for name in names if (key := self.key(name)) is not None)
         else:
             keys = _present(self.shape, names)
+        if not keys:
+            return None
+        if len(keys) == 1:
+            key = keys[0]
+            self._asked.add(key)
+            return self.values[key]
         self._asked.update(keys)
-        if len(keys) < 2:
-            return self.values[keys[0]] if keys else None
         filled = [key for key in keys if not is_empty(self.values[key])]
         for other in filled[1:]:
             if self.values[other] != self.values[filled[0]]:

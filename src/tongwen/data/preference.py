@@ -28,6 +28,7 @@ _VERDICTS = (
     "is_preferred",
     "is_desirable",
 )
+_DIALOGUES = ("messages", "conversations", "conversation")
 _QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 
 
@@ -50,7 +51,7 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
             remedy=_remedy(row, found),
         )
     for key in verdict_keys:
-        if key not in mapped and key not in source.ignore and _is_false(row[key]):
+        if key not in mapped and key not in source.ignore and _is_bad(key, row):
             raise DataError(
                 _("this is preference data ({key}): {value!r} marks an answer that must not be learned").format(
                     key=key, value=row[key]
@@ -78,8 +79,16 @@ def verdicts(row: Mapping[str, Any]) -> list[str]:
     return [key for key in _suspects(tuple(row))[1] if says_true(row[key])]
 
 
-def _is_false(value: Any) -> bool:
-    return value is False or (isinstance(value, (int, float)) and value == 0) or (isinstance(value, str) and value.strip().lower() == "false")  # fmt: skip
+def _is_bad(key: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row says that its answer is disliked. A `label` says so in the two shapes of KTO alone, and only as true or
+    false: beside an instruction, and as a number, it is the class of a classification."""
+    value = row[key]
+    if key == "label" and not (
+        any(name in row for name in _DIALOGUES) or ("prompt" in row and "instruction" not in row)
+    ):
+        return False
+    is_false = value is False or (isinstance(value, str) and value.strip().lower() == "false")
+    return is_false or (key != "label" and isinstance(value, (int, float)) and value == 0)
 
 
 def _remedy(row: dict[str, Any], found: list[str]) -> str:

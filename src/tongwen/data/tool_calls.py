@@ -37,7 +37,13 @@ def read_tools(row: Fields) -> list[Any]:
         ]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowRejected("bad_tools", _("tools must be a list of objects"))
-    return tools
+    return [_usual(tool) if "input_schema" in tool else tool for tool in tools]
+
+
+def _usual(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool in OpenAI's form from Anthropic's, whose parameters are its `input_schema`."""
+    inner = {"parameters" if key == "input_schema" else key: value for key, value in tool.items() if key != "type"}
+    return {"type": "function", "function": inner}
 
 
 def read_call(call: Any, turn: Fields, number: int) -> dict[str, Any]:
@@ -70,7 +76,8 @@ def read_call(call: Any, turn: Fields, number: int) -> dict[str, Any]:
 def without_padding(tools: list[Any], messages: list[Message]) -> list[Any]:
     """Remove the nulls with which a table makes objects alike: properties without a schema, and arguments that the schema of
     their tool does not have. A null that stands under a declared name stays. Changes the calls of the messages, too."""
-    if not tools:
+    arguments = [call["function"]["arguments"] for message in messages for call in message.tool_calls]
+    if not any(None in one.values() for one in arguments) and not _has_null(tools):
         return tools
     declared: dict[str, set[str]] = {}
     cleaned = []
@@ -87,6 +94,12 @@ def without_padding(tools: list[Any], messages: list[Message]) -> list[Any]:
         if calls != list(message.tool_calls):
             messages[index] = replace(message, tool_calls=tuple(calls))
     return cleaned
+
+
+def _has_null(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_has_null, value.values() if isinstance(value, dict) else value))
+    return value is None
 
 
 def _without_null_properties(schema: Any) -> Any:

@@ -54,9 +54,11 @@ _CONTENT_PARTS = {
     "thinking": "thinking",
     "reasoning": "thinking",
     "tool_call": "tool_call",
+    "tool_use": "tool_use",
+    "tool_result": "tool_result",
 }
-_PLAIN_TURNS = {("role", "content"), ("from", "value")}  # the keys of nearly every turn
-IN_TURNS = ("from", "value", "role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS, *LEARN)
+DETAILS = "reasoning_details"  # OpenRouter's list of {type: reasoning.text, text}
+IN_TURNS = ("from", "value", "role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS, DETAILS, *LEARN)
 _MEDIA = re.compile(r"((?:image|img|video|audio)s?)(?:_(?:url|path|file|byte|list|name)s?)?", re.IGNORECASE)
 _MEDIA_NAMES = {"image": "images", "img": "images", "video": "videos", "audio": "audios"}
 
@@ -81,6 +83,15 @@ def list_turns(row: Fields, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, turn
 
 
+@lru_cache(maxsize=4096)
+def _plain_names(keys: tuple[str, ...]) -> tuple[str, str, str] | None:
+    """Return the keys of speaker, text and thinking ("" without one) of a turn without other keys: of nearly every turn."""
+    if len(keys) not in (2, 3) or keys[:2] not in (("role", "content"), ("from", "value")):
+        return None
+    thinking = keys[2] if len(keys) == 3 else ""
+    return (keys[0], keys[1], thinking) if not thinking or thinking in THOUGHTS else None
+
+
 def open_turn(row: Fields, turn: dict[str, Any], key: str) -> Fields:
     """Return the fields of a turn. Raises RowRejected for one with media."""
     fields = row.inside(turn, key, with_columns=True)
@@ -95,16 +106,25 @@ def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Messag
     tools: list[Any] = []
     was_call = False
     turns = row.values.get(row.key(key) or "")
+    plain = not source.columns and not source.ignore
     for number, values in list_turns(row, key):
-        if tuple(values) in _PLAIN_TURNS and not source.columns and not source.ignore:
-            speaker, said = values.values()
-            role = _role(speaker, number, source, turns)
-            if isinstance(said, str) and role != "function_call":
-                messages.append(Message(role, said))
+        if (names := _plain_names(tuple(values))) and plain:
+            said, thought = values[names[1]], values[names[2]] if names[2] else None
+            role = _role(values[names[0]], number, source, turns)
+            if (
+                said.__class__ is str
+                and role != "function_call"
+                and (not thought or (thought.__class__ is str and role == "assistant" and not is_blank(thought)))
+            ):
+                messages.append(Message(role, said, thought or None))
                 was_call = False
                 continue
         turn = open_turn(row, values, key)
-        message, is_call = _turn(turn, number, source, turns)
+        *results, message, is_call = _turn(turn, number, source, turns)
+        messages += results
+        if message is None:
+            was_call = False
+            continue
         if message.role == "system" and number == 1:
             tools = read_tools(turn)
         if is_call and was_call and not message.thinking and message.learn == messages[-1].learn:
@@ -115,15 +135,15 @@ def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Messag
     return messages, tools
 
 
-def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[Message, bool]:
-    """Return (message, whether the turn consists of calls only)."""
+def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[Any, ...]:
+    """Return (results of tools in the turn …, its message or None, whether the turn consists of calls only)."""
     role = _role(turn.get("role", "from"), number, source, turns)
     is_call = role == "function_call"
     role = "assistant" if is_call else role
     answers = role == "assistant"
     thinking = _thinking(turn, number) if answers else None
     calls = calls_of(turn, number) if answers else []
-    text, more_thinking, more_calls = _content(turn, number, optional=bool(calls), answers=answers)
+    text, more_thinking, more_calls, results = _content(turn, number, optional=bool(calls), role=role)
     if is_call and not calls:
         found = parse_inside(text, _("turn {number}").format(number=number))
         calls, text = found if isinstance(found, list) else [found], ""
@@ -139,13 +159,23 @@ def _turn(turn: Fields, number: int, source: SourceConfig, turns: Any) -> tuple[
         optional_string(turn, "name", number),
         optional_string(turn, "tool_call_id", number) if role == "tool" else None,
     )
-    return message, is_call
+    if results and is_blank(text):
+        return *results, None, is_call
+    return *results, message, is_call
 
 
 def _thinking(turn: Fields, number: int) -> str | None:
     value = turn.get(*THOUGHTS)
     if isinstance(value, list) and value:
         value = _joined_parts(value)
+    details = turn.get(DETAILS)
+    if isinstance(details, list) and not isinstance(details := _joined_parts(details), str):
+        turn.leave(DETAILS)  # encrypted, or a summary
+        details = None
+    if isinstance(details, str) and not is_blank(details):
+        if isinstance(value, str) and not is_blank(value) and value.strip() != details.strip():
+            raise RowRejected("ambiguous", _("turn {number} has two different thinking texts").format(number=number))
+        value = value or details
     if value is not None and not isinstance(value, str):
         raise RowRejected(
             "bad_thinking",
@@ -161,34 +191,49 @@ def _joined_parts(parts: list[Any]) -> Any:
     return "".join(texts) if len(texts) == len(parts) else parts
 
 
-def _content(turn: Fields, number: int, optional: bool, answers: bool) -> tuple[str, str, list[Any]]:
-    """Return (text, thinking, calls) of a turn. A list of parts is joined: LLaMA-Factory v1, Anthropic, OpenAI."""
+def _content(turn: Fields, number: int, optional: bool, role: str) -> tuple[str, str, list[Any], list[Message]]:
+    """Return (text, thinking, calls, results of tools) of a turn. A list of parts is joined: LLaMA-Factory v1, Anthropic,
+    OpenAI."""
     content = turn.get("content", "value")
     if content is None and optional:
-        return "", "", []
+        return "", "", [], []
     if isinstance(content, str):
-        return content, "", []
+        return content, "", [], []
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
         raise _bad_content(number, "value" if turn.has("value") and not turn.has("content") else "content", content, turn.values)  # fmt: skip
-    found: dict[str, list[Any]] = {"text": [], "thinking": [], "tool_call": []}
+    answers = role == "assistant"
+    found: dict[str, list[Any]] = {"text": [], "thinking": [], "tool_call": [], "tool_result": []}
     for part in content:
         fields = turn.inside(part, "content")
         type_ = fields.get("type")
         meaning = _CONTENT_PARTS.get(type_) if isinstance(type_, str) else None
-        value = fields.get("text", "value", "thinking", "reasoning") if meaning else None
+        value: Any
+        if meaning == "tool_use":  # Anthropic's names
+            value = {"id": fields.get("id"), "name": fields.get("name"), "arguments": fields.get("input")}
+            meaning = "tool_call"
+        elif meaning == "tool_result":
+            value = fields.get("content", "text")
+        else:
+            value = fields.get("text", "value", "thinking", "reasoning") if meaning else None
         value = _joined_parts(value) if isinstance(value, list) else value
-        if meaning is None or not isinstance(value, (str, dict)) or (meaning != "text" and not answers):
+        if meaning == "tool_result" and role in ("user", "tool") and isinstance(value, str) and not found["text"]:
+            value = Message("tool", value, tool_call_id=optional_string(fields, "tool_use_id", number))
+        elif (
+            meaning in (None, "tool_result")
+            or not isinstance(value, (str, dict))
+            or (meaning != "text" and not answers)
+        ):
             raise RowRejected(
                 "not_only_text",
                 _("turn {number} has a part of type {type!r}; only text is supported").format(
                     number=number, type=type_
                 ),
             )
-        found[meaning].append(value)
+        found[meaning or ""].append(value)
     calls = [parse_inside(call, _("turn {number}").format(number=number)) if isinstance(call, str) else call for call in found["tool_call"]]  # fmt: skip
     if not all(isinstance(text, str) for text in (*found["text"], *found["thinking"])):
         raise _bad_content(number, "content", content, turn.values)
-    return "".join(found["text"]), "".join(found["thinking"]), calls
+    return "".join(found["text"]), "".join(found["thinking"]), calls, found["tool_result"]
 
 
 def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRejected:

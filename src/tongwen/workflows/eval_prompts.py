@@ -137,7 +137,9 @@ def _asks_only(value: Any) -> bool:
         return False
     turns = value.get("messages")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-        return turns[-1].get("role") != "assistant" and all(isinstance(turn.get("content"), str) for turn in turns)
+        return turns[-1].get("role") != "assistant" and all(
+            isinstance(turn.get("content"), (str, list)) for turn in turns
+        )
     if not value.keys().isdisjoint(REFERENCES) and not _is_unanswered(value):
         return False
     prompt = next((value[key] for key in ("prompt", "instruction", "question", "query") if key in value), None)
