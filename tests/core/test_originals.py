@@ -279,7 +279,22 @@ def test_run_leaves_what_is_not_its_own(
         assert seen(tmp_path) == before
 
 
-def test_data_beside_a_run_stays_where_it_is(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_run_below_the_current_folder_is_done_again(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a recipe does not name is no input; a name of a model on a hub, none that exists."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "data" / "d.jsonl", dialogues(8))
+    text = f"name: x\nbase: {chat_model}\nprepare: {{dialogues: data, held_out: 2}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    for words in ((), ("--again",), ("out=data/../runs/y",), ("out=runs/y", "--again")):
+        code, _, err = tongwen("run", "r.yaml", *words)
+        assert code == 0, err
+    assert (tmp_path / "runs/x/prepare.old-1").is_dir() and (tmp_path / "runs/y/prepare.old-1").is_dir()
+    originals.clear_path(Path("new"), ["", "a/b", "modelscope:a/b"], again=True)
+
+
+def test_data_in_the_output_folder_stay_in_place(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     data = write_rows(tmp_path / "o" / "data.jsonl", dialogues(8))
     recipe = tmp_path / "o" / "mine.yaml"
     text = f"name: x\nbase: {chat_model}\nout: {tmp_path}/o\nprepare: {{dialogues: {data}, held_out: 2}}\n"

@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     distributed.read_launcher_environment()
     if distributed.is_child_process():
-        distributed.end_with_parent(signal.SIGKILL)  # whoever waits for it has passed on what asks it to save
+        distributed.end_with_parent(signal.SIGKILL)  # its launcher passes on each request to save
     _silence_libraries()
     if arguments.json:
         from tongwen.core import console

@@ -165,9 +165,10 @@ def _places(path: Path) -> set[Path]:
 
 def _existing(name: str) -> Iterator[Path]:
     """Yield the real paths that an input's name stands for. An adapter of ours needs the base that it was trained on."""
+    if not name:
+        return
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    found = [str(path)] if name and os.path.exists(path) else glob.glob(str(path), recursive=True)  # noqa: PTH110, PTH207
-    for one in found:
+    for one in [str(path)] if os.path.exists(path) else glob.glob(str(path), recursive=True):  # noqa: PTH110, PTH207
         place = Path(os.path.realpath(one))
         yield place
         if (place / "adapter_config.json").is_file() and is_artifact(place):

@@ -184,9 +184,7 @@ def check_machine(recipe: Recipe, stages: Sequence[str]) -> None:
     most = distributed.most_processes()
     if set(stages) & set(TRAINING) and recipe.devices > most:
         raise MachineError(
-            _("this machine cannot carry so many processes: it has cores, GPUs and memory for {most}").format(
-                most=most
-            ),
+            _("this machine has cores, GPUs and memory for {most} processes only").format(most=most),
             place=f"devices: {recipe.devices}",
             remedy=_("--devices {most}; for several machines: docs/engines.md").format(most=most),
         )
