@@ -164,11 +164,14 @@ def _limit_error(name: str, limit: str) -> ModelError:
     )
 
 
+def _read_slot(slot: Sequence[Any]) -> Slot:
+    message, field, steps = slot
+    return Slot(message, field, tuple((method, text) for method, text in steps))
+
+
 def _read_reply(reply: Mapping[str, Any], trace: RenderTrace | None) -> str:
     if trace is not None:
-        trace.slots[:] = [
-            Slot(number, tuple((method, text) for method, text in steps)) for number, steps in reply["slots"]
-        ]
+        trace.slots[:] = map(_read_slot, reply["slots"])
         trace.absent |= {*reply["absent"]}
     if "text" in reply:
         return str(reply["text"])
@@ -183,7 +186,7 @@ def _read_reply(reply: Mapping[str, Any], trace: RenderTrace | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return [value.message, value.steps] if isinstance(value, Slot) else list(value)
+    return [value.message, value.field, value.steps] if isinstance(value, Slot) else list(value)
 
 
 def serve(chat_template: Any) -> None:
@@ -239,7 +242,7 @@ def _render(
     compile_template: Callable[[str], jinja2.Template], source: str, request: Mapping[str, Any]
 ) -> dict[str, Any]:
     trace = RenderTrace()
-    trace.slots = [Slot(number, tuple(map(tuple, steps))) for number, steps in request["slots"] or ()]
+    trace.slots = [*map(_read_slot, request["slots"] or ())]
     context = revive(request["context"], trace) if request["slots"] else request["context"]
     answer: dict[str, Any] = {}
     try:
