@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ from tongwen.export.gguf_metadata import ARCHITECTURES  # noqa: E402
 from tongwen.train.metrics import MetricsCallback  # noqa: E402
 
 SECONDS = 60  # of CPU time, for one architecture
+MEMORY = 6 << 30  # bytes: a size that was not shrunk must not fill the machine
 STEPS, NEW_TOKENS, MERGE_LIMIT = 3, 8, 1e-5
 PROMPT = "问题1：你好吗？"
 SHOWN = 400  # characters of a message
@@ -117,6 +119,7 @@ def in_a_fork(kind: str) -> dict[str, Any]:
             os.dup2(silent, 1)
             os.dup2(silent, 2)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             try:
                 answer.write_text(json.dumps(try_kind(kind, Path(place))), encoding="utf-8")
             finally:

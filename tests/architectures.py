@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -125,6 +126,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral4": {"text_config": {"head_dim": 16, "rope_parameters": ROTATED | {"partial_rotary_factor": 0.5}}},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "qwen3_omni_moe_thinker": {},
     "reformer": {"is_decoder": True},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
@@ -133,6 +135,17 @@ OWN |= {
     kind: {"text_config": THREE_AXES} for kind in ("paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl")
 }
 OWN |= {kind: {"text_config": HALF_OF_THREE_AXES} for kind in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")}
+# Their residual streams hold numbers so large that fp32's rounding alone would exceed 1e-5 in the logits.
+LARGE_STREAMS = (
+    "gemma3n_text",
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
+    "qwen3_5",
+    "qwen3_next",
+)
+OWN["qwen2_5_omni_thinker"]["vision_start_token_id"] = OWN["qwen3_omni_moe_thinker"]["vision_start_token_id"] = 500
 # A model that says so wants a picture or sound beside every text: it can be built, but not asked.
 WANTS_MORE = re.compile(
     r"pixel_values|flattened_patches|Bbox|input_features|encoder_outputs|'state'|input_ids or inputs_embeds"
@@ -184,13 +197,15 @@ def save_model(folder: Path, kind: str, variation: dict[str, Any], tokens: int) 
     import transformers
 
     config = tiny_config(kind, variation, tokens)
-    model = getattr(transformers, class_name(kind))._from_config(config).to(torch.float32).eval()
-    size = sum(part.numel() for part in model.parameters())
+    model_class = getattr(transformers, class_name(kind))
+    with torch.device("meta"):
+        size = sum(part.numel() for part in model_class._from_config(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"it still has {size / 1e6:.0f} million parameters")
+    model = model_class._from_config(config).to(torch.float32).eval()
     with torch.no_grad():
         for part in model.parameters():
-            part.add_(torch.randn_like(part) * NOISE)
+            part.add_(torch.randn_like(part) * (NOISE / 4 if kind in LARGE_STREAMS else NOISE))
     try:
         logits = logits_of(model)
     except (TypeError, ValueError) as error:
