@@ -143,8 +143,8 @@ def test_result_of_ours_is_kept_under_another_name(home: Path) -> None:
 def test_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
     base, adapter = home / "base", home / "adapter"
     base.mkdir()
-    (base / "manifest.json").write_text('{"kind": "model", "fingerprint": "1"}')
-    record = {"kind": "sft", "fingerprint": "2", "parents": {"base": {"path": str(base)}}}
+    (base / "manifest.json").write_text(json.dumps({"kind": "model", "fingerprint": "1", "parents": {}, "settings": {}}))
+    record = {"kind": "sft", "fingerprint": "2", "parents": {"base": {"path": str(base)}}, "settings": {}}
     (adapter / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(RecipeError, match="an input"):
         originals.clear_path(base, [str(adapter)], again=True)

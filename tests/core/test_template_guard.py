@@ -34,7 +34,7 @@ BOMBS = {
     "long": ("{{ 'a' * 40000000 }}", "characters"),
     "list": ("{% set x = [1] * 500000000 %}", "memory"),
     "join": ("{% set x = (['a' * 1000] * 99999999) | join %}", "memory|seconds"),
-    "power": ("{% set x = 9 ** 9 ** 9 %}", "seconds"),
+    "power": ("{% set x = 9 ** (9 ** 9) %}", "seconds"),
 }
 
 
