@@ -1,4 +1,4 @@
-"""Launched processes end with whoever waits for them, and a machine is asked for no more than it carries."""
+"""Launched processes end with the process that waits for them, and never outnumber what the machine can run."""
 
 from __future__ import annotations
 

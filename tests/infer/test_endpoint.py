@@ -24,7 +24,7 @@ ROWS = [{"prompt": f"问题{number}"} for number in range(4)]
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
-    """Does what its class is told; other requests than those of the tests are counted."""
+    """Answers as its class attributes say; counts the requests that no test sends."""
 
     how = ""
     elsewhere: list[str] = []  # noqa: RUF012 (shared on purpose)

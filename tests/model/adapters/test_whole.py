@@ -1,4 +1,4 @@
-"""An adapter that is not whole is refused by whoever opens it, and a whole one of each type answers as before."""
+"""Every command refuses an incomplete adapter, and a complete one of each type matches the live layers."""
 
 from __future__ import annotations
 
