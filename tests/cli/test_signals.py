@@ -52,7 +52,7 @@ def test_nohup_keeps_a_command_running() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 130), (signal.SIGUSR1, 130)])
-def test_server_that_still_loads_its_model_ends_as_one_that_serves(
+def test_server_loading_its_model_ends_on_a_signal(
     number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any
 ) -> None:
     monkeypatch.setattr(serve, "open_chat_model", lambda *_, **__: os.kill(os.getpid(), number))
@@ -66,7 +66,7 @@ async def slow_app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_server_finishes_its_answers_first(number: signal.Signals) -> None:
+def test_server_finishes_running_answers_on_a_signal(number: signal.Signals) -> None:
     answers: list[bytes] = []
     with auth.open_port("127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/"

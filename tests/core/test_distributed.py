@@ -1,4 +1,4 @@
-"""Launched processes end with whoever waits for them, and a machine is asked for no more than it carries."""
+"""Launched processes end with the process that waits for them, and never outnumber what the machine can run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_process_without_a_launcher_is_left_alone(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("cores", "memory", "most"), [(2, 24e9, 8), (2, 1e9, 2), (64, 512e9, 64), (64, 4.1e9, 10), (1, 1e8, 1)]
 )
-def test_what_a_machine_carries(cores: int, memory: float, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_processes_depends_on_cores_and_memory(
+    cores: int, memory: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else int(memory) // 4096)
     monkeypatch.setattr(distributed, "_gpu_files", lambda: [])
@@ -91,7 +93,7 @@ def test_what_a_machine_carries(cores: int, memory: float, most: int, monkeypatc
 
 
 @pytest.mark.parametrize("devices", [100, 10**6])
-def test_more_processes_than_the_machine_carries_are_not_started(
+def test_too_many_processes_are_refused(
     devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any, chat_model: Path
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)

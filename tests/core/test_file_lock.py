@@ -17,7 +17,7 @@ from tongwen.core.errors import MachineError
 from tongwen.core.file_lock import lock_output
 
 
-def test_the_second_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+def test_second_process_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     with lock_output(out):
         with pytest.raises(MachineError, match=rf"process {os.getpid()}, since .*\n.*another --out"), lock_output(out):
@@ -29,7 +29,7 @@ def test_the_second_is_refused_with_the_name_of_the_first(tmp_path: Path) -> Non
         pass
 
 
-def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
+def test_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         with lock_output(tmp_path / "out"):
@@ -45,7 +45,7 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_removed_by_its_holder_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     file, flock = tmp_path / "out.lock", fcntl.flock
@@ -81,7 +81,7 @@ def test_commands_that_write_one_output_are_refused_before_they_touch_it(
     assert parser.parse(line.replace("OUT", str(out)).split()).writes
 
 
-def test_the_lock_is_held_while_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any) -> None:
+def test_lock_is_held_while_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any) -> None:
     def run(*arguments: Any, **options: Any) -> int:
         return 0 if (tmp_path / "o.lock").read_text().startswith(os.uname().nodename) else 1
 

@@ -67,7 +67,7 @@ DAMAGED = [b"{\n", b"[]\n", b'{"m": 1}\n', b"\0\0\0\n", b"\xff\n", b"\n", b"[" *
 
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("settings", [None, {"a": 1}])
-def test_a_damaged_line_costs_itself_and_is_named(
+def test_damaged_line_is_skipped_and_named(
     settings: Any, damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = 0 if settings is None else 1
@@ -92,7 +92,7 @@ def test_damaged_settings_are_refused_with_their_place(tmp_path: Path) -> None:
         assert file.read_bytes() == damage + lines[1]
 
 
-def test_entries_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each at once where it is paid for; else at least once a second, and at the end."""
     synced: list[int] = []
     clock = [100.0]

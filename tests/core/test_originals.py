@@ -66,7 +66,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "hub/models--a--b/x",
     ],
 )
-def test_nothing_is_written_into_a_models_folder(out: str, home: Path) -> None:
+def test_writing_into_a_model_folder_is_refused(out: str, home: Path) -> None:
     before = seen(home)
     for act in (
         lambda: originals.clear_path(home / out, [], again=False),
@@ -79,7 +79,7 @@ def test_nothing_is_written_into_a_models_folder(out: str, home: Path) -> None:
     assert seen(home) == before
 
 
-def test_configuration_of_something_else_marks_no_model(home: Path) -> None:
+def test_unrelated_config_json_marks_no_model(home: Path) -> None:
     originals.clear_path(home / "project" / "x", [], again=False)
     originals.write_new(home / "project" / "x.json", "{}")
 
@@ -105,7 +105,7 @@ def test_configuration_of_something_else_marks_no_model(home: Path) -> None:
         ("model/out", []),
     ],
 )
-def test_again_moves_neither_inputs_nor_what_is_not_ours(out: str, inputs: list[str], home: Path) -> None:
+def test_again_moves_neither_inputs_nor_foreign_files(out: str, inputs: list[str], home: Path) -> None:
     before = seen(home.parent)
     with pytest.raises(RecipeError):
         originals.clear_path(home / out, [str(home / name) for name in inputs], again=True)
@@ -127,7 +127,7 @@ def test_relative_names_and_hard_links_are_the_same_files(home: Path, monkeypatc
         originals.clear_path(Path("a\0b"), [], again=False)
 
 
-def test_result_of_ours_is_kept_under_another_name(home: Path) -> None:
+def test_again_keeps_the_old_result_under_another_name(home: Path) -> None:
     (home / "made").mkdir()
     (home / "made/manifest.json").write_text('{"kind": "model", "fingerprint": "1"}')
     with pytest.raises(RecipeError, match="--again"):
@@ -140,7 +140,7 @@ def test_result_of_ours_is_kept_under_another_name(home: Path) -> None:
         originals.clear_path(home / "app", [], again=True)
 
 
-def test_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
+def test_base_of_an_adapter_counts_as_an_input(home: Path) -> None:
     base, adapter = home / "base", home / "adapter"
     base.mkdir()
     (base / "manifest.json").write_text(json.dumps({"kind": "model", "fingerprint": "1", "parents": {}, "settings": {}}))
@@ -151,7 +151,7 @@ def test_base_of_an_adapter_of_ours_is_an_input(home: Path) -> None:
     assert (base / "manifest.json").is_file()
 
 
-def test_page_is_written_again_until_somebody_changes_it(home: Path) -> None:
+def test_edited_page_is_not_overwritten(home: Path) -> None:
     page = home / "page.html"
     originals.write_sealed(page, "one\n", originals.HTML)
     originals.write_sealed(page, "two\n", originals.HTML)
@@ -179,7 +179,7 @@ def test_new_file_takes_no_name_that_is_taken(home: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("resumable", [False, True])
-def test_working_folder_of_somebody_else_is_left_alone(resumable: bool, home: Path) -> None:
+def test_foreign_partial_folder_is_left_alone(resumable: bool, home: Path) -> None:
     out = home / "x"
     artifact.partial_of(out).mkdir()
     (artifact.partial_of(out) / "thesis.txt").write_text("mine")
@@ -192,7 +192,7 @@ def test_working_folder_of_somebody_else_is_left_alone(resumable: bool, home: Pa
 
 
 @pytest.mark.parametrize("resumable", [False, True])
-def test_working_folder_of_ours_goes_on_or_starts_over(resumable: bool, home: Path) -> None:
+def test_partial_folder_is_resumed_or_restarted(resumable: bool, home: Path) -> None:
     out = home / "x"
     with pytest.raises(ArtifactError), artifact.create(out, "k", {}, {}, resumable=resumable) as draft:
         (draft.path / "half").write_text("half")
@@ -221,7 +221,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_asks_before_it_writes(
+def test_each_command_checks_its_output_path_before_writing(
     name: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into a model's folder, onto the folder around it, and onto an input."""
@@ -262,7 +262,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("again", [[], ["--again"]])
 @pytest.mark.parametrize("file", FOREIGN)
-def test_run_leaves_what_is_not_its_own(
+def test_run_leaves_foreign_files_alone(
     file: str, again: list[str], chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     data = write_rows(tmp_path / "data.jsonl", dialogues(6))

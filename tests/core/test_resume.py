@@ -287,7 +287,7 @@ def test_deepspeed_resumes_with_the_checkpoint_learning_rate(
 
 
 @pytest.mark.parametrize("of_old", [True, False])
-def test_mixture_goes_on_with_the_targets_of_its_checkpoint(of_old: bool, tmp_path: Path, tongwen: Any) -> None:
+def test_moe_run_resumes_with_the_targets_of_its_checkpoint(of_old: bool, tmp_path: Path, tongwen: Any) -> None:
     """0.1 chose other weights for all-linear than this version does."""
     from tongwen.model.adapters import targets
 

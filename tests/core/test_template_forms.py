@@ -69,7 +69,7 @@ NO_SYSTEM = (
 )
 
 
-def test_thinking_that_is_written_before_calls_alone_is_written_so_before_answers() -> None:
+def test_thinking_written_only_before_calls_is_also_put_before_answers() -> None:
     template = own_template(AHEAD)
     samples = template.samples(make_dialogue("问一", "答一", "问二", "答二", thinking="想"))
     assert samples[-1].spans[-2].text == "<|channel>thought\n想\n<channel|>答二"
@@ -83,7 +83,7 @@ def test_thinking_that_is_written_before_calls_alone_is_written_so_before_answer
 
 
 @pytest.mark.parametrize(("thinking", "wanted"), [("想", "想\n"), (None, "")])
-def test_prompt_that_begins_the_thinking_is_continued_by_it(thinking: str | None, wanted: str) -> None:
+def test_answer_continues_a_prompt_that_opens_the_thinking(thinking: str | None, wanted: str) -> None:
     dialogue = make_dialogue("问", "答", thinking=thinking)
     (sample,) = own_template(OPENER).samples(dialogue)
     assert sample.text.endswith(
@@ -92,7 +92,7 @@ def test_prompt_that_begins_the_thinking_is_continued_by_it(thinking: str | None
     assert sample.text.startswith(own_template(OPENER).prompt(dialogue.messages[:1]))
 
 
-def test_opener_that_begins_no_thinking_is_not_passed_over() -> None:
+def test_prompt_opener_missing_in_training_is_refused() -> None:
     with pytest.raises(RowRejected) as caught:
         own_template(OPENER.replace("{% if m.reasoning_content and loop.last %}", "{% if false %}")).samples(
             make_dialogue("问", "答")
@@ -100,7 +100,7 @@ def test_opener_that_begins_no_thinking_is_not_passed_over() -> None:
     assert caught.value.reason == "prompt_differs"
 
 
-def test_turn_that_is_held_open_after_a_tool_is_asked_as_the_prompt_asks() -> None:
+def test_turn_left_open_after_a_tool_matches_the_prompt() -> None:
     template = own_template(HELD_OPEN)
     (sample,) = template.samples(tool_call_dialogue("北京"))
     taught = [span.text for span in sample.spans if span.learn]
@@ -121,7 +121,7 @@ def test_header_that_differs_after_a_tool_is_refused() -> None:
 
 
 @pytest.mark.parametrize("source", [ONE_CALL, FIRST_CALL], ids=["raises", "drops"])
-def test_calls_side_by_side_are_learned_one_after_the_other_where_a_turn_has_one(source: str) -> None:
+def test_parallel_calls_are_learned_one_per_turn(source: str) -> None:
     template = own_template(source)
     (sample,) = template.samples(tool_call_dialogue("北京", "上海", content="查"))
     learned_calls = [span.text for span in sample.spans if span.learn and not span.stop]
@@ -148,14 +148,14 @@ def test_answers_of_tools_follow_the_ids_of_their_calls() -> None:
 
 
 @pytest.mark.parametrize("city", ["北京", "Xi'an"])
-def test_calls_with_keywords_are_calls(city: str) -> None:
+def test_keyword_argument_calls_are_rendered(city: str) -> None:
     escaped = city.replace("'", "\\'")
     assert learned(own_template(KEYWORDS), tool_call_dialogue(city)) == [
         f"get_weather(city='{escaped}')<|im_end|>答<|im_end|>"
     ]
 
 
-def test_system_text_begins_the_question_where_there_is_no_system_turn() -> None:
+def test_system_text_is_prepended_without_a_system_turn() -> None:
     turns = (Message("system", "系统"), Message("user", "问"), Message("assistant", "答"))
     (sample,) = own_template(NO_SYSTEM).samples(Dialogue(turns, HERE))
     assert sample.text == "<|im_start|>user\n系统\n\n问<|im_end|>\n<|im_start|>model\n答<|im_end|>"
@@ -170,7 +170,7 @@ NEEDS_TOOLS = TOOL_USE.replace("{% for t in tools %}", "{% if not tools %}{{ rai
 
 @pytest.mark.parametrize("form", [dict, list])
 @pytest.mark.parametrize("second", [TOOL_USE, NEEDS_TOOLS], ids=["any", "needs tools"])
-def test_rows_with_tools_are_rendered_by_tool_use_as_transformers_does(form: type, second: str, tmp_path: Path) -> None:
+def test_tool_use_template_renders_like_transformers(form: type, second: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = byte_level_tokenizer(tmp_path / "base")
@@ -202,7 +202,7 @@ def tokenizer_source() -> str:
     return LOOP.format(answer="<|im_start|>assistant\n{{ m.content }}<|im_end|>\n", prompt="<|im_start|>assistant\n")
 
 
-def test_broken_tool_use_refuses_rows_with_tools_alone() -> None:
+def test_broken_tool_use_template_refuses_only_rows_with_tools() -> None:
     sources = {"default": tokenizer_source(), "tool_use": "{{ no_such_thing.at_all }}"}
     template = Template.make("own", sources, TOKENS, SPECIAL)
     assert learned(template, make_dialogue("问", "答")) == ["答<|im_end|>"]

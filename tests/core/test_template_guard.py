@@ -99,7 +99,7 @@ def test_only_our_own_templates_need_no_guard() -> None:
 
 
 @pytest.mark.parametrize("name", [*BOMBS])
-def test_a_bomb_is_stopped_and_named(name: str) -> None:
+def test_runaway_template_is_stopped_and_named(name: str) -> None:
     bomb, limit = BOMBS[name]
     began = time.monotonic()
     with pytest.raises(ModelError, match=rf"template own: the chat template was stopped: .*({limit})"):
@@ -111,7 +111,7 @@ def test_a_bomb_is_stopped_and_named(name: str) -> None:
     assert not own(STRANGE)._renders_here  # the next template has a process again
 
 
-def test_a_bomb_that_only_one_row_sets_off_is_stopped_and_named() -> None:
+def test_runaway_template_for_one_row_is_stopped_and_named() -> None:
     bomb = "{% if messages[0].content == 'BOOM' %}" + BOMBS["loop"][0] + "{% endif %}"
     template = own(bomb + CHATML)
     fine = Dialogue((Message("user", "a"), Message("assistant", "b")), Origin("f", 1))
@@ -137,12 +137,12 @@ def test_a_bomb_that_only_one_row_sets_off_is_stopped_and_named() -> None:
         ("{{ 1 / 0 }}", ModelError, "ZeroDivisionError"),
     ],
 )
-def test_an_error_of_the_template_stays_its_error(source: str, error: type[Exception], said: str) -> None:
+def test_template_error_keeps_its_type(source: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         own(source)
 
 
-def test_a_fork_has_a_process_of_its_own() -> None:
+def test_fork_has_a_process_of_its_own() -> None:
     template, row = own(STRANGE), rows()[2]
     expected = template.samples(row)
     child = os.fork()
@@ -153,7 +153,7 @@ def test_a_fork_has_a_process_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_the_process_ends_with_its_parent_even_in_the_middle_of_a_row(tmp_path: Path) -> None:
+def test_process_ends_with_its_parent_during_a_row(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         try:
@@ -190,7 +190,7 @@ def test_batches_have_limits() -> None:
     assert [json.loads(one) for batch in template_guard._batches(rows) for one in batch] == rows
 
 
-def test_a_slow_machine_is_no_reason(monkeypatch: Any) -> None:
+def test_slow_machine_does_not_stop_a_template(monkeypatch: Any) -> None:
     """The limit is time of the processor, not of the clock: a process that was stopped for a while goes on."""
     template = own(STRANGE)
     assert GUARD._process

@@ -15,7 +15,7 @@ HOSTILE = "a\\[/b] [bold red]x[/] \\[/x] [link=http://x]y[/link] :smile: \x1b]0;
 
 
 @pytest.mark.parametrize("say", [console.info, console.notice, console.success, console.error, console.header])
-def test_text_of_others_is_shown_as_it_is(say: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_text_is_shown_escaped(say: object, capsys: pytest.CaptureFixture[str]) -> None:
     say(HOSTILE)  # type: ignore[operator]
     said = "".join(capsys.readouterr())
     assert visible(HOSTILE) in said
@@ -24,7 +24,7 @@ def test_text_of_others_is_shown_as_it_is(say: object, capsys: pytest.CaptureFix
     assert not {*"\x1b\x07\x9b\r\x08\u202e\udcff"} & {*said}
 
 
-def test_tables_and_details_show_it_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_headers_show_foreign_text_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "\\[/x][red]\x1b[2J"
     console.table((hostile, "b"), [(hostile, hostile)], title=hostile)
     console.header("title", hostile)
@@ -42,7 +42,7 @@ def test_tables_and_details_show_it_as_it_is(capsys: pytest.CaptureFixture[str])
         ("utf-8", "✓ 数据 😀 → ✗ · …"),
     ],
 )
-def test_encoding_without_our_signs_gets_others(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symbols_fall_back_in_limited_encodings(encoding: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
     monkeypatch.setattr(sys, "stdout", stream)
@@ -55,7 +55,7 @@ def test_encoding_without_our_signs_gets_others(encoding: str, shown: str, monke
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii", "utf-8"])
-def test_json_says_the_same_in_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_output_is_equal_in_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
     monkeypatch.setattr(console.SCREEN, "json", True)

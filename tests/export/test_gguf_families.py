@@ -33,7 +33,7 @@ def check_answers(folder: Path, model: Any, tokenizer: Any, out: Path, tongwen: 
 
 @pytest.mark.sample("mixtral", "qwen3_5_moe_text", "gpt_oss", "ernie4_5_moe", "gemma4_text", "qwen3_5")
 @pytest.mark.parametrize("family", [*ARCHITECTURES, *WRAPPED])
-def test_llama_cpp_answers_as_transformers_does(family: str, tmp_path: Path, tongwen: Any) -> None:
+def test_llama_cpp_matches_transformers(family: str, tmp_path: Path, tongwen: Any) -> None:
     pytest.importorskip("xllamacpp")
     folder = tmp_path / "model"
     tokenizer = byte_level_tokenizer(folder)
@@ -73,7 +73,7 @@ def test_llama_cpp_answers_as_transformers_does(family: str, tmp_path: Path, ton
         ("lfm2", {"block_auto_adjust_ff_dim": True, "block_multiple_of": 16}),
     ],
 )
-def test_settings_of_a_family(family: str, more: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
+def test_family_settings_match_transformers(family: str, more: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
     pytest.importorskip("xllamacpp")
     folder = tmp_path / "model"
     tokenizer = byte_level_tokenizer(folder)
@@ -81,7 +81,7 @@ def test_settings_of_a_family(family: str, more: dict[str, Any], tmp_path: Path,
     check_answers(folder, model, tokenizer, tmp_path / "out", tongwen)
 
 
-def test_fused_experts_and_layers_that_the_model_does_not_load(tmp_path: Path, tongwen: Any, capsys: Any) -> None:
+def test_fused_experts_are_exported_and_unused_layers_are_not(tmp_path: Path, tongwen: Any, capsys: Any) -> None:
     """As Qwen3.5 is published: experts in one tensor, a tower, and a layer for multi-token prediction."""
     pytest.importorskip("xllamacpp")
     folder = tmp_path / "model"
@@ -125,7 +125,7 @@ def test_config_that_llama_cpp_computes_differently_is_refused(
     assert code == 4 and said in err and "--to hf" in err and not (tmp_path / "out").exists()
 
 
-def test_every_token_that_ends_an_answer_ends_it(tmp_path: Path, tongwen: Any) -> None:
+def test_every_stop_token_ends_the_answer(tmp_path: Path, tongwen: Any) -> None:
     """In the model's order: the first is llama.cpp's eos, which it appends and prints; each ends an answer."""
     pytest.importorskip("xllamacpp")
     import json

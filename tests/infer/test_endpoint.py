@@ -24,7 +24,7 @@ ROWS = [{"prompt": f"问题{number}"} for number in range(4)]
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
-    """Does what its class is told; other requests than those of the tests are counted."""
+    """Answers as its class attributes say; counts the requests that no test sends."""
 
     how = ""
     elsewhere: list[str] = []  # noqa: RUF012 (shared on purpose)
@@ -107,7 +107,7 @@ def generate(tongwen: Any, folder: Path, url: str, how: str) -> tuple[int, str, 
         ("echo", 0, "your key is Bearer …"),
     ],
 )
-def test_the_key_and_the_prompts_go_to_one_origin_and_come_back_nowhere(
+def test_key_and_prompts_are_sent_to_one_origin_only(
     how: str, code: int, said: str, url: str, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "slow":
@@ -119,7 +119,7 @@ def test_the_key_and_the_prompts_go_to_one_origin_and_come_back_nowhere(
 
 
 @pytest.mark.parametrize("how", ["length", "content_filter"])
-def test_an_answer_that_was_cut_short_is_none(how: str, url: str, tongwen: Any, tmp_path: Path) -> None:
+def test_truncated_answer_is_an_error(how: str, url: str, tongwen: Any, tmp_path: Path) -> None:
     code, everything, answers = generate(tongwen, tmp_path, url, how)
     assert code == 4 and not answers and "1 answers are not whole; the first is that of prompt 3" in everything
     assert how in everything
@@ -132,7 +132,7 @@ def test_an_answer_that_was_cut_short_is_none(how: str, url: str, tongwen: Any, 
     "address",
     ["http://example.com/v1", "http://10.0.0.7:8000/v1", "https://me:secret@example.com/v1", "http://[::1", "x"],
 )
-def test_a_key_is_not_sent_where_others_can_read_it(
+def test_key_is_refused_for_insecure_addresses(
     address: str, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -141,11 +141,11 @@ def test_a_key_is_not_sent_where_others_can_read_it(
     assert KEY not in everything and "secret" not in everything
 
 
-def test_a_server_without_a_key_may_be_on_another_machine() -> None:
+def test_server_without_a_key_may_be_on_another_machine() -> None:
     assert check_address("http://10.0.0.7:8000/v1", "--endpoint", has_key=False) == "http://10.0.0.7:8000/v1"
 
 
-def test_a_key_with_a_line_break_is_not_printed(
+def test_key_with_a_line_break_is_not_printed(
     url: str, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")

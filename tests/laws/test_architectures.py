@@ -109,7 +109,7 @@ def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
     assert code == 6 and "later token" in err
 
 
-def test_model_that_wants_a_picture_beside_a_text_is_refused(tmp_path: Path, tongwen: Any) -> None:
+def test_model_that_requires_an_image_is_refused(tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, make_base(tmp_path / "base", "blip"), sft=", stop_after: 1 steps")
     code, _, err = tongwen("run", recipe)
     assert code == 4 and "cannot read a text alone" in err and "pixel_values" in err

@@ -37,7 +37,7 @@ def numeric_settings() -> Iterator[tuple[str, FieldInfo]]:
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400", "10" * 13, "9" * 5000, "-1", "1e200"])
-def test_no_setting_takes_a_number_without_meaning(value: str, tmp_path: Path) -> None:
+def test_every_numeric_setting_refuses_invalid_numbers(value: str, tmp_path: Path) -> None:
     """Each numeric setting of the schema is given the number, at a line of its own."""
     found = dict(numeric_settings())
     assert len(found) > 50 and {"seed", "sft.adapter.rank", "prepare.dedup.threshold"} <= {*found}
@@ -65,14 +65,14 @@ def test_no_setting_takes_a_number_without_meaning(value: str, tmp_path: Path) -
         (SFT % "optimizer: [.nan]", 4, ".nan", "no setting takes"),
     ],
 )
-def test_number_that_no_run_can_mean_is_refused_at_its_line(
+def test_out_of_range_number_is_refused_with_its_line(
     text: str, line: int, value: str, remedy: str, tmp_path: Path
 ) -> None:
     found = problems(write(tmp_path, text))[0].text()
     assert f"recipe.yaml:{line}" in found and value in found and remedy in found
 
 
-def test_one_row_held_out_stays_one_row(tmp_path: Path) -> None:
+def test_held_out_of_one_row_round_trips(tmp_path: Path) -> None:
     """Also in the resolved recipe of the run, which is read again."""
     recipe, _ = load_recipe(write(tmp_path, SFT.replace("d.json", "d.json, held_out: 1") % "warmup: 0.5"))
     again, _ = load_recipe(write(tmp_path, dump(recipe)))
@@ -80,7 +80,7 @@ def test_one_row_held_out_stays_one_row(tmp_path: Path) -> None:
     assert again.prepare and again.prepare.held_out == 1
 
 
-def test_numbers_of_an_engine_file_are_refused_as_the_recipes(tmp_path: Path) -> None:
+def test_invalid_numbers_of_an_engine_file_are_refused(tmp_path: Path) -> None:
     engine = tmp_path / "ds.json"
     adam = {"type": "AdamW", "params": {"betas": [2, 0.9]}}
     engine.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": adam}))

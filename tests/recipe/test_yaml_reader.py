@@ -66,14 +66,14 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ('name: a\nbase: b\n"\\0": b\n', 3, "a key must be a word", ""),
     ],
 )
-def test_file_that_could_exhaust_the_machine_or_means_nothing_is_refused_at_its_line(
+def test_hostile_or_invalid_yaml_is_refused_with_its_line(
     text: str, line: int, value: str, remedy: str, tmp_path: Path
 ) -> None:
     found = problems(write(tmp_path, text))[0].text()
     assert f"recipe.yaml:{line}" in found and value in found and remedy in found
 
 
-def test_alias_stands_for_its_values(tmp_path: Path) -> None:
+def test_yaml_alias_is_expanded(tmp_path: Path) -> None:
     text = SFT % "adapter: &a {rank: 4, targets: [q_proj]}" + "pretrain: {adapter: *a}\n"
     recipe, _ = load_recipe(write(tmp_path, text.replace("d.json", "d.json, documents: d.txt")))
     assert recipe.sft and recipe.pretrain
@@ -98,6 +98,6 @@ def test_files_of_other_programs_have_the_same_limits(text: str) -> None:
     assert read_foreign("a: &a {b: on}\nc: *a", is_json=False) == {"a": {"b": True}, "c": {"b": True}}
 
 
-def test_device_without_end_is_no_recipe() -> None:
+def test_endless_device_file_is_refused() -> None:
     with pytest.raises(RecipeError, match="too large"):
         load_recipe("/dev/zero")

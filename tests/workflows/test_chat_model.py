@@ -157,7 +157,7 @@ def test_settings_are_changed_and_checked(monkeypatch: pytest.MonkeyPatch, capsy
     assert "unknown option: warmth" in err and "'x' is not a number" in err
 
 
-def test_a_setting_without_meaning_is_refused_and_the_conversation_goes_on(
+def test_invalid_setting_is_refused_and_the_chat_continues(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = [

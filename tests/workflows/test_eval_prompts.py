@@ -45,7 +45,7 @@ CALL = {"type": "function", "function": {"name": "get_weather", "arguments": "{}
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]},
     ],
 )
-def test_tools_of_a_row_are_asked_with_it(row: dict[str, Any], tmp_path: Path) -> None:
+def test_tools_of_a_row_are_part_of_its_question(row: dict[str, Any], tmp_path: Path) -> None:
     (found,) = read_questions(SourceConfig(path=str(write_rows(tmp_path / "a.jsonl", [row]))))
     assert [turn["content"] for turn in found.messages] == ["Q"]
     assert list(found.tools) == [TOOL]

@@ -31,7 +31,7 @@ def cut(file: Path) -> None:
 
 
 # One run of the pipeline is tried in each way, and put back each time.
-def test_finished_run_is_what_its_manifests_say(finished: Path, tongwen: Any) -> None:
+def test_changed_files_of_a_finished_run_are_detected(finished: Path, tongwen: Any) -> None:
     out = finished.parent / "out"
     assert tongwen("run", finished)[0] == tongwen("run", finished, "--verify")[0] == 0
     changes: list[Callable[[Path], Any]] = [Path.unlink, cut, flip]
@@ -64,7 +64,7 @@ def test_finished_run_is_what_its_manifests_say(finished: Path, tongwen: Any) ->
         assert tongwen("verify", out / stage)[0] == 0
 
 
-def test_what_may_change_afterwards(finished: Path, tongwen: Any) -> None:
+def test_deleted_checkpoints_and_added_files_are_accepted(finished: Path, tongwen: Any) -> None:
     """Checkpoints are deleted to save space, files are added, and older versions recorded no sizes."""
     import shutil
 

@@ -96,7 +96,7 @@ HOLD = "import sys; from pathlib import Path; from tongwen.workflows.run_lock im
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux lists who took a lock")
-def test_number_in_a_lock_is_believed_of_the_process_that_holds_it(tmp_path: Path) -> None:
+def test_process_id_in_a_lock_must_be_that_of_its_holder(tmp_path: Path) -> None:
     """Stop ends the holder of a lock, and nobody else: neither with a text from elsewhere, nor beside somebody's lock."""
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     try:
@@ -121,7 +121,7 @@ def test_number_in_a_lock_is_believed_of_the_process_that_holds_it(tmp_path: Pat
         stranger.wait()
 
 
-def test_look_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path: Path) -> None:
+def test_reading_a_lock_does_not_block_a_run(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text(f"{platform.node()}, process 1, since", encoding="utf-8")
     looking = True
 

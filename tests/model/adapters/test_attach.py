@@ -86,7 +86,7 @@ def test_plan_counts_the_experts_that_peft_adapts(quantize: bool) -> None:
     assert experts > counted[0] / 2  # most of the adapter
 
 
-def test_run_keeps_the_targets_with_which_it_began() -> None:
+def test_resumed_run_keeps_its_original_targets() -> None:
     """As 0.1 chose them for all-linear: a mixture's attention, and no experts."""
     began = {"target_modules": [*ATTENTION], "target_parameters": None}
     kept = make_trainable(tiny_moe(), AdapterConfig(rank=4), [], begun_with=began)

@@ -1,4 +1,4 @@
-"""An adapter that is not whole is refused by whoever opens it, and a whole one of each type answers as before."""
+"""Every command refuses an incomplete adapter, and a complete one of each type matches the live layers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def damage(folder: Path, change: Callable[[TensorSource], TensorSource]) -> None
 
 @pytest.mark.parametrize("lost", LOST)
 @pytest.mark.parametrize("dora", [False, True])
-def test_what_is_not_whole_is_opened_by_nobody(lost: str, dora: bool, tmp_path: Path, tongwen: Any) -> None:
+def test_incomplete_adapter_is_refused_everywhere(lost: str, dora: bool, tmp_path: Path, tongwen: Any) -> None:
     if lost == "magnitudes" and not dora:
         pytest.skip("only DoRA has magnitudes")
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -94,7 +94,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_what_is_whole_answers_as_before(kind: str, tmp_path: Path) -> None:
+def test_complete_adapter_matches_live_layers(kind: str, tmp_path: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +143,7 @@ def flip(folder: Path) -> None:
 @pytest.mark.parametrize(
     "command", ["chat", "generate", "evaluate", "serve", "merge", "continue_from", "base", "stage"]
 )
-def test_each_command_refuses_one_of_ours_that_was_changed(
+def test_each_command_refuses_a_changed_adapter(
     command: str, change: Callable[[Path], None], trained: Path, chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     """The manifest records its bytes, so that one flipped bit is seen."""

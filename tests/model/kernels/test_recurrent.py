@@ -61,7 +61,7 @@ def test_packages_are_those_that_the_code_names(tmp_path: Path) -> None:
     assert not recurrent.carries_state(plain) and recurrent.missing_packages(plain) == []
 
 
-def test_kernels_that_heed_the_borders_keep_documents_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_with_boundaries_isolate_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_kernels(monkeypatch)
     model = packing_model(tmp_path)
     assert audit.check_isolation(model, SAMPLES, learned_loss) < 1e-4
@@ -69,7 +69,7 @@ def test_kernels_that_heed_the_borders_keep_documents_apart(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("dropped", [{"convolution": ""}, {"rule": ""}])
-def test_kernel_that_drops_the_borders_is_found(
+def test_kernel_that_ignores_boundaries_is_detected(
     dropped: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_kernels(monkeypatch, **dropped)
@@ -78,7 +78,7 @@ def test_kernel_that_drops_the_borders_is_found(
         audit.check_no_state_passes(model, SAMPLES, learned_loss)
 
 
-def test_without_packages_the_reference_refuses_a_pack(tmp_path: Path) -> None:
+def test_reference_without_packages_refuses_a_pack(tmp_path: Path) -> None:
     model = packing_model(tmp_path)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
         audit.check_isolation(model, SAMPLES, learned_loss)
@@ -92,7 +92,7 @@ def test_without_packages_the_reference_refuses_a_pack(tmp_path: Path) -> None:
         ({"convolution": ""}, "trains in padded batches: documents in one pack can see each other"),
     ],
 )
-def test_run_packs_where_the_kernels_allow_it(
+def test_run_packs_only_with_supporting_kernels(
     kernels: dict[str, str] | None, said: str, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels is not None:
