@@ -143,7 +143,9 @@ def test_again_keeps_the_old_result_under_another_name(home: Path) -> None:
 def test_base_of_an_adapter_counts_as_an_input(home: Path) -> None:
     base, adapter = home / "base", home / "adapter"
     base.mkdir()
-    (base / "manifest.json").write_text(json.dumps({"kind": "model", "fingerprint": "1", "parents": {}, "settings": {}}))
+    (base / "manifest.json").write_text(
+        json.dumps({"kind": "model", "fingerprint": "1", "parents": {}, "settings": {}})
+    )
     record = {"kind": "sft", "fingerprint": "2", "parents": {"base": {"path": str(base)}}, "settings": {}}
     (adapter / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(RecipeError, match="an input"):
