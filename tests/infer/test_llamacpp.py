@@ -81,7 +81,7 @@ def test_cache_memory_is_limited(
     gguf_chat = open_chat_model(str(file), template="chatml")
     assert isinstance(gguf_chat.generator, LlamaCppBackend)
     assert (gguf_chat.generator.slots, gguf_chat.context) == (1, 100) and gguf_chat.context < whole.context
-    assert "sees at most 100 tokens here" in capsys.readouterr().out
+    assert "the context is limited to 100 of" in capsys.readouterr().out
     heard: list[int] = []
     list(gguf_chat.stream(ASK, heard.append, max_new_tokens=400))
     assert len(gguf_chat.prompt_ids(ASK)) + len(heard) == 100 or gguf_chat.ended(heard)
