@@ -462,7 +462,7 @@ def test_value_refused_by_transformers_is_reported(chat_model: Path, tmp_path: P
     code, _, err = tongwen("run", recipe)
     assert code == 2 and "trainer:" in err and "dataloader_prefetch_factor" in err
     code, _, err = tongwen("run", recipe, "sft.trainer={adam_beta1: 7}", "--again")
-    assert code == 2 and "trainer:" in err and "Invalid beta" in err
+    assert code == 2 and "adam_beta1" in err and "out of range" in err
 
 
 @pytest.mark.parametrize("kind", ["prefix", "p-tuning"])

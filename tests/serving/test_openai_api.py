@@ -326,7 +326,7 @@ def test_path_traversal_is_refused(served: Served) -> None:
         ({"top_p": 0}, 400, "top_p"),
         ({"seed": 10**23}, 400, "seed"),
         ({"seed": 1.5}, 400, "seed"),
-        ({"max_tokens": 10**400}, 400, "max_tokens"),
+        ({"max_tokens": 10**400}, 400, "max_new_tokens"),
         ({"top_k": -1}, 400, "top_k"),
         ({"repetition_penalty": float("inf")}, 400, "repetition_penalty"),
         ({"user": "\udfff"}, 400, ""),

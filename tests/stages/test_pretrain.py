@@ -409,7 +409,7 @@ def test_source_language_and_share_are_used(chat_model: Path, tmp_path: Path, mo
     ("settings", "message"),
     [
         ("train: full, phases: [{train: lora}]", "give only one of `train` and `phases`"),
-        ("phases: [{train: full}, {train: lora}]", "keep one of the two"),
+        ("phases: [{train: full}, {train: lora}]", "choose one"),
         ("train: lora, forgetting: {stop: 0.1}", "evaluate_every: 50"),
         ("train: everything", "not one of"),
     ],

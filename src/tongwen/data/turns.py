@@ -114,7 +114,7 @@ def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Messag
             if (
                 said.__class__ is str
                 and role != "function_call"
-                and (not thought or (thought.__class__ is str and role == "assistant" and not is_blank(thought)))
+                and (thought in (None, "") or (thought.__class__ is str and role == "assistant" and not is_blank(thought)))
             ):
                 messages.append(Message(role, said, thought or None))
                 was_call = False

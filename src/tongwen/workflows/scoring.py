@@ -143,7 +143,10 @@ def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, mo
     known: dict[str, str] = {}
 
     def ask(questions: Sequence[EvalPrompt], progress: Progress) -> list[str]:
-        keys = [json.dumps([one.messages, *one.tools], ensure_ascii=False) for one in questions]
+        keys = [
+            json.dumps([one.messages, *one.tools] if one.tools else one.messages, ensure_ascii=False)
+            for one in questions
+        ]
         new = {key: one for key, one in zip(keys, questions, strict=True) if key not in known}
         if new:
             answer(new, lambda: progress(sum(key in known for key in keys)))

@@ -196,5 +196,7 @@ def test_downloaded_adapter_has_a_manifest_of_its_files(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(base, 90)
     make_adapter(base, adapter, target_modules=["q_proj"])
-    (adapter / "manifest.json").write_text(json.dumps({"kind": "fetch", "fingerprint": "0" * 64, "parents": {}}))
+    (adapter / "manifest.json").write_text(
+        json.dumps({"kind": "fetch", "fingerprint": "0" * 64, "parents": {}, "settings": {}})
+    )
     open_adapter_chain(ModelRef("", str(base), adapters=(str(adapter),)), torch.float32)
