@@ -78,6 +78,7 @@ def main() -> None:
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "commit": commit.stdout.strip(),
         "seconds": round(time.monotonic() - began),
+        "of": len(kinds()),
         "counts": counts_of(results),
         "architectures": dict(sorted(results.items())),
     }

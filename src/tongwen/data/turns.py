@@ -114,7 +114,10 @@ def read_turns(row: Fields, key: str, source: SourceConfig) -> tuple[list[Messag
             if (
                 said.__class__ is str
                 and role != "function_call"
-                and (thought in (None, "") or (thought.__class__ is str and role == "assistant" and not is_blank(thought)))
+                and (
+                    thought in (None, "")
+                    or (thought.__class__ is str and role == "assistant" and not is_blank(thought))
+                )
             ):
                 messages.append(Message(role, said, thought or None))
                 was_call = False
