@@ -60,10 +60,10 @@ def test_architecture_end_to_end(kind: str, tmp_path: Path) -> None:
 def test_committed_matrix_has_no_failure() -> None:
     found = json.loads((Path(__file__).parents[2] / "bench" / "results" / "families.json").read_text())
     counts, architectures = found["counts"], found["architectures"]
-    assert counts["tried"] >= 85 and counts.get("failed", 0) == 0
+    assert counts["tried"] >= 100 and counts.get("failed", 0) == 0
     assert counts["resumed to the bit"] == counts["generated as transformers"] == counts["trained"]
     trained = {kind: one["merge_difference"] for kind, one in architectures.items() if one["outcome"] == "trained"}
-    # CPM-Ant's random weights make large scores: its difference is 1e-4 of them
+    # CPM-Ant's is 9e-5, on the page as every other one
     assert {kind for kind, difference in trained.items() if difference > MERGE_LIMIT} <= {"cpmant"}
 
 
