@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.conftest import byte_level_tokenizer
+
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
 SHAPE |= {"pad_token_id": None}
@@ -132,3 +134,11 @@ def check_greedy(there: Any, model: Any, ids: list[int], count: int) -> None:
             expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
     assert found == expected[len(ids) : len(ids) + len(found)]
     assert len(found) >= 8
+
+
+def check_refused(folder: Path, family: str, more: dict[str, Any], message: str, tongwen: Any) -> None:
+    """A tiny model with these settings gives no GGUF file, and the message says which setting is why."""
+    model, out = folder / "model", folder / "out"
+    make_model(model, family, len(byte_level_tokenizer(model)), **more)
+    code, _, err = tongwen("convert", model, "--to", "gguf", "--out", out)
+    assert code == 4 and message in err and "--to hf" in err and not out.exists()

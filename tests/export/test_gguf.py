@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
-from tests.export.gguf_models import check_greedy, convert, make_model
+from tests.export.gguf_models import check_greedy, check_refused, convert, make_model
 from tests.model.merging.test_merge import make_adapter
 from tongwen.core import model_families
 from tongwen.core.errors import MissingPackage, ModelError
@@ -456,10 +456,7 @@ CONFIGS_LLAMACPP_CANNOT_RUN = [  # what llama.cpp fixes for a family, said other
 def test_config_that_llama_cpp_computes_differently_is_refused(
     family: str, more: dict[str, Any], message: str, tmp_path: Path, tongwen: Any
 ) -> None:
-    folder = tmp_path / "model"
-    make_model(folder, family, len(byte_level_tokenizer(folder)), **more)
-    code, _, err = tongwen("convert", folder, "--to", "gguf", "--out", tmp_path / "out")
-    assert code == 4 and message in err and "--to hf" in err and not (tmp_path / "out").exists()
+    check_refused(tmp_path, family, more, message, tongwen)
 
 
 def test_unsupported_sliding_window_limits_the_context(tmp_path: Path, tongwen: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import CORPUS, byte_level_tokenizer
-from tests.export.gguf_models import WRAPPED, check_greedy, convert, make_model
+from tests.export.gguf_models import WRAPPED, check_greedy, check_refused, convert, make_model
 from tongwen.export.gguf_architectures import ARCHITECTURES
 
 pytest.importorskip("gguf")
@@ -119,10 +119,7 @@ OTHERWISE = [  # what llama.cpp fixes for a family, and what no file carries
 def test_config_that_llama_cpp_computes_differently_is_refused(
     family: str, more: dict[str, Any], said: str, tmp_path: Path, tongwen: Any
 ) -> None:
-    folder = tmp_path / "model"
-    make_model(folder, family, len(byte_level_tokenizer(folder)), **more)
-    code, _, err = tongwen("convert", folder, "--to", "gguf", "--out", tmp_path / "out")
-    assert code == 4 and said in err and "--to hf" in err and not (tmp_path / "out").exists()
+    check_refused(tmp_path, family, more, said, tongwen)
 
 
 def test_every_stop_token_ends_the_answer(tmp_path: Path, tongwen: Any) -> None:

@@ -140,8 +140,10 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
 def _padding(config: Any, section: Training, plans: Sequence[BatchPlan], data: TokenizedData) -> dict[str, Any] | None:
     """Return what the lack of packages costs whose kernels keep documents apart, as tokens computed per token of the
     data; None if nothing is missing."""
+    if section.packing is False:
+        return None
     model = load.build_on_meta(config)
-    packages = missing_packages(model) if section.packing is not False and carries_state(model) else []
+    packages = missing_packages(model) if carries_state(model) else []
     if not packages:
         return None
     lengths = [data.store.lengths[list(micro)] for plan in plans for micro in plan.flat() if micro]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -329,7 +330,7 @@ class Template:
             ).to_dict()
             for message in messages
         ]
-        turns, layout = template._spelled_prompt(turns, tools)
+        turns, layout = template._choose_prompt_layout(turns, tools)
         return template._render(turns, tools, layout, thinking, add_generation_prompt=True)
 
     def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[RenderedSample]:
@@ -390,13 +391,9 @@ class Template:
         try:
             return self._samples_of(turns, dialogue.tools, learn, prove)
         except RowRejected:
-            apart = one_call_each(turns)
-            if apart is None:
-                raise
-            try:
-                return self._samples_of(apart, dialogue.tools, learn, prove)
-            except RowRejected:
-                pass
+            if apart := one_call_each(turns):
+                with suppress(RowRejected):  # the reason is that of the row as it stands
+                    return self._samples_of(apart, dialogue.tools, learn, prove)
             raise
 
     def _samples_of(self, turns: list[Turn], tools: Tools, learn: str, prove: bool) -> list[RenderedSample]:
@@ -480,14 +477,14 @@ class Template:
             return "think>" in self.source or not any(map(OWN_THINKING.search, _names_used(self.source)))
         return layout.thinking not in ("thinking", "reasoning", "blocks") or layout.thinking in self.source
 
-    def _spelled_prompt(self, turns: list[Turn], tools: Tools) -> tuple[list[Turn], MessageLayout]:
+    def _choose_prompt_layout(self, turns: list[Turn], tools: Tools) -> tuple[list[Turn], MessageLayout]:
         """Return the turns and the first layout in which the prompt shows all their parts. Raises RowRejected without one."""
         if not tools and not any(turn.keys() - SIMPLE for turn in turns):
             return turns, self.usual
         shape = shape_of(turns, tools)
         if shape not in self.prompts:
             forms = enumerate([turns, one_call_each(turns)])
-            found = ((bool(number), self._prompt_spelling(form, tools)) for number, form in forms if form)
+            found = ((bool(number), self._find_prompt_layout(form, tools)) for number, form in forms if form)
             self.prompts[shape] = next(((apart, one) for apart, one in found if one), None)
         if (known := self.prompts[shape]) is None:
             raise RowRejected(
@@ -498,7 +495,7 @@ class Template:
             )
         return (one_call_each(turns) or turns) if known[0] else turns, known[1]
 
-    def _prompt_spelling(self, turns: list[Turn], tools: Tools) -> MessageLayout | None:
+    def _find_prompt_layout(self, turns: list[Turn], tools: Tools) -> MessageLayout | None:
         marked = insert_sentinels([*turns, ANSWER], tools)
         for layout in filter(self._reads, layouts(turns, tools, self.usual)):
             try:

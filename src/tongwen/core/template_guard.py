@@ -49,9 +49,8 @@ class TemplateFailure(ValueError):
 class Guard:
     """The process, started when it is needed, and again after a template broke a limit. Used by one thread at a time."""
 
-    is_possible = (
-        os.name != "nt"
-    )  # Windows has no such limits: there, as in the process itself, a template renders here
+    # Windows has no such limits: there, as in the process itself, a template renders where it is asked.
+    is_possible = os.name != "nt"
 
     def __init__(self) -> None:
         self._owner = 0

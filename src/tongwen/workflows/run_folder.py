@@ -17,6 +17,7 @@ from tongwen.core.file_lock import is_lock
 from tongwen.core.i18n import _
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
+from tongwen.recipe.yaml_reader import read_foreign
 from tongwen.workflows.run_lock import LOCK
 
 RESOLVED = {"name", "base", "out", "seed", "devices", "track"}  # keys of each recipe that v0.1 resolved
@@ -89,8 +90,8 @@ def _is_of_v01(file: Path) -> bool:
     """Whether v0.1 resolved this recipe: it has every key, and nothing that would be lost when it is written again."""
     try:
         text = file.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        data = read_foreign(text, is_json=False)
+    except (OSError, ValueError):
         return False
     return (
         isinstance(data, dict)

@@ -42,14 +42,19 @@ class AdapterLink:
 
 def read_link(adapter: Adapter) -> AdapterLink:
     """Read an adapter's lineage. Raises ArtifactError when its tensors differ from those in its manifest."""
-    fingerprint, stage = fingerprint_of(adapter.folder, adapter.tensors), _stage_of(adapter.folder)
+    stage = _stage_of(adapter.folder)
+    fingerprint = _checked_fingerprint(adapter.folder, adapter.tensors, stage)
     recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     return AdapterLink(adapter, stage, recorded, fingerprint)
 
 
 def fingerprint_of(folder: Path, tensors: TensorSource) -> str:
     """Return the fingerprint of an adapter's tensors. Raises ArtifactError when its manifest records another."""
-    fingerprint, stage = combine(digests_of(tensors)), _stage_of(folder)
+    return _checked_fingerprint(folder, tensors, _stage_of(folder))
+
+
+def _checked_fingerprint(folder: Path, tensors: TensorSource, stage: artifact.Artifact | None) -> str:
+    fingerprint = combine(digests_of(tensors))
     if stage and stage.fingerprint != fingerprint:
         raise ArtifactError(
             _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(

@@ -21,8 +21,9 @@ NOT_SAVED = ".ranknum.default"  # AdaLoRA's count of ranks, which only its train
 
 
 def check_files(folder: Path) -> str:
-    """Return the fingerprint of an adapter's tensors. Raise ArtifactError or ModelError when an adapter's files are damaged. Read before the base, which takes longer.
+    """Return the fingerprint of an adapter's tensors. It is read before the base, which takes longer.
 
+    Raises ArtifactError or ModelError when the files are damaged.
     Of a LoRA, every tensor must have a role, and a pair both matrices; another type must have tensors of numbers.
     """
     folder = find_adapter(folder)
