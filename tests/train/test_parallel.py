@@ -50,7 +50,7 @@ def test_checkpoint_of_another_engine_or_world_size_is_refused(tmp_path: Path, m
     (tmp_path / "global_step3").mkdir()
     for rank in range(2):
         (tmp_path / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(TongwenError, match=r"2 processes, but 1 are running[\s\S]*--devices 2"):
+    with pytest.raises(TongwenError, match=r"2 processes, but 1 is running[\s\S]*--devices 2"):
         parallel.Engine("zero2").check_resumes(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     parallel.Engine("zero2").check_resumes(tmp_path)
