@@ -42,9 +42,7 @@ def free_settings(section: Training) -> set[str]:
     """Return the settings that do not decide the result. `evaluate_every` does if an evaluation may end the run."""
     fields = type(section).model_fields
     free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
-    may_end_early = section.patience is not None or (
-        isinstance(section, Pretrain) and section.forgetting.stop is not None
-    )
+    may_end_early = section.patience is not None or (isinstance(section, Pretrain) and section.forgetting.may_stop)
     return free - {"evaluate_every"} if may_end_early else free
 
 

@@ -126,6 +126,12 @@ class Training(Section):
     decay: ShareOrCount = setting(0.1, "wsd: share of all steps (below 1) or a number of steps", gt=0)
     weight_decay: Number = setting(0.0, "the optimizer's weight decay", ge=0, le=100)
     max_grad_norm: Number = setting(1.0, "clip the gradient to this norm; 0: off", ge=0)
+    keep: Number = setting(
+        0.0,
+        "0 … 1: how much of the base is kept: after training, the weights go back towards it until the divergence on the base's own answers has fallen by this share; 1 returns the base",
+        ge=0,
+        le=1,
+    )
     neftune: Number | None = setting(
         None,
         "noise on the embeddings (NEFTune's alpha, 5 is usual), scaled by each document's own length",
@@ -229,6 +235,7 @@ class Training(Section):
             (self.adapter.method == "adalora", "method: adalora", "method: lora"),
             (by_deepspeed and len(self.trains) > 1, "phases", "engine: fsdp2"),
             (by_deepspeed and quantized, "method: qlora", "engine: fsdp2"),
+            (by_deepspeed and self.keep, "keep", "engine: fsdp2"),
             (self.compile, "compile", "compile: false"),
             (quantized and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
         ):
@@ -283,6 +290,27 @@ class Forgetting(Section):
 
     warn: Number | None = setting(0.05, "warn when the rise exceeds this share", gt=0)
     stop: Number | None = setting(None, "stop when the rise exceeds this share", gt=0)
+    divergence_warn: Number | None = setting(
+        None, "warn when the divergence on the base's own answers exceeds this many nats per token", gt=0
+    )
+    divergence_stop: Number | None = setting(
+        None, "stop when the divergence on the base's own answers exceeds this many nats per token", gt=0
+    )
+
+    @property
+    def may_stop(self) -> bool:
+        return self.stop is not None or self.divergence_stop is not None
+
+    @property
+    def as_warnings(self) -> Forgetting:
+        """The same limits for a finished model, for which nothing is left to stop."""
+        rises = [limit for limit in (self.warn, self.stop) if limit is not None]
+        divergences = [limit for limit in (self.divergence_warn, self.divergence_stop) if limit is not None]
+        return Forgetting(warn=min(rises, default=None), divergence_warn=min(divergences, default=None))
+
+    @property
+    def measures_divergence(self) -> bool:
+        return self.divergence_warn is not None or self.divergence_stop is not None
 
 
 class Pretrain(Training):
@@ -321,7 +349,7 @@ class Pretrain(Training):
             ),
         )
         yield (
-            self.forgetting.stop is not None and self.evaluate_every is None,
+            self.forgetting.may_stop and self.evaluate_every is None,
             _("`forgetting: {stop: ...}` needs evaluations, but none run during training: add `evaluate_every: 50`"),
         )
         yield self.embedding_learning_rate is not None and {*self.trains} == {"lora"}, _no_embeddings()

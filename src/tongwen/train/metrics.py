@@ -119,6 +119,7 @@ class MetricsCallback(TrainerCallback):
         """Keep the scores of a held-out evaluation for the metrics line of its step."""
         self.history.append((step, scores["bits_per_byte"]))
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
+        self.scores |= {name: scores[name] for name in ("divergence", "agreement") if name in scores}
         self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -149,26 +150,33 @@ def flat_loss_in_phase(lines: list[dict[str, Any]], before_steps: int, last: int
 
 
 def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
-    """Report each group whose bits per byte have risen by the recipe's limit; raise NumbersError at its stop limit.
+    """Report what has been forgotten beyond the recipe's limits; raise NumbersError at a limit that stops.
 
-    before, now: scores by group
+    before: scores by group; now: all scores. Each group's bits per byte is compared with what it was, and the divergence
+    on the base's own answers with 0.
     """
-    for name, one in now.items():
+    lower = _("lower learning_rate, or add text in that language (share: 0.3); --fork continues with another limit")
+    for name, one in now["groups"].items():
         old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
         rise = new / old - 1 if old else 0.0
         message = _("held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})").format(
             name=name, old=old, new=new, rise=rise
         )
-        if limits.stop is not None and rise >= limits.stop:
-            raise NumbersError(
-                message,
-                place=f"forgetting.stop: {limits.stop:g}",
-                remedy=_(
-                    "lower learning_rate, or add text in that language (share: 0.3); --fork continues with another limit"
-                ),
-            )
-        if limits.warn is not None and rise >= limits.warn:
-            console.notice(message)
+        _check_limit(rise, message, limits.warn, limits.stop, "forgetting.stop", lower)
+    if (divergence := now.get("divergence")) is not None:
+        message = _("divergence from the base's own answers: {divergence:.4f} nats per token").format(
+            divergence=divergence
+        )
+        lower = _("lower learning_rate, or set `keep: 0.5`; --fork continues with another limit")
+        warn, stop = limits.divergence_warn, limits.divergence_stop
+        _check_limit(divergence, message, warn, stop, "forgetting.divergence_stop", lower)
+
+
+def _check_limit(value: float, message: str, warn: float | None, stop: float | None, key: str, remedy: str) -> None:
+    if stop is not None and value >= stop:
+        raise NumbersError(message, place=f"{key}: {stop:g}", remedy=remedy)
+    if warn is not None and value >= warn:
+        console.notice(message)
 
 
 def peak_memory_bytes() -> int | None:

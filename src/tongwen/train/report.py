@@ -14,6 +14,8 @@ from tongwen.core.html import Table, curve, render
 from tongwen.core.i18n import _
 from tongwen.train.loss_plot import is_installed, write_png
 
+OWN_ANSWERS = ("divergence", "agreement")  # scores on the base's own answers
+
 
 def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list[dict[str, Any]], recipe: str) -> None:
     """Write report.html, and loss.png if matplotlib is installed.
@@ -39,7 +41,7 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         title=title,
         summary=report["summary"],
         facts=facts,
-        notices=report["notices"],
+        notices=[*([_own_answers(own)] if (own := held_out.get("own_answers")) else []), *report["notices"]],
         headings={
             "groups": _("Held-out data by language"),
             "ledger": _("Ledger"),
@@ -69,6 +71,7 @@ def held_out_table(
     return {
         "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
         "loss": {"before": old["loss"], "after": new["loss"]},
+        **({"own_answers": {name: new[name] for name in OWN_ANSWERS}} if "divergence" in new else {}),
         "samples": sum(samples.values()),
         "bytes": new["bytes"],
         "tokens": new["tokens"],
@@ -97,10 +100,18 @@ def report_result(report: dict[str, Any], out: Path) -> None:
         _report_change(_("held-out bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
             _report_change(f"  {name}", group["bits_per_byte"])
+        if own := held_out.get("own_answers"):
+            console.info(_own_answers(own))
     console.success(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )
+
+
+def _own_answers(own: dict[str, float]) -> str:
+    return _(
+        "on the base's own answers: divergence {divergence:.4f} nats per token, the same next token on {agreement:.1%}"
+    ).format(**own)
 
 
 def _change(held_out: dict[str, Any]) -> str:

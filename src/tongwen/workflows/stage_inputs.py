@@ -8,10 +8,11 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
+from tongwen.model.loading import chat_setup
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.effects import deciding_settings
 from tongwen.recipe.schema import STAGES, Recipe
-from tongwen.recipe.training import Training
+from tongwen.recipe.training import Pretrain, Training
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each based on the one before
@@ -51,3 +52,13 @@ def inputs(recipe: Recipe) -> Prepare:
     console.notice(_("synthesize has not generated its data yet"))
     existing = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
     return recipe.prepare.model_copy(update={"dialogues": existing})
+
+
+def advise_keep(base: str, template: str, section: Pretrain) -> None:
+    """Print a notice if the base is an instruct model: training on plain text weakens its ability to answer."""
+    if not section.keep and chat_setup.is_instruct(base, template):
+        console.notice(
+            _(
+                "the base is an instruct model, and plain text wears down its ability to answer: `keep: 0.5` holds on to it. Or pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
+            )
+        )

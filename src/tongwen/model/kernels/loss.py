@@ -155,6 +155,12 @@ def _inputs(batch: dict[str, Any], model: Any) -> dict[str, Any]:
     return inputs if "attention_mask" in batch else {**inputs, "logits_to_keep": batch["rows"]}
 
 
+def learned_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the logits (R, V) that predict the learned tokens of a micro-batch."""
+    rows: torch.Tensor = model(**_inputs(batch, model), use_cache=False).logits.flatten(0, 1)
+    return rows[batch["rows"]] if "attention_mask" in batch else rows  # padded: rows count through the (B, L) batch
+
+
 def learned_loss(
     model: Any, batch: dict[str, Any], scale: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,9 +169,7 @@ def learned_loss(
     An empty micro-batch (its single token is masked) gives a zero that still depends on every parameter.
     """
     with _blockwise_head(model) as head:
-        rows = model(**_inputs(batch, model), use_cache=False).logits.flatten(0, 1)
-    if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
-        rows = rows[batch["rows"]]
+        rows = learned_logits(model, batch)
     if not batch["learned"]:
         return rows.sum() * 0.0, rows.new_zeros(0, dtype=torch.float32)
     if head is not None:

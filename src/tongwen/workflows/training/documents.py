@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
-from tongwen.core import artifact, console
+from tongwen.core import artifact
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Document
-from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading import load
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Pretrain
-from tongwen.workflows.stage_inputs import base_of_stage
+from tongwen.workflows.stage_inputs import advise_keep, base_of_stage
 from tongwen.workflows.tokenized_data import (
     DocumentEncoder,
     are_rows_untrained,
@@ -37,7 +35,7 @@ def make_document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path)
     _check_new_rows(base, section)
     _check_learns_text(base)
     record_encoder = make_document_encoder(base, section)
-    _warn_of_instruct(base, record_encoder.tokenizer)
+    advise_keep(base, str(record_encoder.tokenizer.chat_template or ""), section)
     data = encode_prepared(prepared, record_encoder, recipe.seed, tokens)
     trains_rows = "new_rows" in section.trained_parts
     return TrainingJob(
@@ -74,18 +72,6 @@ def _check_learns_text(base: str) -> None:
             ),
             place=f"pretrain · {base}",
             remedy=_("leave out `pretrain` and train on dialogues instead: sft"),
-        )
-
-
-def _warn_of_instruct(base: str, tokenizer: Any) -> None:
-    """Print a notice if the base is an instruct model: training on plain text weakens its ability to answer."""
-    template = str(tokenizer.chat_template or "")
-    has_control_tokens = any(text in template for text in chat_setup.special_texts(tokenizer))
-    if has_control_tokens or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
-        console.notice(
-            _(
-                "the base is an instruct model, and plain text wears down its ability to answer. Better: pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
-            )
         )
 
 

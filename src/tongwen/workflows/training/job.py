@@ -22,7 +22,6 @@ from tongwen.model.kernels.loss import learned_loss
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import fingerprint_tokenizer
 from tongwen.recipe.memory_remedies import cheaper, last_resort
-from tongwen.recipe.training import Forgetting
 from tongwen.train import trackers
 from tongwen.train.metrics import MetricsCallback, check_forgetting
 from tongwen.train.parallel import broadcast_from_rank0, choose_engine, gather
@@ -30,6 +29,7 @@ from tongwen.train.phase import Phase
 from tongwen.train.report import report_result
 from tongwen.train.trainer import PhaseRun, train_phase
 from tongwen.workflows.tokenized_data import report_ledger
+from tongwen.workflows.training import keep
 from tongwen.workflows.training.model import (
     answer_prompts,
     audit_phase,
@@ -38,6 +38,7 @@ from tongwen.workflows.training.model import (
     score_held_out,
     set_memory_savers,
 )
+from tongwen.workflows.training.own_answers import OwnAnswers, make_own_answers
 from tongwen.workflows.training.phases import ResumePoint, find_resume_point, plan_phases, report_plan
 from tongwen.workflows.training.report import SAMPLES, facts_of, make_report, method_of, save_answers, write_results
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
@@ -75,8 +76,10 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
 
             # Audit the first phase before anything slow. Then score the held-out data, once.
             guarded, unreached = _begin_phase(model, progress.phases[0], job, len(phases) > 1)
+            own = make_own_answers(job, model, progress.budget) if job.measures_divergence else None
+            way_back = keep.before_training(job, model) if job.section.keep else None
             before = _load_or_make(
-                draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, phases[0].plan.budget)
+                draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, progress.budget, own)
             )
 
             # Train each remaining phase, from the newest checkpoint if there is one.
@@ -88,15 +91,16 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                         guarded, more = _begin_phase(model, phase, job, True)
                         unreached += more
                     metrics = MetricsCallback(draft.path / "metrics.jsonl", progress.tokens, phase, bar, best_score)
-                    phase_run = _phase_run(job, model, phase, guarded, progress, metrics, before)
+                    phase_run = _phase_run(job, model, phase, guarded, progress, metrics, before, own)
                     done = phase.steps_before + train_phase(phase_run)
                     notices += phase_run.notices
                     best_score = min((score for _, score in metrics.evaluations), default=math.inf)
             notices += _finish_adalora(model)
             throughput = progress.throughput(done, draft.path / "metrics.jsonl", time.monotonic() - began)
 
-            # Score again, save, report.
-            after = _score_and_answer(job, model, phases[0].plan.budget)
+            # Go back towards the base as far as the recipe says. Score again, save, report.
+            kept = keep.give_back(job.section.keep, model, own, way_back) if own and way_back else None
+            after = _score_and_answer(job, model, progress.budget, own)
             _check_forgotten(job, before, after)
             whole = gather(model.model, model.adapted.trainable)
             if distributed.is_main_process():
@@ -109,6 +113,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                     "throughput": throughput,
                     "unreached": unreached,
                     "notices": job.data.notices + flat + notices,
+                    **({"keep": kept} if kept else {}),
                 }
                 write_results(job, draft.path, report)
                 draft.record_files(lambda file: file.suffix != ".safetensors" and file.parent == draft.path)
@@ -161,18 +166,20 @@ def _begin_phase(
     return guarded, audit_phase(model, phase, job.data.store)
 
 
-def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
+def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None) -> dict[str, Any]:
     """Return the scores of the held-out data, and the answers to the sample prompts."""
     with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
         return {
-            "scores": _score(job, model, budget) if job.data.held_out_stores else None,
+            "scores": _score(job, model, budget, own) if job.data.held_out_stores else None,
             "answers": answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts]),
         }
 
 
-def _score(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
+def _score(job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None) -> dict[str, Any]:
+    """Return the scores of the held-out data, and how far the model has moved from the base's own answers."""
     sizes = torch.from_numpy(token_bytes(job.record_encoder.tokenizer))
-    return score_held_out(model, job.data.held_out_stores, budget, sizes)
+    scores = score_held_out(model, job.data.held_out_stores, budget, sizes)
+    return scores | own.divergence(model) if own else scores
 
 
 def _phase_run(
@@ -183,14 +190,15 @@ def _phase_run(
     progress: ResumePoint,
     metrics: MetricsCallback,
     before: dict[str, Any],
+    own: OwnAnswers | None,
 ) -> PhaseRun:
     folder = metrics.file.parent
 
     def evaluate(step: int) -> dict[str, Any]:
-        scores: dict[str, Any] = broadcast_from_rank0(_score(job, model, progress.budget))
+        scores: dict[str, Any] = broadcast_from_rank0(_score(job, model, progress.budget, own))
         answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
         save_answers(folder / SAMPLES, step, [prompt.title for prompt in job.prompts], answers)
-        check_forgetting(before["scores"]["groups"], scores["groups"], job.forgetting)
+        check_forgetting(before["scores"]["groups"], scores, job.forgetting)
         return scores
 
     checkpoint = progress.checkpoint_of(phase)
@@ -250,9 +258,7 @@ def _finish_adalora(model: PreparedModel) -> list[str]:
 def _check_forgotten(job: TrainingJob, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Report what the finished model has forgotten; unlike during training, nothing is stopped."""
     if after["scores"]:
-        limits = [limit for limit in (job.forgetting.warn, job.forgetting.stop) if limit is not None]
-        least = Forgetting(warn=min(limits, default=None))
-        check_forgetting(before["scores"]["groups"], after["scores"]["groups"], least)
+        check_forgetting(before["scores"]["groups"], after["scores"], job.forgetting.as_warnings)
 
 
 @contextmanager

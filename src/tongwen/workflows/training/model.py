@@ -17,7 +17,7 @@ from tongwen.core.errors import ModelError, NumbersError, RecipeError, first_lin
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.data.token_store import TokenStore
-from tongwen.infer.generation import Sampling, TextGenerator
+from tongwen.infer.generation import ROWS, Sampling, TextGenerator
 from tongwen.model.adapters import attach
 from tongwen.model.adapters.chain import open_adapter_chain, resize_for_adapter
 from tongwen.model.kernels import checkpointing, packed_attention
@@ -302,18 +302,36 @@ def score_held_out(
 
 
 def answer_prompts(prepared: PreparedModel, record_encoder: RecordEncoder, prompts: list[str]) -> list[str]:
-    """Return the model's greedy answers to prompts, generated with another attention than in training."""
-    model = prepared.model
+    """Return the model's greedy answers to prompts."""
+    ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
+    answers = generate(prepared, record_encoder.tokenizer, ids, max_new_tokens=64, rows=1)
+    decode = _generator(prepared, record_encoder.tokenizer).decode
+    return [decode(answer).strip() for answer in answers]
+
+
+def generate(
+    prepared: PreparedModel, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, rows: int = ROWS
+) -> list[list[int]]:
+    """Return the ids of the model's greedy answers, generated with another attention than in training.
+
+    prompts: ids; rows: prompts at once.
+    """
+    model, answers = prepared.model, dict[int, list[int]]()
     was_training = model.training
-    generator = TextGenerator(model, record_encoder.tokenizer, prepared.stops, chat_setup.context_length(model.config))
     model.eval()
     own = packed_attention.own_attention(model, prepared.own_attention) if prepared.packed else nullcontext()
     try:
-        ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
         with own, prepared.computing(), checkpointing.uncompiled(model):
-            return [generator.decode(generator.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
+            sampling = Sampling(max_new_tokens=max_new_tokens)
+            _generator(prepared, tokenizer).answer_all(prompts, sampling, answers.__setitem__, rows)
     finally:
         model.train(was_training)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _generator(prepared: PreparedModel, tokenizer: Any) -> TextGenerator:
+    context = chat_setup.context_length(prepared.model.config)
+    return TextGenerator(prepared.model, tokenizer, prepared.stops, context)
 
 
 def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:

@@ -72,6 +72,11 @@ class TrainingJob:
     def forgetting(self) -> Forgetting:
         return self.section.forgetting if isinstance(self.section, Pretrain) else Forgetting()
 
+    @property
+    def measures_divergence(self) -> bool:
+        """Whether the base's own answers are needed."""
+        return self.section.keep > 0 or self.forgetting.measures_divergence
+
 
 @dataclass(frozen=True)
 class PreparedModel:
