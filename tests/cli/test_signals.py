@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -96,3 +98,36 @@ def test_server_finishes_running_answers_on_a_signal(number: signal.Signals) -> 
                 serving()
         asking.join()
     assert answers == [b"whole"]
+
+
+async def endless_app(scope: Any, receive: Any, send: Any) -> None:
+    """A stream that lasts as long as its client, as each open page has one."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x", "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@pytest.mark.parametrize(("endless", "most"), [(re.compile("/open"), 5), (None, 60)])
+def test_open_page_does_not_hold_up_the_end(
+    endless: re.Pattern[str] | None, most: float, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It ends at once; any other stream ends after the time for answers, without a traceback."""
+    monkeypatch.setattr(auth, "DRAIN_SECONDS", 1 if endless is None else 30)
+    began = time.monotonic()
+    with auth.open_port("127.0.0.1", 0) as listening:
+
+        def stop() -> None:
+            with socket.create_connection(("127.0.0.1", listening.getsockname()[1])) as page:
+                page.sendall(b"GET /open HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert page.recv(1)
+                os.kill(os.getpid(), signal.SIGTERM)
+                while page.recv(100):
+                    pass
+
+        timer = threading.Timer(0.2, stop)
+        timer.start()
+        auth.serve(endless_app, listening, endless=endless)
+        timer.join()
+    assert time.monotonic() - began < most
+    assert "Traceback" not in capfd.readouterr().err

@@ -43,10 +43,10 @@ def test_data_preview_works_when_the_model_cannot_read_the_file(chat_model: Path
     from tongwen.workflows.workspace import Workspace
 
     file = write_rows(tmp_path / "rows.jsonl", dialogues(3))
-    place = Workspace.of([str(tmp_path)], [str(chat_model)])
+    place = Workspace.of([str(tmp_path)], [str(chat_model)], uploads=str(tmp_path))
     look = make_backend(place, ChatBackend(list, (), lambda *_: [], lambda *_: iter(()))).data
     assert look
-    rows, samples = look.inspect(file, str(chat_model), "own")
+    rows, samples = look.inspect(str(file), str(chat_model), "own")
     assert "alpaca" in rows and "the model has no chat template of its own" in samples
 
 

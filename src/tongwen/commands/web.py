@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from tongwen.core.chat_template import SHIPPED
 from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.html import render
 from tongwen.core.i18n import _
-from tongwen.recipe.load import load_recipe
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.web.backend import (
     CONCURRENCY,
@@ -28,7 +28,7 @@ from tongwen.serving.web.backend import (
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
-from tongwen.workflows import data_preview, run_manager, tokenizer_files
+from tongwen.workflows import data_preview, page_runs, run_manager, tokenizer_files
 from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.workspace import Workspace, display_path
 
@@ -58,21 +58,28 @@ def run(
         from tongwen.serving.web.server import serve
     except ModuleNotFoundError as error:
         raise MissingPackage(str(error.name), _("the page"), "web") from None
-    workspace = Workspace.of(folders, models)
-    pool = _ModelPool(workspace, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
-    for name in models:
-        pool.open(name)
-    models_of = workspace.models if all_tabs else lambda: list(models)
-    chat = ChatBackend(models_of, models, pool.fit, pool.reply, system, sampling or {})
-    if not all_tabs:
-        return serve(PageBackend(f"tongwen · {Path(models[0]).name}", chat), host, port)
-    return serve(make_backend(workspace, chat), host, port)
+    # Its name is hidden: where the page may access the folder of temporary files, no upload becomes a recipe or a model.
+    with tempfile.TemporaryDirectory(prefix=".tongwen-web-") as uploads:
+        workspace = Workspace.of(folders, models, uploads)
+        pool = _ModelPool(workspace, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
+        for name in models:
+            pool.open(name)
+        models_of = workspace.models if all_tabs else lambda: list(models)
+        chat = ChatBackend(models_of, models, pool.fit, pool.reply, system, sampling or {})
+        if not all_tabs:
+            return serve(PageBackend(f"tongwen · {Path(models[0]).name}", chat), host, port)
+        return serve(make_backend(workspace, chat), host, port)
 
 
 def make_backend(workspace: Workspace, chat: ChatBackend) -> PageBackend:
     """Return the backends of all tabs, for the files in these folders."""
     return PageBackend(
-        "同文 tongwen", chat, _data_backend(workspace), _vocabulary_backend(workspace), _runs_backend(workspace)
+        "同文 tongwen",
+        chat,
+        _data_backend(workspace),
+        _vocabulary_backend(workspace),
+        _runs_backend(workspace),
+        workspace.uploads,
     )
 
 
@@ -118,16 +125,21 @@ class _ModelPool:
 
 
 def _data_backend(workspace: Workspace) -> DataBackend:
-    def inspect(file: Path, model: str, template: str) -> tuple[str, str]:
+    templates = ("own", *SHIPPED)
+
+    def inspect(name: str, model: str, template: str) -> tuple[str, str]:
+        file, folder = workspace.upload(name), model and workspace.model(model)
+        if template not in templates:
+            raise RecipeError(_("this is not one of the templates"), place=template)
         found, samples = data_preview.inspect(file), ""
         try:
-            if model and found.records:
-                samples = data_preview.samples_as_html(found, workspace.model(model), template)
+            if folder and found.records:
+                samples = data_preview.samples_as_html(found, folder, template)
         except TongwenError as error:  # such as a base without a template: show the content of the file anyway
             samples = Markup("<p>{}</p>").format(error.text())
         return data_preview.as_html(found), samples
 
-    return DataBackend(workspace.models, ("own", *SHIPPED), inspect)
+    return DataBackend(workspace.models, templates, inspect)
 
 
 def _vocabulary_backend(workspace: Workspace) -> VocabularyBackend:
@@ -153,20 +165,8 @@ def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
 
 
 def _runs_backend(workspace: Workspace) -> RunsBackend:
-    def start(recipe: str, changes: str) -> str:
-        file = workspace.inside(recipe)
-        overrides = changes.split()
-        for override in overrides:
-            key, _unused, value = override.partition("=")
-            if key != "out" and any(mark in value for mark in "/\\~"):
-                raise RecipeError(_("change paths in the recipe, not here"), place=override, remedy="out=…")
-        read, _unused2 = load_recipe(file, overrides)
-        out = workspace.inside(read.out)
-        run_manager.start([str(file), *overrides], out)
-        return display_path(out)
-
     def view(name: str) -> RunView:
-        out = workspace.inside(name)
+        out = workspace.run(name)
         return RunView(
             running=lock_holder(out) is not None,
             facts=run_manager.facts(out),
@@ -178,13 +178,13 @@ def _runs_backend(workspace: Workspace) -> RunsBackend:
 
     return RunsBackend(
         recipes=workspace.recipes,
-        read=lambda name: workspace.inside(name).read_text(encoding="utf-8", errors="replace"),
-        start=start,
+        read=lambda name: workspace.recipe(name).read_text(encoding="utf-8", errors="replace"),
+        start=lambda recipe, changes: page_runs.start(workspace, recipe, changes.split()),
         runs=workspace.runs,
         view=view,
-        stop=lambda name: run_manager.stop(workspace.inside(name)),
-        resume=lambda name: run_manager.resume(workspace.inside(name)),
-        compare=lambda names: run_manager.compare([workspace.inside(name) for name in names]),
+        stop=lambda name: page_runs.stop(workspace, name),
+        resume=lambda name: page_runs.resume(workspace, name),
+        compare=lambda names: run_manager.compare([workspace.run(name) for name in names]),
         report=lambda name: _report(workspace, name),
     )
 

@@ -16,6 +16,7 @@ class SourceConfig(Section):
     path: str = setting(
         ...,
         "file, folder, glob, hub:OWNER/NAME or modelscope:OWNER/NAME",
+        names="file",
     )
     format: (
         Literal["alpaca", "messages", "conversations", "completion", "query", "pair", "turns_inside", "text"] | None
@@ -84,11 +85,12 @@ class Price(Section):
 class Synthesize(Section):
     """Dialogues written by another model, through an OpenAI-compatible endpoint; one more input of `prepare`."""
 
-    endpoint: str = setting(..., "base URL, such as https://api.deepseek.com/v1")
+    endpoint: str = setting(..., "base URL, such as https://api.deepseek.com/v1", names="address")
     model: str = setting(..., "model name at this endpoint")
     key: str = setting(
         "OPENAI_API_KEY",
         "environment variable that holds the key; the key is never written to a file",
+        names="address",
         pattern=r"^[A-Z_][A-Z0-9_]*$",
     )
     method: Literal["self_instruct", "topics", "documents"] = setting(
@@ -96,7 +98,7 @@ class Synthesize(Section):
         "tasks modelled on sampled examples; tasks on sampled topics; conversations about your own documents",
     )
     rows: Count = setting(..., "number of dialogues to generate", ge=1)
-    seeds: str | None = setting(None, "seed tasks in BELLE's format; absent: the 40 included ones")
+    seeds: str | None = setting(None, "seed tasks in BELLE's format; absent: the 40 included ones", names="file")
     topics: list[str] = setting([], "topics; absent: the 82 included ones")
     documents: SourceConfigs = setting([], "documents for the conversations")
     temperature: Number = setting(1.0, "0: always the likeliest", ge=0, le=2)
@@ -187,6 +189,7 @@ class Prepare(Section):
     held_out: ShareOrCount | str = setting(
         0.02,
         "held out from training: a share (below 1), a count, or a file",
+        names="file",
     )
     held_out_at_most: Count | None = setting(None, "maximum rows when held_out is a share", ge=1)
     evaluation: SourceConfigs = setting([], "evaluation data, which must not occur in training")
@@ -207,7 +210,7 @@ class Prepare(Section):
         "here", "run in this process, or as a datatrove pipeline"
     )
     tasks: Count = setting(1, "number of tasks of the datatrove pipeline", ge=1)
-    executor_options: dict[str, Any] = setting({}, "other arguments of the datatrove executor")
+    executor_options: dict[str, Any] = setting({}, "other arguments of the datatrove executor", names="arguments")
 
     def rules(self) -> Rules:
         yield (
@@ -232,6 +235,7 @@ class Vocab(Section):
     tokenizer: str | None = setting(
         None,
         "instead of learning pieces: an already extended SentencePiece tokenizer (folder or file)",
+        names="model",
     )
     script: Literal[
         "han",

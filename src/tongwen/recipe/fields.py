@@ -16,16 +16,22 @@ Rules = Iterator[tuple[object, str]]
 SectionType = TypeVar("SectionType", bound="Section")
 
 
-def setting(default: Any, help_: str, *, free: bool = False, **limits: Any) -> Any:
+# What the strings of a setting name: nothing; a file, folder or glob; a model; a name, or a file when it has a suffix or a
+# folder; another machine, or a secret for it; arguments of another library.
+Names = Literal["", "file", "model", "name or file", "address", "arguments"]
+
+
+def setting(default: Any, help_: str, *, free: bool = False, names: Names = "", **limits: Any) -> Any:
     """A field with its help.
 
     Args:
         default: `...` makes the setting required.
         help_: English; it is translated where it is shown.
         free: The setting does not decide the result, so it may change in an interrupted run, and after the run.
+        names: What its strings name: see `Names`. A test asks for it at each setting that holds any string.
         limits: Limits of the value, as pydantic's `Field` takes them.
     """
-    return Field(default, description=help_, json_schema_extra={"free": free}, **limits)
+    return Field(default, description=help_, json_schema_extra={"free": free, "names": names}, **limits)
 
 
 def problem(message: str) -> PydanticCustomError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,23 @@ LARGEST = 2 << 20  # characters of a recipe
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")  # of `trainer`, for the optimizers that are AdamW
 
 
-def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+def load_recipe(
+    file: str | Path, overrides: Sequence[str] = (), on_file: Callable[[str], object] = lambda name: None
+) -> tuple[Recipe, list[str]]:
     """Read a recipe file with `section.key=value` overrides: see `read`."""
-    return read(_text_of(Path(file)), str(file), overrides)
+    return read(_text_of(Path(file)), str(file), overrides, on_file)
 
 
-def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+def read(
+    text: str, name: str, overrides: Sequence[str] = (), on_file: Callable[[str], object] = lambda name: None
+) -> tuple[Recipe, list[str]]:
     """Read a recipe's text.
 
     Args:
         text: The YAML.
         name: The file's name, for messages.
         overrides: `section.key=value`, applied in their order.
+        on_file: called with the name of an engine's file before it is read; raises RecipeError to refuse it.
 
     Returns:
         The frozen recipe, and notices for the user (old names translated, batch sizes converted).
@@ -41,7 +46,7 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     Raises:
         RecipeError, or SeveralErrors with every problem, each with file and line.
     """
-    reader = RecipeReader(name)
+    reader = RecipeReader(name, on_file)
     data = parse(text, reader)
     for override in overrides:
         apply_override(data, override, reader)

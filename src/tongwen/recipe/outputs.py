@@ -52,10 +52,11 @@ class TaskConfig(Section):
     data: Annotated[SourceConfig, BeforeValidator(read_source)] | None = setting(
         None, "evaluation data; absent: the part that `prepare` held out"
     )
-    suite: str = setting("", "lm_eval: task name, such as ceval-valid")
+    suite: str = setting("", "lm_eval: task name, such as ceval-valid", names="name or file")
     examples: str | None = setting(
         None,
         "multiple_choice: file or folder of example questions with answers, such as dev/",
+        names="file",
     )
     shots: Count = setting(0, "number of examples before each multiple-choice question", ge=0)
     limit: Count | None = setting(None, "use only the first N rows", ge=1)
@@ -115,6 +116,7 @@ class Export(Section):
     push: str = setting(
         "",
         "push the hf format to a hub, as a private repository: OWNER/NAME or modelscope:OWNER/NAME",
+        names="address",
     )
 
     def rules(self) -> Rules:

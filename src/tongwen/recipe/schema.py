@@ -30,6 +30,7 @@ class Recipe(Section):
     base: str = setting(
         ...,
         "model: folder, hub id, modelscope:id, .gguf file, or a stage folder",
+        names="model",
     )
     out: str = setting("", "output folder; runs/NAME when absent")
     seed: int = setting(42, "determines order, split and initialisation", ge=0, le=2**32 - 1)

@@ -33,7 +33,9 @@ class AdapterConfig(Section):
     dora: bool = setting(False, "train direction and magnitude separately (DoRA)")
     quantize: Literal["nf4", "int8"] = setting("nf4", "qlora: 4 bits (double quantisation) or 8 bits")
     also_train: list[str] = setting([], "modules trained in full in addition to the adapter")
-    continue_from: str | None = setting(None, "folder of an adapter (on the same base) to continue training")
+    continue_from: str | None = setting(
+        None, "folder of an adapter (on the same base) to continue training", names="model"
+    )
 
     def rules(self) -> Rules:
         unused = {"also_train", "continue_from", "exclude", "target_parameters"} if self.part != "lora" else set()
@@ -175,13 +177,14 @@ class Training(Section):
     engine: str = setting(
         "auto",
         "what is sharded over the processes: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 also the weights; or a file: a DeepSpeed JSON or accelerate's YAML",
+        names="name or file",
     )
     offload: bool = setting(
         False,
         "fsdp2, zero2, zero3: keep the sharded parts in host memory",
     )
     samples: Count = setting(3, "number of held-out questions answered before and after training, for the report", ge=0)
-    trainer: dict[str, Any] = setting({}, "other transformers TrainingArguments")
+    trainer: dict[str, Any] = setting({}, "other transformers TrainingArguments", names="arguments")
 
     def rules(self) -> Rules:
         beyond_adapter = next((train for train in self.trains if train != "lora"), "")
@@ -385,6 +388,7 @@ class Sft(Training):
     template: str = setting(
         "own",
         "own (the model's), chatml, alpaca, alpaca-zh, plain, a template of an older project (docs/templates.md), or a .jinja file",
+        names="name or file",
     )
     learn: Literal["assistant", "last_answer", "everything"] = setting("assistant", "which text counts toward the loss")
     thinking: Literal["on", "off", "mixed"] = setting(

@@ -140,6 +140,7 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
     """Copy batch, optimizer, schedule and precision from an engine's file into the section, with a notice for each."""
     file, key_path = section["engine"], (*path, "engine")
     try:
+        reader.on_file(file)
         found = engine_config.read(file, devices if isinstance(devices, int) else 1)
     except RecipeError as error:
         reader.problems.append(error)

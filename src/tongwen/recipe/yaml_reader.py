@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -81,10 +81,13 @@ for _tag, _pattern, _first in (
 
 
 class RecipeReader:
-    """One reading of a recipe: the place of each value, the problems found, and notices about translated settings."""
+    """One reading of a recipe: the place of each value, the problems found, and notices about translated settings.
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    on_file: called with the name of each further file before it is read; raises RecipeError to refuse it.
+    """
+
+    def __init__(self, file: str, on_file: Callable[[str], object] = lambda name: None) -> None:
+        self.file, self.on_file = file, on_file
         self.places: dict[ValuePath, str] = {}
         self.problems: list[RecipeError] = []
         self.notices: list[str] = []

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import secrets
 import signal
 import socket
@@ -39,6 +40,7 @@ REQUEST_SECONDS = 20  # a complete request must arrive within this time
 ARENAS = 2
 MMAP_BYTES = 1 << 20  # glibc maps larger blocks on their own (with a threshold of 128 KiB, answers take a third longer)
 DRAIN_SECONDS = 30  # for answers in progress when the server has to stop
+ENDING_SECONDS = 0.5  # until an endless stream sees that the server has to stop
 
 
 def error_response(status: int, kind: str, message: str, **headers: str) -> JSONResponse:
@@ -162,12 +164,39 @@ def freeze_objects() -> None:
     gc.freeze()
 
 
-def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] = "off") -> None:
-    """Serve until SIGTERM or Ctrl-C; then accept no new requests and finish the answers in progress."""
+def serve(
+    app: App,
+    listening: socket.socket,
+    *,
+    lifespan: Literal["on", "off"] = "off",
+    endless: re.Pattern[str] | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; then accept no new requests and finish the answers in progress.
+
+    endless: paths whose streams last as long as their client; they end at once.
+    """
     share_heaps()
     freeze_objects()
+
+    async def ending(scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_end() -> MutableMapping[str, Any]:
+            message = asyncio.ensure_future(receive())
+            try:
+                while not server.should_exit and not message.done():
+                    await asyncio.wait({message}, timeout=ENDING_SECONDS)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                message.cancel()
+
+        lasts = endless is not None and scope["type"] == "http" and endless.fullmatch(scope["path"])
+        try:
+            await app(scope, receive_or_end if lasts else receive, send)
+        except asyncio.CancelledError:  # an answer that took longer than DRAIN_SECONDS
+            if not server.should_exit:
+                raise
+
     config = uvicorn.Config(
-        app,
+        ending,
         http=TimeoutProtocol,
         ws="none",
         lifespan=lifespan,

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tongwen.core import console
-from tongwen.core.errors import DataError, RecipeError, TongwenError, is_out_of_memory
+from tongwen.core.errors import TongwenError, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, error_response
 from tongwen.serving.request_queue import QueuedResponse, QueueFull, RequestQueue
@@ -310,7 +310,7 @@ class ApiServer:
             else:
                 assert isinstance(request, TextRequest)
                 ids = self.backend.text_ids(request.prompt if isinstance(request.prompt, str) else request.prompt[0])
-        except (DataError, RecipeError) as error:
+        except TongwenError as error:  # a ModelError when the template fails on this conversation
             raise RequestError(400, "invalid_request_error", error.text()) from None
         available = self.backend.context - len(ids)
         if not ids or available < 1:

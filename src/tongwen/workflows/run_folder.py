@@ -16,6 +16,7 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.file_lock import is_lock
 from tongwen.core.i18n import _
 from tongwen.recipe.load import dump
+from tongwen.recipe.references import references
 from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.recipe.yaml_reader import read_foreign
 from tongwen.workflows.run_lock import LOCK
@@ -59,22 +60,8 @@ def write_recipe(recipe: Recipe) -> None:
 
 def inputs_of(recipe: Recipe) -> Iterator[str]:
     """Yield what the recipe reads: models, data and settings, by path or name."""
-    yield recipe.base
-    if made := recipe.synthesize:
-        yield from (source.path for source in made.documents)
-        yield made.seeds or ""
-    if data := recipe.prepare:
-        own = f"{recipe.out}/synthesize/dialogues.jsonl" if recipe.synthesize else ""
-        sources = (*data.documents, *data.dialogues, *data.evaluation)
-        yield from (source.path for source in sources if source.path != own)
-        yield data.held_out if isinstance(data.held_out, str) else ""
-    yield (recipe.vocab and recipe.vocab.tokenizer) or ""
-    for section in recipe.training:
-        yield section.adapter.continue_from or ""
-        yield from (name for name in (section.engine, getattr(section, "template", "")) if Path(name).is_file())
-    for task in recipe.evaluate.tasks if recipe.evaluate else ():
-        yield task.data.path if task.data else ""
-        yield task.examples or ""
+    own = f"{recipe.out}/synthesize/dialogues.jsonl" if recipe.synthesize else ""
+    yield from (one.value for one in references(recipe) if one.is_read and one.value != own)
 
 
 def _check_recipe(file: Path) -> None:

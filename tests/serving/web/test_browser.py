@@ -60,8 +60,8 @@ def parrot() -> Parrot:
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path, parrot: Parrot) -> Iterator[str]:
-    place = Workspace.of([str(folder)])
+def address(folder: Path, parrot: Parrot, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    place = Workspace.of([str(folder)], uploads=str(tmp_path_factory.mktemp("uploads")))
     with serving(make_backend(place, make_chat_backend(parrot, "parrot", "second"))) as url:
         yield url
 

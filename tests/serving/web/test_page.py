@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -45,8 +46,9 @@ def parrot() -> Parrot:
 
 
 @pytest.fixture(scope="module")
-def address(parrot: Parrot) -> Iterator[str]:
-    with serving(PageBackend("tongwen", make_chat_backend(parrot, "parrot"))) as url:
+def address(parrot: Parrot, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    uploads = tmp_path_factory.mktemp("uploads")
+    with serving(PageBackend("tongwen", make_chat_backend(parrot, "parrot"), uploads=uploads)) as url:
         yield url
 
 
@@ -239,6 +241,35 @@ def test_oversized_body_is_refused_at_once(address: str) -> None:
         assert web.post("/en/gradio_api/upload", content=b"x" * (UploadLimits.body + 1)).status_code != 413
         assert web.post("/en/gradio_api/queue/join", content=iter([b"x"])).status_code == 411
         assert web.post("/en/gradio_api/queue/join", content=b"{broken").status_code == 422
+
+
+@pytest.mark.parametrize("route", ["run/predict", "queue/join", "upload"])
+def test_chunks_beside_a_length_are_refused(address: str, route: str) -> None:
+    """The chunks would count, so that the length limits nothing."""
+    port = int(address.rpartition(":")[2])
+    head = (
+        f"POST /en/gradio_api/{route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: {address}\r\n"
+        f"Authorization: Bearer {TOKEN}\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
+        line.sendall(head.encode() + b"200000\r\n" + b"x" * 1000)
+        assert line.recv(100).startswith(b"HTTP/1.1 411 ")
+
+
+def test_uploads_have_a_limit_together(tmp_path: Path) -> None:
+    backend = PageBackend("t", make_chat_backend(Parrot(), "m"), uploads=tmp_path)
+    limits = UploadLimits(upload=2000, uploads=3000)
+    with serving(backend, limits) as url, client(url) as web:
+        sent = [
+            web.post("/en/gradio_api/upload", files={"files": (f"{number}.txt", os.urandom(size))}).status_code
+            for number, size in enumerate((1500, 3000, 1500, 500))
+        ]
+    assert sent == [200, 413, 413, 200]
+
+
+def test_page_without_uploads_takes_none() -> None:
+    with serving(PageBackend("t", make_chat_backend(Parrot(), "m"))) as url, client(url) as web:
+        assert web.post("/en/gradio_api/upload", files={"files": ("a.txt", b"x")}).status_code == 404
 
 
 # -- messages ------------------------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ class ChatBackend:
 
 @dataclass(frozen=True)
 class DataBackend:
-    """The data tab. inspect: (file, model or "", template) -> (report on the file, its samples), both HTML."""
+    """The data tab. inspect: (uploaded file, model or "", template) -> (report on the file, its samples), both HTML."""
 
     models: Callable[[], list[str]]
     templates: Sequence[str]
-    inspect: Callable[[Path, str, str], tuple[str, str]]
+    inspect: Callable[[str, str, str], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ class RunsBackend:
 
 @dataclass(frozen=True)
 class PageBackend:
-    """The page: a tab for each backend that is not None."""
+    """The page: a tab for each backend that is not None. uploads: the folder of uploaded files, without links; None: none."""
 
     title: str
     chat: ChatBackend
     data: DataBackend | None = None
     vocabulary: VocabularyBackend | None = None
     runs: RunsBackend | None = None
+    uploads: Path | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -38,7 +37,7 @@ def add(page: gr.Blocks, backend: DataBackend, wrap: WrapHandler) -> None:
     def read(path: str | None, *chosen: str) -> tuple[str, str]:
         if not path:
             return "", ""
-        rows, samples_html = backend.inspect(Path(path), *chosen)
+        rows, samples_html = backend.inspect(path, *chosen)
         return block(rows), block(samples_html)
 
     gr.on([file.change, model.change, template.change], wrap(read), [file, model, template], [ledger, samples])

@@ -2,16 +2,19 @@
 
 A page on loopback is open to every other page in the same browser and to every user of the machine. So a request must
 name this server as its host (DNS rebinding), come from this page if it changes anything (foreign origins), carry the
-token, and use a route that the page needs; its body has a limit. Responses may load and run nothing from elsewhere.
+token, and use a route that the page needs; its body has a limit, and what it posts is looked at (`posted`). Responses may
+load and run nothing from elsewhere.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,13 +23,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tongwen.core.html import render
 from tongwen.core.i18n import _
-from tongwen.serving.auth import digest, is_loopback
+from tongwen.serving.auth import REQUEST_SECONDS, digest, is_loopback
+from tongwen.serving.web import posted
 
 # The routes that the page needs. Gradio has many more (proxy, files, histories), which are answered with 404.
 OPEN_ROUTES = re.compile(
     r"/|/favicon\.ico|/report|/(en|zh)(/|/config|/theme\.css|/manifest\.json|/(assets|static)/[\w./-]+"
     r"|/gradio_api/(info|startup-events|upload|upload_progress|run/predict|queue/(join|data)|cancel|reset|heartbeat/\w+))?"
 )
+ENDLESS = re.compile(r"/(en|zh)/gradio_api/heartbeat/\w+")  # a stream for each open page
 UPLOAD = re.compile(r"/(en|zh)/gradio_api/upload")
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 POLICY = (
@@ -44,17 +49,23 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Maximum bytes of a request's body, and of an uploaded file."""
+    """Maximum bytes of a request's body, of an uploaded file, and of all uploaded files."""
 
     body: int = 1 << 20
     upload: int = 200 << 20
+    uploads: int = 2 << 30
 
 
 class LoginMiddleware:
-    """Checks every request before the application gets it. loopback: accept only host names of this machine."""
+    """Checks every request before the application gets it.
 
-    def __init__(self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: UploadLimits) -> None:
-        self.app, self.loopback, self.limits = app, loopback, limits
+    loopback: accept only host names of this machine; uploads: the folder of uploaded files, without links; None: no uploads.
+    """
+
+    def __init__(
+        self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: UploadLimits, uploads: Path | None
+    ) -> None:
+        self.app, self.loopback, self.limits, self.uploads = app, loopback, limits, uploads
         self.token = digest(token)
         self.cookie = f"tongwen_{port}"  # cookies are shared by all ports of a host
 
@@ -63,7 +74,26 @@ class LoginMiddleware:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             answer = self._answer(scope, Headers(scope=scope))
+            if answer is None and scope["method"] not in ("GET", "HEAD") and not UPLOAD.fullmatch(scope["path"]):
+                answer, receive = await self._look_at(scope, receive)
             await (answer or self.app)(scope, receive, _SecuredSend(send))
+
+    async def _look_at(self, scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
+        """Read a body, and return the response that refuses it, and a `receive` that gives it once more."""
+        try:
+            body = await asyncio.wait_for(_read(receive, self.limits.body), REQUEST_SECONDS)
+        except asyncio.TimeoutError:
+            return PlainTextResponse("too slow\n", 408), receive
+        if len(body) > self.limits.body:
+            return PlainTextResponse(f"at most {self.limits.body} bytes\n", 413), receive
+        origin = f"http://{Headers(scope=scope).get('host', '')}"
+        problem = await asyncio.to_thread(posted.problem_of, body, self.uploads, origin)
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> Message:
+            return first.pop() if first else await receive()
+
+        return (PlainTextResponse(f"{problem}\n", 422) if problem else None), receive_again
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
         """Return the response to a refused request or a login; None lets the request pass."""
@@ -99,13 +129,31 @@ class LoginMiddleware:
         return response
 
     def _check_size(self, path: str, headers: Headers) -> Response | None:
-        length = headers.get("content-length", "")
-        if not length.isdigit():
+        length, uploads = headers.get("content-length", ""), bool(UPLOAD.fullmatch(path))
+        # With both headers, the chunks count: a body of any length would follow.
+        if not re.fullmatch("[0-9]{1,15}", length) or "transfer-encoding" in headers:
             return PlainTextResponse("how long is it?\n", 411)
-        limit = self.limits.upload if UPLOAD.fullmatch(path) else self.limits.body
+        limit = self.limits.upload if uploads else self.limits.body
         if int(length) > limit:
             return PlainTextResponse(f"at most {limit} bytes\n", 413)
+        if not uploads:
+            return None
+        if self.uploads is None:
+            return PlainTextResponse("there is nothing here\n", 404)
+        kept = sum(file.stat().st_size for file in self.uploads.rglob("*") if file.is_file())
+        if kept + int(length) > self.limits.uploads:
+            return PlainTextResponse("too many files: restart the server\n", 413)
         return None
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    """Read a request's body, or so much of it that it is larger than the limit."""
+    body, more = bytearray(), True
+    while more and len(body) <= limit:
+        message = await receive()
+        body.extend(message.get("body", b""))
+        more = message.get("more_body", False)
+    return bytes(body)
 
 
 class _SecuredSend:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +18,7 @@ from tongwen.core.i18n import _, language
 from tongwen.serving import auth
 from tongwen.serving.auth import TOKEN, choose_token, is_loopback, open_port
 from tongwen.serving.web.backend import PageBackend
-from tongwen.serving.web.login import LoginMiddleware, UploadLimits
+from tongwen.serving.web.login import ENDLESS, LoginMiddleware, UploadLimits
 from tongwen.serving.web.page import make_page, theme_and_css
 
 LANGUAGES = ("en", "zh")
@@ -40,15 +39,14 @@ def serve(backend: PageBackend, host: str, port: int) -> int:
     MachineError if the port cannot be used."""
     loopback = is_loopback(host)
     token, generated = choose_token(loopback)
-    with open_port(host, port) as listening, tempfile.TemporaryDirectory(prefix="tongwen-web-") as upload_folder:
-        os.environ["GRADIO_TEMP_DIR"] = upload_folder
+    with open_port(host, port) as listening:
         port = listening.getsockname()[1]
         app = make_app(backend, token, port=port, loopback=loopback)
         url = f"http://{host}:{port}/" + (f"?token={token}" if generated else "")
         console.success(url if generated else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
         console.info(_("Ctrl-C stops it; runs that have started continue"))
         console.emit({"url": url})
-        auth.serve(app, listening, lifespan="on")
+        auth.serve(app, listening, lifespan="on", endless=ENDLESS)
     return 0
 
 
@@ -57,6 +55,8 @@ def make_app(
 ) -> Any:
     """Return the whole application: pages, reports, login."""
     limits = limits or UploadLimits()
+    if backend.uploads:
+        os.environ["GRADIO_TEMP_DIR"] = str(backend.uploads)
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @application.get("/")
@@ -97,4 +97,4 @@ def make_app(
             mcp_server=False,
             **theme_and_css(),
         )
-    return LoginMiddleware(application, token, port=port, loopback=loopback, limits=limits)
+    return LoginMiddleware(application, token, port=port, loopback=loopback, limits=limits, uploads=backend.uploads)
