@@ -25,7 +25,7 @@ def test_keep_is_advised_where_an_instruct_model_reads_plain_text(
             encoding="utf-8",
         )
         assert main(["check", str(recipe)]) == 0
-        return "keep: 0.5" in capsys.readouterr().err
+        return "keep: 0.5" in "".join(capsys.readouterr())
 
     assert advice("<|im_start|>{{ messages }}")
     assert not advice("<|im_start|>{{ messages }}", "keep: 0.1")
