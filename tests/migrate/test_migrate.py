@@ -173,7 +173,9 @@ def test_rule_tables_name_existing_readers_and_settings() -> None:
         for program in programs(table).values():
             for flag, rule in [*program.flags.items(), *program.prefixes.items()]:
                 assert rule.read in READERS, (program.id, flag)
-                assert rule.to or rule.dropped or rule.sets or rule.read in ("file", "several", "whole_batch"), (
+                assert (
+                    rule.to or rule.dropped or rule.sets or rule.read in ("file", "several", "hosts", "whole_batch")
+                ), (
                     program.id,
                     flag,
                 )
@@ -332,6 +334,87 @@ def test_multi_node_command_keeps_torchrun(tongwen: Any) -> None:
     assert code == 2 and "with torchrun on each of them" in err
 
 
+HOSTS = "worker-0 slots=8\nworker-1 slots=8  # the second\n"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "printed", "devices"),
+    [
+        (
+            "deepspeed --hostfile hosts --num_nodes 2 --num_gpus 8",
+            "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint worker-0:29500 -m tongwen run",
+            8,
+        ),
+        (
+            "deepspeed --hostfile hosts",
+            "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint worker-0:29500 -m tongwen run",
+            None,
+        ),
+        (
+            "deepspeed --hostfile none --num_nodes 2 --num_gpus 4",
+            "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint FIRST_HOST:29500 -m tongwen run",
+            4,
+        ),
+        (
+            "deepspeed --include a:0,1@b:0,1 --master_port 29501",
+            "CUDA_VISIBLE_DEVICES=0,1 torchrun --nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint a:29501 -m tongwen run",
+            2,
+        ),
+        ("deepspeed --include localhost:0,1,2,3 --master_port 29501", "CUDA_VISIBLE_DEVICES=0,1,2,3 tongwen run", 4),
+        ("accelerate launch --gpu_ids 0,2 --num_processes 2", "CUDA_VISIBLE_DEVICES=0,2 tongwen run", 2),
+        (
+            "accelerate launch --num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29502",
+            "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29502 --nproc_per_node 4 -m tongwen run",
+            4,
+        ),
+        ("torchrun --nproc_per_node 4 --master_port 29501", "tongwen run", 4),
+    ],
+)
+def test_launchers_become_lines_that_torchrun_knows(
+    tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, printed: str, devices: int | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text(HOSTS, encoding="utf-8")
+    code, out, _ = tongwen("migrate", "--", *launcher.split(), "finetune.py", "--base_model", "x")
+    assert code == 0 and f"  {printed} RECIPE" in out
+    assert ("on each machine" in out) == ("torchrun" in printed)
+    assert (f"devices: {devices}\n" in out) if devices else "devices:" not in out
+    if "torchrun " in printed:
+        known = torchrun_options()
+        line = next(line for line in out.splitlines() if f"{printed} RECIPE" in line)
+        assert {word for word in line.split() if word.startswith("--")} <= known
+
+
+def torchrun_options() -> set[str]:
+    from torch.distributed.run import get_args_parser
+
+    return {option for action in get_args_parser()._actions for option in action.option_strings}
+
+
+def test_accelerate_config_file_keeps_devices_and_engine(
+    tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("fsdp.yaml")
+    text = "compute_environment: LOCAL_MACHINE\ndistributed_type: {}\nnum_processes: 4\nnum_machines: 1\nmixed_precision: bf16\n"
+    file.write_text(text.format("FSDP") + "fsdp_config: {fsdp_version: 2}\n", encoding="utf-8")
+    line = ["accelerate", "launch", "--config_file", "fsdp.yaml", "finetune.py", "--base_model", "x"]
+    code, out, _ = tongwen("migrate", "--", *line)
+    assert code == 0 and "devices: 4\n" in out and "engine: fsdp.yaml\n" in out and "on each machine" not in out
+    file.write_text(text.format("MULTI_GPU"), encoding="utf-8")
+    code, out, _ = tongwen("migrate", "--", *line)
+    assert code == 0 and "devices: 4\n" in out and "engine:" not in out
+    file.unlink()
+    code, _, err = tongwen("migrate", "--", *line)
+    assert code == 2 and "there is no such file" in err
+
+
+def test_processes_that_cannot_be_divided_are_refused(tongwen: Any) -> None:
+    line = ["accelerate", "launch", "--num_processes", "3", "--num_machines", "2", "finetune.py", "--base_model", "x"]
+    code, _, err = tongwen("migrate", "--", *line)
+    assert code == 2 and "3 processes cannot be divided among 2 machines" in err
+
+
 def test_llamafactory_yaml_is_migrated(tongwen: Any, tmp_path: Path) -> None:
     file = tmp_path / "qwen.yaml"
     file.write_text(
@@ -360,6 +443,38 @@ def test_llamafactory_yaml_is_migrated(tongwen: Any, tmp_path: Path) -> None:
     file.write_text("model_name_or_path: a\nstage: dpo\n", encoding="utf-8")
     code, _, err = tongwen("migrate", file)
     assert code == 2 and "'dpo' is not one of: sft, pt" in err
+
+
+def test_command_that_names_a_yaml_is_migrated_as_the_file(tongwen: Any, tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "model_name_or_path: a\nstage: sft\nfinetuning_type: lora\ndataset: mine\nlearning_rate: 2.0e-4\noutput_dir: o\n",
+        encoding="utf-8",
+    )
+    texts = {tongwen("migrate", file, "--json")[1].partition('"text"')[2]}
+    for program in ("llamafactory-cli", "lmf"):
+        texts.add(tongwen("migrate", "--json", "--", program, "train", file)[1].partition('"text"')[2])
+    assert len(texts) == 1
+    changed = tongwen("migrate", "--", "llamafactory-cli", "train", file, "learning_rate=1e-5", "cutoff_len=99")[1]
+    assert "learning_rate: 1.0e-05" in changed and "max_length: 99" in changed
+    code, _, err = tongwen("migrate", "--", "llamafactory-cli", "train", file, "learning_rate")
+    assert code == 2 and "'learning_rate' behind the file is no key=value" in err
+    code, _, err = tongwen("migrate", "--", "llamafactory-cli", "train", tmp_path / "none.yaml")
+    assert code == 2 and "there is no such file" in err
+    file.write_text("model_name_or_path: a\nadapter_name_or_path: b\ntemplate: qwen3\n", encoding="utf-8")
+    for word, command in (("chat", ["chat", "a"]), ("webchat", ["chat", "a"]), ("api", ["serve", "a"])):
+        made = json.loads(tongwen("migrate", "--json", "--", "llamafactory-cli", word, file)[1])["migrated"][0]
+        assert made["commands"][0][1:3] == command and ("--web" in made["commands"][0]) == (word == "webchat")
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "precision"), [("False", "True", "auto"), ("True", "False", "auto"), ("False", "False", "fp32")]
+)
+def test_two_flags_of_precision_belong_together(tongwen: Any, fp16: str, bf16: str, precision: str) -> None:
+    code, out, _ = tongwen(
+        "migrate", "--", "python", "finetune.py", "--base_model=a", f"--fp16={fp16}", f"--bf16={bf16}"
+    )
+    assert code == 0 and f"precision: {precision}\n" in out
 
 
 ODD = [

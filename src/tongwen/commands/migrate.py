@@ -18,7 +18,7 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.hub.names import current_id
 from tongwen.migrate.build_recipe import as_yaml
-from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
+from tongwen.migrate.migrate import CONFIGURATIONS, MigrationResult, migrate_command, migrate_files
 from tongwen.migrate.shell import read_script
 from tongwen.recipe.load import read
 
@@ -51,7 +51,7 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
             _output_recipe(text, target)
             lines = [["run", target or "RECIPE", *(_device_overrides(result.recipe) if to_run else [])]]
         for line in lines:
-            console.info(f"  {shlex.join(['tongwen', *line])}")
+            console.info(f"  {_assignments(result)}{shlex.join(['tongwen', *line])}")
         if to_run:
             os.environ.update(result.environment)
         for number, line in enumerate(lines, 1):
@@ -97,7 +97,7 @@ def _read(inputs: list[str]) -> Iterator[MigrationResult]:
             remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
         )
     first = Path(inputs[1] if inputs[0] in SHELLS and len(inputs) > 1 else inputs[0])
-    if first.suffix in (".json", ".yaml", ".yml"):
+    if first.suffix in CONFIGURATIONS:
         yield migrate_files(inputs, current_id)
     elif first.suffix in SCRIPTS:
         try:
@@ -128,8 +128,14 @@ def _report(result: MigrationResult) -> None:
         console.info(f"  {result.instead}")
     if result.launch:
         options = " ".join(f"--{name} {value}" for name, value in result.launch.items())
-        console.info(_("on each machine:"))
-        console.info(f"  torchrun {options} -m tongwen run RECIPE")
+        if "nnodes" in result.launch:
+            console.info(_("on each machine:"))
+        console.info(f"  {_assignments(result)}torchrun {options} -m tongwen run RECIPE")
+
+
+def _assignments(result: MigrationResult) -> str:
+    """Return the variables in front of a command, as a shell reads them."""
+    return "".join(f"{name}={shlex.quote(value)} " for name, value in result.environment.items())
 
 
 def _output_recipe(text: str, target: str) -> None:

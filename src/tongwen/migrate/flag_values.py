@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.i18n import _
+from tongwen.recipe.yaml_reader import read_foreign
 
 TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "transformer.wte", "word_embeddings"}
 # Templates of LLaMA-Factory that tongwen ships, because models do not include them.
 TEMPLATES = {"alpaca": "alpaca", "vicuna": "vicuna", "belle": "belle-v2", "chatml": "chatml"}
+# Words of other launchers for options of torchrun.
+TORCHRUN = {
+    "num_nodes": "nnodes",
+    "num_machines": "nnodes",
+    "machine_rank": "node_rank",
+    "main_process_ip": "master_addr",
+    "main_process_port": "master_port",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class MigrationContext:
     current_id: name of a model -> its id today
     read_file:  (path, flag that names it); reads the file's keys like flags
     batch:      per_device, accumulate or shared, devices, machines, whole: the factors of the samples per step
-    launch:     options of a launcher on several machines
+    launch:     options of torchrun on several machines
+    environment: variables that are set in front of the new command
     lengths:    maximum lengths of the parts of a sample, which are added up at the end
     fetch:      ids of adapters that must be fetched first
     """
@@ -52,6 +62,7 @@ class MigrationContext:
     read_file: Callable[[str, str], None]
     batch: dict[str, int] = field(default_factory=dict)
     launch: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     fetch: list[str] = field(default_factory=list)
 
@@ -187,6 +198,12 @@ def engine(context: MigrationContext, flag: str, value: Any) -> Any:
     return value
 
 
+def processes(context: MigrationContext, flag: str, value: Any) -> Any:
+    """Record accelerate's processes, which are those of all machines together."""
+    context.batch["processes"] = count(context, flag, value)
+    return context.batch["processes"]
+
+
 def machines(context: MigrationContext, flag: str, value: Any) -> Any:
     if str(value) == "1":
         return RemovedFlag()
@@ -196,8 +213,48 @@ def machines(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def several(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
-    context.launch[flag] = str(text(context, flag, value))
+    context.launch[TORCHRUN.get(flag, flag)] = str(text(context, flag, value))
     return CorrectedValue(None, _("still passed to torchrun on each machine"))
+
+
+def included(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
+    """Read DeepSpeed's `host:0,1@other:0,1`, or accelerate's `0,1`: the machines, and the GPUs of each."""
+    if value == "all":
+        return CorrectedValue(None, _("all GPUs of each machine"))
+    hosts = [host.partition(":") for host in str(text(context, flag, value)).split("@")]
+    chosen = {gpus or (name if not colon and name[0].isdigit() else "") for name, colon, gpus in hosts}
+    if len(chosen) > 1:
+        raise ValueError(_("each machine has other GPUs: {gpus}").format(gpus=" / ".join(sorted(chosen))))
+    if len(hosts) > 1:
+        context.batch["machines"] = len(hosts)
+        context.launch |= {"nnodes": str(len(hosts)), "master_addr": hosts[0][0]}
+    (gpus,) = chosen
+    if not gpus:
+        return CorrectedValue(None, _("all GPUs of each machine"))
+    context.environment["CUDA_VISIBLE_DEVICES"] = gpus
+    context.batch["devices"] = len(gpus.split(","))
+    return CorrectedValue(
+        context.batch["devices"], _("CUDA_VISIBLE_DEVICES={gpus} is set in front of the new command").format(gpus=gpus)
+    )
+
+
+def hosts(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
+    """Read DeepSpeed's list of machines, `host slots=N` in each line."""
+    name = str(text(context, flag, value))
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return CorrectedValue(None, _("{file} cannot be read here: name its first machine yourself").format(file=name))
+    listed = [line.split("#")[0].split() for line in lines if line.split("#")[0].strip()]
+    slots = {part for words in listed for part in words[1:]}
+    if len(listed) > 1:
+        context.batch.setdefault("machines", len(listed))
+        context.launch = {"nnodes": str(len(listed)), "master_addr": listed[0][0]} | context.launch
+    if len(slots) == 1 and (found := re.fullmatch(r"slots=(\d+)", *slots)):
+        context.batch.setdefault("devices", int(found[1]))
+    return CorrectedValue(
+        None, _("{count} machines, the first is {first}").format(count=len(listed), first=listed[0][0])
+    )
 
 
 def length_part(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
@@ -213,6 +270,16 @@ def length_part(context: MigrationContext, flag: str, value: Any) -> CorrectedVa
 
 def file(context: MigrationContext, flag: str, value: Any) -> None:
     context.read_file(str(text(context, flag, value)), flag)
+
+
+def engine_file(context: MigrationContext, flag: str, value: Any) -> Any:
+    """Read accelerate's configuration file, and return it as the engine if it configures one."""
+    name = str(text(context, flag, value))
+    context.read_file(name, flag)
+    kind = read_foreign(Path(name).read_text(encoding="utf-8-sig"), is_json=name.endswith(".json"))["distributed_type"]
+    if kind in ("FSDP", "DEEPSPEED"):
+        return name
+    return CorrectedValue(None, _("its own keys, above"))
 
 
 def folder(context: MigrationContext, flag: str, value: Any) -> str:
@@ -291,8 +358,8 @@ READERS: dict[str, Reader] = {
     "epochs": epochs, "steps": steps, "switch": switch, "list": items, "seed": seed, "choice": choice, "auto": auto,
     "targets": targets, "whole_embeddings": whole_embeddings, "template": template,
     "per_device": _factor("per_device"), "accumulate": _factor("accumulate"), "shared_accumulate": _factor("shared"),
-    "whole_batch": whole_batch, "devices": devices, "engine": engine, "stem": stem, "machines": machines, "several": several, "length_part": length_part,
-    "file": file, "model": model, "trained": trained, "adapters": adapters, "data": data,
+    "whole_batch": whole_batch, "devices": devices, "engine": engine, "stem": stem, "machines": machines, "processes": processes, "included": included, "hosts": hosts, "several": several, "length_part": length_part,
+    "file": file, "engine_file": engine_file, "model": model, "trained": trained, "adapters": adapters, "data": data,
     "text_folder": _sources("*.txt", records="line"), "json_folder": _sources("*.json"), "train_folder": _sources("*train*.txt"),
     "tokenizer_file": _inside("{}/tokenizer.model"),
 }  # fmt: skip

@@ -20,6 +20,8 @@ from tongwen.migrate.tables import OldProgram, known_files, programs, scripts, t
 from tongwen.recipe.yaml_reader import read_foreign
 
 CurrentId = Callable[[str], str]
+ALONE = ("node_rank", "machine_rank", "master_addr", "master_port", "main_process_ip", "main_process_port")
+CONFIGURATIONS = (".json", ".yaml", ".yml")
 SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama-65b"}
 
 
@@ -47,7 +49,7 @@ def migrate_command(arguments: Sequence[str], current_id: CurrentId) -> Migratio
     if not rest:
         raise RecipeError(_("no command given"), place=old or "tongwen migrate --")
     outcome = _plain_line(rest, old) or _program_line(rest, old, current_id)
-    outcome.environment = environment
+    outcome.environment |= environment
     outcome.verdicts = [
         *(
             Verdict(name, value, "kept", f"{name}={value}", _("set in front of the new command"))
@@ -58,20 +60,30 @@ def migrate_command(arguments: Sequence[str], current_id: CurrentId) -> Migratio
     return outcome
 
 
-def migrate_files(paths: Sequence[str], current_id: CurrentId) -> MigrationResult:
-    """Read old configuration files that belong together. Raises RecipeError, or SeveralErrors."""
+def migrate_files(
+    paths: Sequence[str],
+    current_id: CurrentId,
+    named: OldProgram | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> MigrationResult:
+    """Read old configuration files that belong together. named: the program of the command that names them; overrides: keys
+    that it sets beside them.
+
+    Raises RecipeError, or SeveralErrors.
+    """
     reader, project = _new_reader(current_id), ""
     commands: list[list[str]] = []
     for path in paths:
-        data = _read_data(path)
-        program = _recognise(data, path)
+        data = _read_data(path) | (overrides or {})
+        program = named or _recognise(data, path)
         project = project or program.project
         reader.section = reader.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")
         _read_keys(reader, program, data, path)
         if program.command:
             commands = build_recipe.build_commands(reader, program)
     raise_all(reader.problems)
-    outcome = MigrationResult(" ".join(paths), project, reader.verdicts, commands=commands, notes=reader.notes)
+    names = " ".join(Path(path).name for path in paths)
+    outcome = MigrationResult(names, project, reader.verdicts, commands=commands, notes=reader.notes)
     if not commands:
         outcome.recipe = build_recipe.build_recipe(reader, paths[0])
         raise_all(reader.problems)
@@ -155,6 +167,8 @@ def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -
     name = _script_name(rest, position)
     flags = rest[position + len(name.split()) :]
     program = _choose(name, flags)
+    if program.reads_file and flags and Path(flags[0]).suffix in CONFIGURATIONS:
+        return migrate_files(flags[:1], current_id, program, _overrides(flags[1:], old))
     reader = _new_reader(current_id)
     reader.section = program.section
     if launcher:
@@ -166,10 +180,8 @@ def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -
     reader.notes += [
         translate(one) for one in (program.note, launcher and "devices" not in reader.settings and launcher.note) if one
     ]
-    launch = reader.context.launch
-    if launch and "devices" in reader.context.batch:
-        launch["nproc_per_node"] = str(reader.context.batch["devices"])
-    outcome = MigrationResult(old, program.project, reader.verdicts, launch=launch, notes=reader.notes)
+    outcome = MigrationResult(old, program.project, reader.verdicts, launch=_torchrun(reader, old), notes=reader.notes)
+    outcome.environment = reader.context.environment
     if program.lines:
         outcome.commands = [list(line) for line in program.lines]
     elif program.command:
@@ -180,6 +192,53 @@ def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -
         outcome.recipe = build_recipe.build_recipe(reader, old)
     raise_all(reader.problems)
     return outcome
+
+
+def _torchrun(reader: FlagReader, place: str) -> dict[str, str]:
+    """Return the options with which torchrun starts the run on each of several machines; none for a single machine.
+
+    Without ranks the machines find each other at the first one's address.
+    """
+    context, many = reader.context, reader.context.batch.get("machines", 1)
+    if together := context.batch.pop("processes", 0):
+        if together % many:
+            reader.add_problem(
+                place,
+                _("{together} processes cannot be divided among {many} machines").format(together=together, many=many),
+            )
+        context.batch["devices"] = together // many
+        reader.set_value("devices", "", together // many, place)
+        reader.settings["devices"] = (reader.settings["devices"][0], together // many)
+    launch = dict(context.launch)
+    if "devices" in context.batch:
+        launch["nproc_per_node"] = str(context.batch["devices"])
+    if many == 1 and launch.get("nnodes", "1") == "1":
+        for verdict in reader.verdicts:
+            if verdict.flag in ALONE:
+                verdict.verdict, verdict.why = "dropped", _("a single machine needs no flag")
+        per_node = launch.get("nproc_per_node", "1")
+        return {} if per_node.isdigit() else {"nproc_per_node": per_node}
+    if not launch.keys() & {"node_rank", "rdzv_endpoint"}:
+        first, port = launch.pop("master_addr", "FIRST_HOST"), launch.pop("master_port", "29500")
+        launch |= {"rdzv_backend": "c10d", "rdzv_endpoint": f"{first}:{port}"}
+        if first == "FIRST_HOST":
+            reader.notes.append(_("write the address of the first machine for FIRST_HOST"))
+    return launch
+
+
+def _overrides(arguments: Sequence[str], place: str) -> dict[str, Any]:
+    """Return what `key=value` behind a configuration file sets. Raises RecipeError for anything else."""
+    for argument in arguments:
+        if not re.match(r"[A-Za-z_][\w.]*=", argument):
+            raise RecipeError(
+                _("{argument!r} behind the file is no key=value").format(argument=argument),
+                place=place,
+            )
+    pairs = (argument.split("=", 1) for argument in arguments)
+    try:
+        return {key: read_foreign(value, is_json=False) for key, value in pairs}
+    except ValueError as error:
+        raise RecipeError(_("cannot be read: {error}").format(error=error), place=place) from None
 
 
 def _split_launcher(arguments: tuple[str, ...]) -> tuple[OldProgram | None, tuple[str, ...]]:

@@ -91,6 +91,7 @@ class OldProgram:
     flags: Mapping[str, FlagRule] = field(default_factory=dict)
     prefixes: Mapping[str, FlagRule] = field(default_factory=dict)
     finds_base: bool = False  # the adapter names the base
+    reads_file: bool = False  # its first argument may be its configuration, with key=value behind it
     trains: bool = False  # accepts all of transformers' TrainingArguments
 
 

@@ -52,8 +52,9 @@ def deciding_settings(section: Training) -> dict[str, Any]:
     Raises:
         RecipeError: The engine's file cannot be read.
     """
+    neutral = [] if section.keep else ["keep"]  # a run of version 0.1 has no such setting
     unused: dict[str, Any] = {
-        **dict.fromkeys(free_settings(section), True),
+        **dict.fromkeys([*free_settings(section), *neutral], True),
         "adapter": unused_adapter_settings(section),
     }
     settings = section.model_dump(mode="json", exclude=unused)
