@@ -95,6 +95,17 @@ def test_non_causal_model_is_refused_by_check(kind: str, architecture: str, tmp_
     assert code == 4 and architecture in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_quantised_base_is_refused_before_training(command: str, tmp_path: Path, tongwen: Any) -> None:
+    """Its adapter could be trained for hours, but not merged: the stored tensors are not the weights."""
+    base = make_base(tmp_path / "base", "gpt_oss")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    code, _, err = tongwen(command, write_recipe(tmp_path, base))
+    assert code == 4 and "quantised" in err and "use the original" in err
+    assert not (tmp_path / "out" / "prepare").exists()
+
+
 def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
     from transformers import BertConfig, BertLMHeadModel
 

@@ -228,7 +228,8 @@ def _probe(model: Any, modules: Collection[str]) -> tuple[list[str], set[str]]:
             output.register_hook(lambda _gradient: reached.add(name))
 
     model.requires_grad_(False)
-    hooks = [embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))]
+    # A copy, because some code adds positions to the embedded tokens in place, which no leaf of the graph allows.
+    hooks = [embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True).clone())]
     for name in modules:
         module = model.get_submodule(name)
         hooks.append(module.register_forward_hook(partial(watch, name)))

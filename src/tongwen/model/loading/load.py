@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,14 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Endings of architectures with another head than that of a language model.
-OTHER_TASKS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
+OTHER_TASKS = (
+    "ForMaskedLM",
+    "Classification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForPreTraining",
+    "Diffusion",
+)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -204,6 +211,22 @@ def check_trainable(ref: ModelRef) -> None:
         place=str(file),
         remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
     )
+
+
+def check_unquantised(ref: ModelRef, config: Mapping[str, Any] | None = None) -> None:
+    """Raise ModelError for a model whose tensors are not its weights, so that no adapter can be merged into them.
+
+    config: its config.json, if it was read before.
+    """
+    file = Path(ref.folder) / "config.json"
+    if config is None:
+        config = artifact.read_json(file) if file.is_file() else {}
+    if config.get("quantization_config"):
+        raise ModelError(
+            _("this model is quantised"),
+            place=ref.name,
+            remedy=_("use the original, unquantised model: an adapter fits both"),
+        )
 
 
 def load_config(ref: ModelRef) -> Any:
