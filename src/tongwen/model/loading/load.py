@@ -12,6 +12,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -522,8 +523,16 @@ class explain_errors:  # noqa: N801
             return
         text = str(error)
         reason = first_line(error)
+        if reason.rstrip().endswith(":"):  # a list follows
+            reason = " ".join(text.split())
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
+        if isinstance(error, ImportError) and (wanted := re.search(r"pip install ([\w-]+)", text)):
+            raise MachineError(
+                _("transformers needs the package {package!r} for this model").format(package=wanted[1]),
+                place=self.ref.name,
+                remedy=f"pip install {wanted[1]}",
+            ) from None
         if not self.ref.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
                 _("cannot get this model from the hub: {reason}").format(reason=reason[:160]),
