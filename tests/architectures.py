@@ -118,7 +118,7 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": BY_LAYER},
     "cohere_compass_text": BY_LAYER,
     "cpmant": {"init_std": 0.02},  # its default, 1, makes attention scores so large that fp32's rounding shows
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": GROUPS}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": GROUPS, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
     "dots3_note": {"text_config": LATENT_WINDOWS},
     "dots3_note_text": LATENT_WINDOWS,
@@ -143,8 +143,13 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mistral4": {"text_config": {"head_dim": 16, "rope_parameters": ROTATED | {"partial_rotary_factor": 0.5}}},
+    "mistral4": {
+        "head_dim": 8,
+        "rope_parameters": ROTATED | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64},
+    },
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "qwen3_omni_moe_thinker": {},
@@ -155,6 +160,7 @@ OWN: dict[str, dict[str, Any]] = {
         for part in ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
     },
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16},
 }
 OWN |= {
     kind: {"text_config": THREE_AXES} for kind in ("paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl")
@@ -262,9 +268,9 @@ def tiny_config(kind: str, variation: dict[str, Any], tokens: int) -> Any:
     try:
         usual = config_class()
     except Exception:  # a drafter's defaults contradict its own rules
-        usual = config_class(**OWN[kind])
+        usual = config_class(**copy.deepcopy(OWN[kind]))
     facts = shrunk(usual, variation, tokens, iter(range(tokens, tokens + SPARE_ROWS)))
-    return config_class(**merged(facts, OWN.get(kind, {})))
+    return config_class(**merged(facts, copy.deepcopy(OWN.get(kind, {}))))
 
 
 def shrunk(config: Any, variation: dict[str, Any], tokens: int, spare: Iterator[int]) -> dict[str, Any]:

@@ -63,8 +63,7 @@ def test_committed_matrix_has_no_failure() -> None:
     assert counts["tried"] >= 100 and counts.get("failed", 0) == 0
     assert counts["resumed to the bit"] == counts["generated as transformers"] == counts["trained"]
     trained = {kind: one["merge_difference"] for kind, one in architectures.items() if one["outcome"] == "trained"}
-    # CPM-Ant's is 9e-5, on the page as every other one
-    assert {kind for kind, difference in trained.items() if difference > MERGE_LIMIT} <= {"cpmant"}
+    assert max(trained.values()) <= MERGE_LIMIT
 
 
 def test_full_training_keeps_the_vision_tower_and_architecture(tmp_path: Path, tongwen: Any) -> None:
@@ -124,6 +123,12 @@ def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
 
 
 def test_model_that_requires_an_image_is_refused(tmp_path: Path, tongwen: Any) -> None:
-    recipe = write_recipe(tmp_path, make_base(tmp_path / "base", "blip"), sft=", stop_after: 1 steps")
+    base = make_base(tmp_path / "base", "blip")
+    recipe = write_recipe(tmp_path, base, sft=", stop_after: 1 steps")
+    code, _, err = tongwen("check", recipe)
+    assert code == 4 and "BlipForConditionalGeneration does not predict" in err
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]  # as of a model that is not in the list
+    (base / "config.json").write_text(json.dumps(config))
     code, _, err = tongwen("run", recipe)
     assert code == 4 and "cannot read a text alone" in err and "pixel_values" in err

@@ -50,6 +50,13 @@ OTHER_TASKS = (
     "ForPreTraining",
     "Diffusion",
 )
+# Architectures that transformers opens as language models, but that need a picture beside each text, see the whole text at
+# once, or write actions.
+NOT_CAUSAL = {
+    *("BlipForConditionalGeneration", "Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"),
+    *("InstructBlipVideoForConditionalGeneration", "IdeficsForVisionText2Text", "Kosmos2ForConditionalGeneration"),
+    *("PaliGemmaForConditionalGeneration", "CpmAntForCausalLM", "PI0ForConditionalGeneration"),
+}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -200,7 +207,7 @@ def check_trainable(ref: ModelRef) -> None:
     config = artifact.read_json(file) if file.is_file() else {}
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    other = next((ending for ending in OTHER_TASKS if architecture.endswith(ending)), "")
+    other = architecture in NOT_CAUSAL or architecture.endswith(OTHER_TASKS)
     # A config that knows cross-attention can be an encoder's or a decoder's, and says which: BERT and its descendants.
     sees_all = "add_cross_attention" in config and config.get("is_decoder") is False
     if not config.get("is_encoder_decoder") and not other and not sees_all:
