@@ -169,7 +169,7 @@ OWN |= {
     kind: {"text_config": HALF_OF_THREE_AXES}
     for kind in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "qwen3_5", "qwen3_5_moe")
 }
-OWN |= {kind: HALF_OF_THREE_AXES for kind in ("qwen3_5_text", "qwen3_5_moe_text")}
+OWN |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), HALF_OF_THREE_AXES)
 # Their residual streams hold numbers so large that fp32's rounding alone would exceed 1e-5 in the logits.
 LARGE_STREAMS = (
     "gemma3n_text",
