@@ -119,7 +119,7 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": BY_LAYER,
     "cpmant": {"init_std": 0.02},  # its default, 1, makes attention scores so large that fp32's rounding shows
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": GROUPS, "clip_qkv": 8.0}},
-    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2}},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]}},
     "dots3_note": {"text_config": LATENT_WINDOWS},
     "dots3_note_text": LATENT_WINDOWS,
     "emu3": PICTURE,
@@ -149,16 +149,18 @@ OWN: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "rope_parameters": ROTATED | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64},
     },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "qwen3_omni_moe_thinker": {},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "vibevoice_asr": {
         part: {"num_filters": 4, "depths": [1] * 7, "hidden_size": 8}
         for part in ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
     },
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16},
 }
@@ -178,6 +180,8 @@ LARGE_STREAMS = (
     "gemma4_unified",
     "gemma4_unified_text",
     "qwen3_5",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_next",
 )
 OWN["qwen2_5_omni_thinker"]["vision_start_token_id"] = OWN["qwen3_omni_moe_thinker"]["vision_start_token_id"] = 500
