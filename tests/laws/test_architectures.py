@@ -12,6 +12,8 @@ from bench.families import MERGE_LIMIT, try_kind
 
 from tests.architectures import make_base, plain
 from tests.conftest import byte_level_tokenizer, dialogues, tensors, write_recipe
+from tongwen.core.errors import NumbersError
+from tongwen.train.audit import check_causal
 
 CHAINED = [
     "aria",
@@ -120,6 +122,19 @@ def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
     (base / "config.json").write_text(json.dumps(config))
     code, _, err = tongwen("run", recipe)
     assert code == 6 and "later token" in err
+
+
+def test_early_look_at_a_short_answer_is_found() -> None:
+    """Only the first score depends on a later token: replacing the second half of the answer does not show it."""
+
+    def loss(_model: Any, batch: dict[str, Any]) -> tuple[None, torch.Tensor]:
+        nats = torch.zeros(len(batch["rows"]))
+        nats[0] = float(batch["input_ids"][0, batch["rows"][0] + 1])
+        return None, nats
+
+    batch = {"input_ids": torch.arange(10)[None], "rows": torch.tensor([5, 6, 7, 8])}
+    with pytest.raises(NumbersError, match="later token"):
+        check_causal(torch.nn.Linear(1, 1), batch, loss)
 
 
 def test_model_that_requires_an_image_is_refused(tmp_path: Path, tongwen: Any) -> None:

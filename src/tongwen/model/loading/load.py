@@ -255,7 +255,9 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
 
     kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     config = load_config(ref)
-    if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{ref.name}/config.json"):
+    with explain_errors(ref):  # not every config has a vocabulary: a robot's actions need none
+        rows = config.get_text_config().vocab_size
+    if special_tokens.drop_invalid_ids(config, rows, f"{ref.name}/config.json"):
         kwargs["config"] = config
     with quiet(), explain_errors(ref):
         model, info = auto_class(config).from_pretrained(
