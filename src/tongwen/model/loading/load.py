@@ -278,11 +278,22 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
             place=ref.name,
             remedy=_("download the whole model again"),
         )
+    _find_head(model)
     if quantize:
         _prepare_quantised(model)
     if ref.gguf:  # it has been de-quantised: treat it as an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def _find_head(model: Any) -> Any:
+    """Let a model that wraps a whole language model name that one's head as its own, which transformers' Nemotron-H Omni
+    does not."""
+    if model.get_output_embeddings() is None:
+        inner = (part for part in model.modules() if part is not model and hasattr(part, "get_output_embeddings"))
+        finders = (part.get_output_embeddings for part in inner)
+        model.get_output_embeddings = next((find for find in finders if find() is not None), lambda: None)
     return model
 
 
@@ -331,7 +342,7 @@ def build_on_meta(config: Any) -> Any:
     import torch
 
     with quiet(), torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=False)
+        return _find_head(auto_class(config).from_config(config, trust_remote_code=False))
 
 
 def auto_class(config: Any) -> Any:
