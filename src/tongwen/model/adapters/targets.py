@@ -245,6 +245,8 @@ def _probe(model: Any, modules: Collection[str]) -> tuple[list[str], set[str]]:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    if not reached:  # the text goes through another embedding than the model names: the audit before training decides
+        return [], reshaping
     return [name for name in modules if name not in reached and "expert" not in name], reshaping
 
 
