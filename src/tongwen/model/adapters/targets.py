@@ -80,7 +80,9 @@ def find_targets(model: Any, adapter_config: AdapterConfig) -> AdapterTargets:
     parameters = _fit_for_parameters(model, adapter_config, parameters, targets)
     if not allowed and not parameters:
         raise ModelError(
-            _("no weight is left for the adapter"), place="adapter.targets", remedy=_("exclude fewer names")
+            ": ".join((_("no weight is left for the adapter"), *targets.left_out)),
+            place="adapter.targets",
+            remedy=_("exclude fewer names") if adapter_config.exclude else "adapter: {method: full}",
         )
     targets.modules = _shortened(allowed, [name for name, _module in model.named_modules()])
     targets.parameters = _shortened(parameters, [name for name, _part in model.named_parameters()], least=2)
