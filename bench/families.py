@@ -7,7 +7,8 @@ imported everything: `check`; `run` (audit, LoRA, merge); the same run stopped a
 `generate`; `convert --to gguf` where the family's GGUF is known. The judges know nothing of tongwen: peft's live model,
 plain transformers for the merged folder and its greedy text, llama.cpp for the GGUF file.
 An architecture is trained, refused with a message (by `check`, or by the run before it trains), or failed. A traceback
-is a failure, and so is a refusal of what was trained.
+is a failure, and so is a refusal of what was trained. Each outcome holds the commit at which it was measured, so that a
+few can be measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
@@ -63,28 +63,34 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", help="model types; all without any")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    began, results = time.monotonic(), earlier(args.out) if args.kinds else {}
+    results = earlier(args.out) if args.kinds else {}
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # pictures of losses would take a tenth of the time
     with tempfile.TemporaryDirectory() as folder:  # import and warm up once, for all forks
         try_kind("llama", Path(folder))
     gc.freeze()  # a collection in a fork would walk through everything that was imported
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     for kind in args.kinds or kinds():
-        results[kind] = one = in_a_fork(kind)
+        one = in_a_fork(kind) | {"commit": commit.stdout.strip()}
+        results[kind] = one
         print(f"{kind}: {' · '.join(str(value) for value in one.values())}", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-    report = {
+        if args.out:  # now: a run that is stopped keeps what it measured
+            report = report_of(results)
+            args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(counts_of(results), indent=1))
+
+
+def report_of(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
         "what": "tiny random models of every architecture in transformers, trained with LoRA, continued, merged, asked",
         "machine": f"{platform.processor() or platform.machine()}, one thread",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
-        "commit": commit.stdout.strip(),
-        "seconds": round(time.monotonic() - began),
+        "cpu_seconds": round(sum(one["cpu_seconds"] for one in results.values())),
         "of": len(kinds()),
         "counts": counts_of(results),
         "architectures": dict(sorted(results.items())),
     }
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(report["counts"], indent=1))
 
 
 def earlier(file: Path | None) -> dict[str, Any]:
@@ -150,6 +156,7 @@ def try_kind(kind: str, folder: Path) -> dict[str, Any]:
     except Refused as refusal:
         command, code, message = refusal.args
         in_time = code in range(2, 7) and not (folder / "out" / "sft" / "manifest.json").is_file()
+        message = message.replace(f"{folder}/", "")
         return {"outcome": f"refused by {command}" if in_time else "failed"} | facts | {"message": message}
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -115,7 +115,6 @@ def architectures_section() -> str:
     return _(ARCHITECTURES).format(
         version=found["versions"]["transformers"],
         total=found["of"],
-        ran=len(found["architectures"]),
         tried=found["counts"]["tried"],
         trained=len(trained),
         worst=f"{max(one['merge_difference'] for one in trained):.1e}",
@@ -153,8 +152,8 @@ ARCHITECTURES = N_("""
 
 `make families` builds a tiny random model of each architecture that transformers {version} opens as a language model, alone
 or with towers for pictures and sound, and runs the commands that a user types (`bench/families.py`, results in
-`bench/results/families.json`). Of {total} architectures {ran} have run so far: {tried} could be built, {trained} of them train. Each of these was audited, trained with LoRA
-on all linear layers, stopped after its first step and continued to the bit, and merged. Its merged logits are within
+`bench/results/families.json`, each outcome with the commit at which it was measured). Of {total} architectures {tried} could be
+built, and {trained} of these train. Each of these was audited, trained with LoRA on all linear layers, stopped after its first step and continued to the bit, and merged. Its merged logits are within
 {worst} of peft's live model, and `tongwen generate` writes the greedy text that plain transformers writes. GGUF ✓: llama.cpp
 writes the same greedy tokens.
 

@@ -40,7 +40,7 @@ SIZES: tuple[tuple[int, str], ...] = (
         WIDTH // 2,
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size"
         " shared_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size share_expert_dim q_lora_rank"
-        " moe_ffn_hidden_size router_hidden_size image_size resolution",
+        " moe_ffn_hidden_size router_hidden_size image_size resolution base_channels",
     ),
     (
         LAYERS,
@@ -66,7 +66,7 @@ SIZES: tuple[tuple[int, str], ...] = (
         "head_dim kv_lora_rank qk_nope_head_dim v_head_dim index_head_dim linear_key_head_dim linear_value_head_dim"
         " linear_head_dim d_kv dim_head d_head attention_head_size kv_channels swa_head_dim resampler_head_dim"
         " resampler_dim_head global_head_dim mamba_d_state ssm_state_size state_size chunk_size mamba_chunk_size o_lora_rank"
-        " d_rel hidden_size_per_layer_input num_position_embeddings mamba_dt_rank time_step_rank adapter_rank block_size base_channels"
+        " d_rel hidden_size_per_layer_input num_position_embeddings mamba_dt_rank time_step_rank adapter_rank block_size"
         " attention_head_dim mamba_d_head swa_v_head_dim num_pos_feats expert_embed_size query_pre_attn_scalar",
     ),
     (
@@ -104,16 +104,37 @@ HALF_OF_THREE_AXES = {"rope_parameters": ROTATED | {"mrope_section": [1, 1, 2], 
 BY_LAYER = {"rope_parameters": {"full_attention": ROTATED, "sliding_attention": ROTATED}}
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16}
 INDEXER |= {"indexer_compress_ratio": 4}
+LATENT_WINDOWS = {"num_key_value_heads": HEADS, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS}
+LATENT_WINDOWS |= {"swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16}
+LATENT_WINDOWS |= {"swa_v_head_dim": 16}
+SHARES_ALL = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+PICTURE = {"vocabulary_map": {"<image>": 500}}
 # Values that depend on each other in ways of one architecture.
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_key_value_heads": 4, "linear_num_heads": 4},
     "kimi_linear": {"num_key_value_heads": 4, "linear_num_heads": 4},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "chameleon": PICTURE,
     "cohere_compass": {"text_config": BY_LAYER},
     "cohere_compass_text": BY_LAYER,
-    "ernie4_5_vl_moe": {"text_config": THREE_AXES},
+    "cpmant": {"init_std": 0.02},  # its default, 1, makes attention scores so large that fp32's rounding shows
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": GROUPS, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]}},
+    "dots3_note": {"text_config": LATENT_WINDOWS},
+    "dots3_note_text": LATENT_WINDOWS,
+    "emu3": PICTURE,
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": ROTATED | {"mrope_section": [3, 3, 2]}}},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": ["mamba", "attention"]},
+    "florence2": {
+        "vision_config": {"embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4}
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": WIDTH // 4}},
+    "gemma4_assistant": {"text_config": SHARES_ALL},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},
+    "glm5_next": {"text_config": {"num_key_value_heads": HEADS, "linear_num_heads": HEADS, "index_kpool": 4}},
+    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": ROTATED | {"mrope_section": [2, 2, 2, 2]}}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -122,19 +143,35 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mistral4": {"text_config": {"head_dim": 16, "rope_parameters": ROTATED | {"partial_rotary_factor": 0.5}}},
+    "mistral4": {
+        "head_dim": 8,
+        "rope_parameters": ROTATED | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64},
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "qwen3_omni_moe_thinker": {},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
     "step3p7": {"text_config": {"sliding_window": 8}},
+    "vibevoice_asr": {
+        part: {"num_filters": 4, "depths": [1] * 7, "hidden_size": 8}
+        for part in ("acoustic_tokenizer_encoder_config", "semantic_tokenizer_encoder_config")
+    },
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16},
 }
 OWN |= {
     kind: {"text_config": THREE_AXES} for kind in ("paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl")
 }
-OWN |= {kind: {"text_config": HALF_OF_THREE_AXES} for kind in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")}
+OWN |= {
+    kind: {"text_config": HALF_OF_THREE_AXES}
+    for kind in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "qwen3_5", "qwen3_5_moe")
+}
+OWN |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), HALF_OF_THREE_AXES)
 # Their residual streams hold numbers so large that fp32's rounding alone would exceed 1e-5 in the logits.
 LARGE_STREAMS = (
     "gemma3n_text",
@@ -143,6 +180,8 @@ LARGE_STREAMS = (
     "gemma4_unified",
     "gemma4_unified_text",
     "qwen3_5",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_next",
 )
 OWN["qwen2_5_omni_thinker"]["vision_start_token_id"] = OWN["qwen3_omni_moe_thinker"]["vision_start_token_id"] = 500
@@ -230,8 +269,12 @@ def tiny_config(kind: str, variation: dict[str, Any], tokens: int) -> Any:
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[kind]
-    facts = shrunk(config_class(), variation, tokens, iter(range(tokens, tokens + SPARE_ROWS)))
-    return config_class(**merged(facts, OWN.get(kind, {})))
+    try:
+        usual = config_class()
+    except Exception:  # a drafter's defaults contradict its own rules
+        usual = config_class(**copy.deepcopy(OWN[kind]))
+    facts = shrunk(usual, variation, tokens, iter(range(tokens, tokens + SPARE_ROWS)))
+    return config_class(**merged(facts, copy.deepcopy(OWN.get(kind, {}))))
 
 
 def shrunk(config: Any, variation: dict[str, Any], tokens: int, spare: Iterator[int]) -> dict[str, Any]:

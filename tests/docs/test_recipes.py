@@ -22,6 +22,8 @@ from tongwen.recipe.training import AdapterConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 MODERN = {"qwen3.5": "qwen3_5", "hunyuan": "hunyuan_v1_dense", "ernie-4.5": "ernie4_5", "ministral-3": "mistral3"}
+MODERN |= {"gemma-3": "gemma3", "gemma-4": "gemma4", "minicpm3": "minicpm3", "deepseek-r1": "qwen2"}
+MODERN |= {"gpt-oss": "gpt_oss", "glm-4.7": "glm4_moe_lite"}
 NEEDS = {"zero": "deepspeed", "qlora": "bitsandbytes", "int8": "bitsandbytes"}
 
 
@@ -55,7 +57,7 @@ def texts(words: list[str], count: int) -> list[list[str]]:
 
 def test_recipes_match_init() -> None:
     files = sorted(FOLDER.iterdir())
-    assert [file.name for file in files] == sorted(f"{name}.yaml" for name in STARTS) and len(files) == 33
+    assert [file.name for file in files] == sorted(f"{name}.yaml" for name in STARTS) and len(files) == 39
     for file in files:
         text = file.read_text(encoding="utf-8")
         assert text == render(file.stem) and "@" not in text and "¦" not in text

@@ -39,6 +39,7 @@ WORDS: dict[str, dict[str, Any]] = {  # of families whose configs have words of 
     "dots1": {**ROUTED, "num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3},
     "exaone4": {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 2},
+    "exaone_moe": EXPERTS | WINDOWS | {"num_shared_experts": 1, "routed_scaling_factor": 2.5},
     "gemma": {"head_dim": 32, "tie_word_embeddings": True},
     "gemma2": {**SMALL_WINDOW, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {**SMALL_WINDOW, "num_hidden_layers": 7},
@@ -58,6 +59,7 @@ WORDS: dict[str, dict[str, Any]] = {  # of families whose configs have words of 
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128}
     | {"num_hidden_layers": 4, "interleave_moe_layer_step": 2},
     "minicpm3": {**LATENT, "v_head_dim": 16},
+    "minimax_m2": LOCAL,
     "mixtral": LOCAL,
     "olmo3": WINDOWS,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},

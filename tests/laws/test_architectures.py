@@ -12,6 +12,8 @@ from bench.families import MERGE_LIMIT, try_kind
 
 from tests.architectures import make_base, plain
 from tests.conftest import byte_level_tokenizer, dialogues, tensors, write_recipe
+from tongwen.core.errors import NumbersError
+from tongwen.train.audit import check_causal
 
 CHAINED = [
     "aria",
@@ -63,8 +65,7 @@ def test_committed_matrix_has_no_failure() -> None:
     assert counts["tried"] >= 100 and counts.get("failed", 0) == 0
     assert counts["resumed to the bit"] == counts["generated as transformers"] == counts["trained"]
     trained = {kind: one["merge_difference"] for kind, one in architectures.items() if one["outcome"] == "trained"}
-    # CPM-Ant's is 9e-5, on the page as every other one
-    assert {kind for kind, difference in trained.items() if difference > MERGE_LIMIT} <= {"cpmant"}
+    assert max(trained.values()) <= MERGE_LIMIT
 
 
 def test_full_training_keeps_the_vision_tower_and_architecture(tmp_path: Path, tongwen: Any) -> None:
@@ -95,6 +96,17 @@ def test_non_causal_model_is_refused_by_check(kind: str, architecture: str, tmp_
     assert code == 4 and architecture in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_quantised_base_is_refused_before_training(command: str, tmp_path: Path, tongwen: Any) -> None:
+    """Its adapter could be trained for hours, but not merged: the stored tensors are not the weights."""
+    base = make_base(tmp_path / "base", "gpt_oss")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    code, _, err = tongwen(command, write_recipe(tmp_path, base))
+    assert code == 4 and "quantised" in err and "use the original" in err
+    assert not (tmp_path / "out" / "prepare").exists()
+
+
 def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
@@ -112,7 +124,26 @@ def test_bidirectional_model_is_refused(tmp_path: Path, tongwen: Any) -> None:
     assert code == 6 and "later token" in err
 
 
+def test_early_look_at_a_short_answer_is_found() -> None:
+    """Only the first score depends on a later token: replacing the second half of the answer does not show it."""
+
+    def loss(_model: Any, batch: dict[str, Any]) -> tuple[None, torch.Tensor]:
+        nats = torch.zeros(len(batch["rows"]))
+        nats[0] = float(batch["input_ids"][0, batch["rows"][0] + 1])
+        return None, nats
+
+    batch = {"input_ids": torch.arange(10)[None], "rows": torch.tensor([5, 6, 7, 8])}
+    with pytest.raises(NumbersError, match="later token"):
+        check_causal(torch.nn.Linear(1, 1), batch, loss)
+
+
 def test_model_that_requires_an_image_is_refused(tmp_path: Path, tongwen: Any) -> None:
-    recipe = write_recipe(tmp_path, make_base(tmp_path / "base", "blip"), sft=", stop_after: 1 steps")
+    base = make_base(tmp_path / "base", "blip")
+    recipe = write_recipe(tmp_path, base, sft=", stop_after: 1 steps")
+    code, _, err = tongwen("check", recipe)
+    assert code == 4 and "BlipForConditionalGeneration does not predict" in err
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]  # as of a model that is not in the list
+    (base / "config.json").write_text(json.dumps(config))
     code, _, err = tongwen("run", recipe)
     assert code == 4 and "cannot read a text alone" in err and "pixel_values" in err

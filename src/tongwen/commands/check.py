@@ -82,6 +82,8 @@ def _check_base(recipe: Recipe) -> None:
     with load.explain_errors(model_ref):
         if recipe.training:
             load.check_trainable(model_ref)
+        if recipe.merge:
+            load.check_unquantised(model_ref)
 
 
 def _check_export(recipe: Recipe) -> None:

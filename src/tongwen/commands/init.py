@@ -113,6 +113,16 @@ STARTS = {
     "ministral-3-8b-lora-40g": RecipeTemplate(
         "mistralai/Ministral-3-8B-Instruct-2512-BF16", "lora", "40 GB GPU", 2048, "1e-4"
     ),
+    "gemma-3-4b-lora-24g": RecipeTemplate("google/gemma-3-4b-it", "lora", "24 GB GPU", 2048, "2e-4"),
+    "gemma-4-e2b-lora-24g": RecipeTemplate("google/gemma-4-E2B-it", "lora", "24 GB GPU", 2048, "2e-4"),
+    "minicpm3-4b-lora-24g": RecipeTemplate("openbmb/MiniCPM3-4B", "lora", "24 GB GPU", 2048, "2e-4"),
+    "deepseek-r1-distill-qwen-1.5b-lora-8g": RecipeTemplate(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "lora", "8 GB GPU", 2048, "2e-4"
+    ),
+    "gpt-oss-20b-lora-80g": RecipeTemplate("unsloth/gpt-oss-20b-BF16", "lora", "80 GB GPU", 2048, "1e-4"),
+    "glm-4.7-flash-lora-fsdp2": RecipeTemplate(
+        "zai-org/GLM-4.7-Flash", "lora", "2 GPUs of 80 GB", 2048, "1e-4", rank=8, engine="fsdp2", devices=2
+    ),
     "qwen3-8b-base-chatml-40g": RecipeTemplate("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
     "qwen3-30b-a3b-experts-fsdp2": RecipeTemplate(
         "Qwen/Qwen3-30B-A3B", "experts", "2 GPUs of 80 GB", 2048, "1e-4", rank=8, engine="fsdp2", devices=2

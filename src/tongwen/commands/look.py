@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.html import render
-from tongwen.core.i18n import _
+from tongwen.core.i18n import _, ngettext
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, pieces, token_kinds
@@ -69,15 +70,18 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
         console.success(page)
     else:
         for index in shown:
-            console.header(str(store.origin(index)), f"{store.lengths[index]} token")
+            length = store.lengths[index]
+            console.header(str(store.origin(index)), ngettext("{n} token", "{n} tokens", length).format(n=length))
             _print(tokenizer, store, index, stop)
     console.info(f"\n{description}")
-    if rejected:
-        first = "{file}:{row}: {rule}".format(**rejected[0])
+    first = {one["reason"]: one for one in reversed(rejected)}
+    for reason, count in Counter(one["reason"] for one in rejected).most_common():
         console.notice(
-            _("{count} samples would be left out of training; the first: {first}").format(
-                count=len(rejected), first=first
-            )
+            ngettext(
+                "{count} sample would be left out of training: {file}:{row}: {rule}",
+                "{count} samples would be left out of training, the first: {file}:{row}: {rule}",
+                count,
+            ).format(count=count, **first[reason])
         )
     return {"mask": mask, "ledger": data.ledger.to_dict(), "rejected": len(rejected)}
 

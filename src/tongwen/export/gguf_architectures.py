@@ -304,11 +304,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "hunyuan-moe",
         {
             "expert_used_count": _first("moe_topk"),
-            "expert_feed_forward_length": _first("moe_intermediate_size"),
-            "expert_shared_count": _first("num_shared_expert"),
+            "expert_feed_forward_length": "intermediate_size",
+            "expert_shared_count": 1,
             "expert_shared_feed_forward_length": "intermediate_size",
         },
-        carried=("moe_topk", "moe_intermediate_size", "num_shared_expert"),
+        carried=("moe_topk",),
         rotations=("default", "dynamic"),
         cuts=_FUSED,
     ),
@@ -347,6 +347,30 @@ ARCHITECTURES: dict[str, Architecture] = {
     "seed_oss": Architecture("seed_oss"),
     "exaone4": Architecture(
         "exaone4", _WINDOW, ("sliding_window_pattern",), _exaone_windows, rotations=("default", "llama3")
+    ),
+    "exaone_moe": Architecture(
+        "exaone-moe",
+        {
+            **_WINDOW,
+            **_EXPERTS,
+            "leading_dense_block_count": lambda config: config["mlp_layer_types"].count("dense"),
+            "expert_shared_count": "num_shared_experts",
+            "expert_shared_feed_forward_length": lambda config: (
+                config["moe_intermediate_size"] * config["num_shared_experts"]
+            ),
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+            "expert_gating_func": SIGMOID,
+        },
+        carried=("layer_types", "mlp_layer_types", "first_k_dense_replace", "sliding_window_pattern"),
+        rotations=("default",),
+        cuts=_FUSED,
+    ),
+    "minimax_m2": Architecture(
+        "minimax-m2",
+        {"expert_feed_forward_length": "intermediate_size", "expert_gating_func": SIGMOID},
+        rotations=("default",),
+        cuts=_FUSED,
     ),
     "lfm2": Architecture(
         "lfm2", _CONVOLUTION | {"feed_forward_length": _adjusted}, carried=("layer_types", *_LFM2_SIZES)
@@ -394,6 +418,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             r"router\.per_expert_scale$": "experts.down_proj.scale",
         },
     ),
+    "phi": Architecture("phi2", fixed={"qk_layernorm": False}, rotations=("default",)),
     "phi3": Architecture("phi3", checked=False, rotations=("default", "longrope")),
     "smollm3": Architecture("smollm3", checked=False, pairs=True),
 }

@@ -16,7 +16,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """Check nothing: the adapters do not exist yet."""
+    """Raise ModelError now, before training, for a base whose stored weights cannot be changed."""
+    from tongwen.model.loading import load
+
+    place = load.locate(recipe.base)
+    load.check_unquantised(place, load.load_config(place).to_dict())
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

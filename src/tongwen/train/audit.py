@@ -86,20 +86,20 @@ def check_own_attention(model: Any, sample: Any, loss: Loss, own: AbstractContex
 def check_causal(model: Any, batch: dict[str, Any], loss: Loss) -> None:
     """Raise NumbersError when the score of a token depends on later ones, which the model would learn to copy.
 
-    batch: one sample, of which all tokens behind the middle of the learned ones are replaced. Models that fill gaps in a
-    text (BERT) can be opened as language models, but see the whole text.
+    batch: one sample, of which all tokens behind the first learned one, then behind the middle of the learned ones, are
+    replaced. Models that fill gaps in a text (BERT) can be opened as language models, but see the whole text.
     """
-    middle = len(batch["rows"]) // 2
-    changed = batch | {"input_ids": batch["input_ids"].clone()}
-    place = int(batch["rows"][middle])
-    changed["input_ids"][0, place + 1 :] = changed["input_ids"][0, place]
-    apart = (score(model, batch, loss) - score(model, changed, loss))[: middle + 1].abs()
-    if float(apart.max()) > limit_of(model):
-        raise NumbersError(
-            _("the score of a token depends on a later token: this model is no causal language model"),
-            place="audit",
-            remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
-        )
+    expected, rows = score(model, batch, loss), batch["rows"]
+    for place in {0, len(rows) // 2}:
+        changed = batch | {"input_ids": batch["input_ids"].clone()}
+        changed["input_ids"][0, rows[place] + 1 :] = changed["input_ids"][0, rows[place]]
+        apart = (expected - score(model, changed, loss))[: place + 1].abs()
+        if not float(apart.max()) <= limit_of(model):
+            raise NumbersError(
+                _("the score of a token depends on a later token: this model is no causal language model"),
+                place="audit",
+                remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+            )
 
 
 def score(model: Any, batch: dict[str, Any], loss: Loss) -> torch.Tensor:

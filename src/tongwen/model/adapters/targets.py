@@ -80,7 +80,9 @@ def find_targets(model: Any, adapter_config: AdapterConfig) -> AdapterTargets:
     parameters = _fit_for_parameters(model, adapter_config, parameters, targets)
     if not allowed and not parameters:
         raise ModelError(
-            _("no weight is left for the adapter"), place="adapter.targets", remedy=_("exclude fewer names")
+            ": ".join((_("no weight is left for the adapter"), *targets.left_out)),
+            place="adapter.targets",
+            remedy=_("exclude fewer names") if adapter_config.exclude else "adapter: {method: full}",
         )
     targets.modules = _shortened(allowed, [name for name, _module in model.named_modules()])
     targets.parameters = _shortened(parameters, [name for name, _part in model.named_parameters()], least=2)
@@ -228,7 +230,8 @@ def _probe(model: Any, modules: Collection[str]) -> tuple[list[str], set[str]]:
             output.register_hook(lambda _gradient: reached.add(name))
 
     model.requires_grad_(False)
-    hooks = [embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))]
+    # A copy, because some code adds positions to the embedded tokens in place, which no leaf of the graph allows.
+    hooks = [embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True).clone())]
     for name in modules:
         module = model.get_submodule(name)
         hooks.append(module.register_forward_hook(partial(watch, name)))
@@ -244,6 +247,8 @@ def _probe(model: Any, modules: Collection[str]) -> tuple[list[str], set[str]]:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    if not reached:  # the text goes through another embedding than the model names: the audit before training decides
+        return [], reshaping
     return [name for name in modules if name not in reached and "expert" not in name], reshaping
 
 

@@ -12,10 +12,11 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,21 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Endings of architectures with another head than that of a language model.
-OTHER_TASKS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
+OTHER_TASKS = (
+    "ForMaskedLM",
+    "Classification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForPreTraining",
+    "Diffusion",
+)
+# Architectures that transformers opens as language models, but that need a picture beside each text, see the whole text at
+# once, or write actions.
+NOT_CAUSAL = {
+    *("BlipForConditionalGeneration", "Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"),
+    *("InstructBlipVideoForConditionalGeneration", "IdeficsForVisionText2Text", "Kosmos2ForConditionalGeneration"),
+    *("PaliGemmaForConditionalGeneration", "CpmAntForCausalLM", "PI0ForConditionalGeneration"),
+}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -192,7 +207,7 @@ def check_trainable(ref: ModelRef) -> None:
     config = artifact.read_json(file) if file.is_file() else {}
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    other = next((ending for ending in OTHER_TASKS if architecture.endswith(ending)), "")
+    other = architecture in NOT_CAUSAL or architecture.endswith(OTHER_TASKS)
     # A config that knows cross-attention can be an encoder's or a decoder's, and says which: BERT and its descendants.
     sees_all = "add_cross_attention" in config and config.get("is_decoder") is False
     if not config.get("is_encoder_decoder") and not other and not sees_all:
@@ -204,6 +219,22 @@ def check_trainable(ref: ModelRef) -> None:
         place=str(file),
         remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
     )
+
+
+def check_unquantised(ref: ModelRef, config: Mapping[str, Any] | None = None) -> None:
+    """Raise ModelError for a model whose tensors are not its weights, so that no adapter can be merged into them.
+
+    config: its config.json, if it was read before.
+    """
+    file = Path(ref.folder) / "config.json"
+    if config is None:
+        config = artifact.read_json(file) if file.is_file() else {}
+    if config.get("quantization_config"):
+        raise ModelError(
+            _("this model is quantised"),
+            place=ref.name,
+            remedy=_("use the original, unquantised model: an adapter fits both"),
+        )
 
 
 def load_config(ref: ModelRef) -> Any:
@@ -224,7 +255,9 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
 
     kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     config = load_config(ref)
-    if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{ref.name}/config.json"):
+    with explain_errors(ref):  # not every config has a vocabulary: a robot's actions need none
+        rows = config.get_text_config().vocab_size
+    if special_tokens.drop_invalid_ids(config, rows, f"{ref.name}/config.json"):
         kwargs["config"] = config
     with quiet(), explain_errors(ref):
         model, info = auto_class(config).from_pretrained(
@@ -245,11 +278,22 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
             place=ref.name,
             remedy=_("download the whole model again"),
         )
+    _find_head(model)
     if quantize:
         _prepare_quantised(model)
     if ref.gguf:  # it has been de-quantised: treat it as an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def _find_head(model: Any) -> Any:
+    """Let a model that wraps a whole language model name that one's head as its own, which transformers' Nemotron-H Omni
+    does not."""
+    if model.get_output_embeddings() is None:
+        inner = (part for part in model.modules() if part is not model and hasattr(part, "get_output_embeddings"))
+        finders = (part.get_output_embeddings for part in inner)
+        model.get_output_embeddings = next((find for find in finders if find() is not None), lambda: None)
     return model
 
 
@@ -298,7 +342,7 @@ def build_on_meta(config: Any) -> Any:
     import torch
 
     with quiet(), torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=False)
+        return _find_head(auto_class(config).from_config(config, trust_remote_code=False))
 
 
 def auto_class(config: Any) -> Any:
@@ -499,8 +543,16 @@ class explain_errors:  # noqa: N801
             return
         text = str(error)
         reason = first_line(error)
+        if reason.rstrip().endswith(":"):  # a list follows
+            reason = " ".join(text.split())
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
+        if isinstance(error, ImportError) and (wanted := re.search(r"pip install ([\w-]+)", text)):
+            raise MachineError(
+                _("transformers needs the package {package!r} for this model").format(package=wanted[1]),
+                place=self.ref.name,
+                remedy=f"pip install {wanted[1]}",
+            ) from None
         if not self.ref.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
                 _("cannot get this model from the hub: {reason}").format(reason=reason[:160]),

@@ -27,7 +27,7 @@ from tongwen.core.safetensors_io import (
     row_bytes,
     row_count,
 )
-from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.model.loading.load import ModelRef, check_unquantised, load_model
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # non-weights in old files; models recompute them
@@ -104,12 +104,7 @@ def open_model(ref: ModelRef) -> tuple[TensorSource, dict[str, Any]]:
         return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
     file = Path(ref.folder) / "config.json"
     config = read_json(file)
-    if config.get("quantization_config"):
-        raise ModelError(
-            _("this model is quantised"),
-            place=ref.name,
-            remedy=_("use the original, unquantised model: an adapter fits both"),
-        )
+    check_unquantised(ref, config)
     tensors = open_tensors(Path(ref.folder), "pytorch_model*.bin")
     tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
     return tensors, config

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,17 +150,24 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         )
     with prepared.computing():
         batch = MicroBatches(job.data.store, [(0,)], packed=prepared.packed)[0]
-        try:
+        with _refusing_other_inputs(job.base):
             audit.check_causal(prepared.model, batch, learned_loss)
-        except MODEL_ERRORS as error:
-            if is_out_of_memory(error):
-                raise
-            raise ModelError(
-                _("the model cannot read a text alone: {said}").format(said=first_line(error)[:300]),
-                place=job.base,
-                remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
-            ) from error
     return prepared
+
+
+@contextmanager
+def _refusing_other_inputs(base: str) -> Iterator[None]:
+    """Turn the model's own error into one that says that it needs more than a text. Some need it only in training."""
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            _("the model cannot read a text alone: {said}").format(said=first_line(error)[:300]),
+            place=base,
+            remedy=_("use a model for text generation, such as Qwen/Qwen3-0.6B"),
+        ) from error
 
 
 def _check_packing(prepared: PreparedModel, store: TokenStore) -> None:
@@ -211,7 +219,8 @@ def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> 
     """Turn on a phase's memory savers: blockwise logits, activation recomputation. Call this before the audit, which
     runs a training step."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
-        with model.computing():  # autocast would later reuse casts made here without gradients
+        # autocast would later reuse casts made here without gradients
+        with model.computing(), _refusing_other_inputs(str(model.model.config.name_or_path)):
             use_blockwise_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
     _set_checkpointing(model, phase, store)
 
@@ -262,7 +271,7 @@ def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[s
     Returns the trainable tensors that its tokens did not reach. Raises NumbersError if a check fails.
     """
     first = _first_batch(model, store, phase.plan)
-    with model.computing():
+    with model.computing(), _refusing_other_inputs(str(model.model.config.name_or_path)):
         unreached = audit.probe_gradients(model.model, first, learned_loss)
     console.success(_("audit passed: gradients reach every trained tensor"))
     for name in unreached:
