@@ -136,7 +136,7 @@ def is_artifact(folder: Path) -> bool:
         return False
     try:
         manifest = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return b'"kind"' in content
     return isinstance(manifest, dict) and {"kind", "fingerprint"} <= manifest.keys()
 

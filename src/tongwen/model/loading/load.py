@@ -32,6 +32,7 @@ from tongwen.core.errors import (
 )
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import split_rowless
+from tongwen.model.loading import limits
 from tongwen.model.loading.gguf_header import check_header
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def load_tokenizer(ref: ModelRef) -> Any:
 
     _register_family(ref)
     overrides = special_tokens.replace_empty_names(Path(ref.folder)) if ref.is_local else {}
+    if ref.is_local:
+        limits.check_tokenizer(Path(ref.folder) / "tokenizer.json")
     with quiet(), explain_errors(ref):
         tokenizer = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False, **overrides, **_gguf(ref))
 
@@ -152,7 +155,7 @@ def _register_family(ref: ModelRef) -> None:
     not cached is unknown, so register it then too (this takes a second)."""
     folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
-    if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
+    if folder is None or any(b"chatglm" in file.read_bytes().lower() for file in files if file.is_file()):
         importlib.import_module("tongwen.model.chatglm")
 
 
@@ -210,6 +213,8 @@ def load_config(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
     _register_family(ref)
+    if ref.is_local and not ref.gguf:
+        limits.check_config(Path(ref.folder))
     with quiet(), explain_errors(ref):
         return AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
 
@@ -224,6 +229,9 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
 
     kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     config = load_config(ref)
+    if ref.is_local and not ref.gguf:
+        with explain_errors(ref):
+            _check_size(config, ref)
     if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{ref.name}/config.json"):
         kwargs["config"] = config
     with quiet(), explain_errors(ref):
@@ -251,6 +259,13 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def _check_size(config: Any, ref: ModelRef) -> None:
+    """Raise ModelError when the config describes a much larger model than the files hold."""
+    folder = Path(ref.folder)
+    files = (file for pattern in WEIGHTS for file in folder.glob(pattern))
+    limits.check_size(build_on_meta(config), files, str(folder / "config.json"))
 
 
 def load_generation_config(folder: str) -> Any:
