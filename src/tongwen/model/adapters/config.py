@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy=_("only LoRA can be; peft itself merges some other types: model.merge_and_unload()"),
         )
     for key in ("r", "lora_alpha"):
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:  # NaN is neither
             raise ArtifactError(_("{key} is {config!r}").format(key=key, config=config.get(key)), place=str(file))
     _check_kinds(config, file)
     _check_start(config, file)

@@ -17,17 +17,20 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import INDEX, find_tensors
 
 LAYERS = re.compile(r"((num|n|en|de).*_layers?|num_layers|depth|(encoder|decoder)_layers)")
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # where they stand, whole numbers
+SIZES = (*NEEDED, "intermediate_size", "head_dim", "num_key_value_heads", "n_embd", "n_head", "n_layer")
 EXPERTS = re.compile(r"(num|n)_.*experts")
 MOST = 4096  # layers of a model whose files do not list their tensors; experts of any model
 BITS = 8  # numbers that one byte of weights can hold, at most
 SPARE = 1 << 26  # numbers that need not be in the files: tables of positions
 GROWTH = 64  # how many times as long a normalizer may make a text; the ordinary ones at most triple it
 ADDED = 1 << 12  # characters that a normalizer may add
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 PADDED = 1 << 20  # tokens to which a tokenizer may pad
 
 
 def check_config(folder: Path) -> None:
-    """Raise ModelError when config.json claims more layers than the folder's files have tensors.
+    """Raise ModelError when config.json has sizes that mean nothing, or claims more layers than the files have tensors.
 
     This comes before transformers reads it, which makes lists of that length.
     """
@@ -36,7 +39,9 @@ def check_config(folder: Path) -> None:
         return
     lists_tensors = any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
     layers = len(find_tensors(folder)) if lists_tensors else MOST
-    for key, value in _whole_numbers(read_json(file)):
+    config = read_json(file)
+    _check_numbers(config, file)
+    for key, value in _whole_numbers(config):
         most = layers if LAYERS.fullmatch(key) else MOST if EXPERTS.fullmatch(key) else value
         if value > most:
             raise ModelError(
@@ -46,6 +51,23 @@ def check_config(folder: Path) -> None:
                 place=str(file),
                 remedy=_("download the whole model again"),
             )
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ModelError for a size that is no positive number, or larger than all weights together."""
+    most = sum(weights.stat().st_size for pattern in WEIGHTS for weights in file.parent.glob(pattern)) * BITS
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for part in parts:
+        for key in SIZES:
+            value = part.get(key)
+            if key not in part or isinstance(value, list) or (value is None and key not in NEEDED):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+                raise ModelError(
+                    _("{key} is {value!r}, which these weights do not have").format(key=key, value=value),
+                    place=str(file),
+                    remedy=_("download the whole model again"),
+                )
 
 
 def check_size(model: Any, files: Iterator[Path], place: str) -> None:
