@@ -26,6 +26,7 @@ from tongwen.core.errors import ArtifactError, MachineError, RecipeError, first_
 from tongwen.core.i18n import _
 
 MANIFEST = "manifest.json"
+OURS = {"kind", "fingerprint", "parents", "settings"}  # keys of which a damaged manifest of ours still has two
 MARK = ".tongwen"  # in a working folder: tongwen made it, and may empty it
 OLD_MARKS = ("run.json", "parts", ".fetch", "journal.jsonl")  # in the working folders of v0.1, which have no mark
 VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -51,9 +52,12 @@ class Artifact:
 
 
 def find(path: Path) -> Artifact | None:
-    """Return the artifact at a path, or None when none exists. Raises ArtifactError when its manifest cannot be read."""
+    """Return the artifact at a path, or None when none exists: a manifest.json of another program makes none.
+
+    Raises ArtifactError when the manifest is damaged.
+    """
     file = path / MANIFEST
-    if not file.is_file():
+    if not is_artifact(path):
         return None
     remedy = _("run the stage again with --again")
     manifest = read_json(file, remedy)
@@ -62,6 +66,19 @@ def find(path: Path) -> Artifact | None:
             _("the manifest is damaged: {problem}").format(problem=problem), place=str(file), remedy=remedy
         )
     return Artifact(path, manifest)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours, which may be damaged."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        return False
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        return b'"kind"' in content or b'"fingerprint"' in content
+    return isinstance(manifest, dict) and len(OURS & manifest.keys()) > 1
 
 
 def _problem_of(manifest: Mapping[str, Any]) -> str:

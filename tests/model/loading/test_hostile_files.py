@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from bench.sandbox import Input, Sandbox
 
 WEIGHTS, CONFIG, TOKENIZER = "base/model.safetensors", "base/config.json", "base/tokenizer.json"
 INDEX, ADAPTER = "base/model.safetensors.index.json", "adapter/adapter_config.json"
-GENERATE = ["generate", "--model", "base", "--prompts", "prompts.txt", "--out", "out", "--max-new-tokens", "2"]
+OWN = ["generate", "--model", "base", "--prompts", "prompts.txt", "--out", "out", "--max-new-tokens", "2"]
+GENERATE = [*OWN, "--template", "chatml"]
 ADAPTED = [*GENERATE, "--adapter", "adapter"]
 MERGE = ["merge", "--base", "base", "--adapter", "adapter", "--out", "out"]
 DEEP = b"[" * 200_000 + b"]" * 200_000
@@ -286,6 +288,9 @@ JSON_FILES: dict[str, tuple[str, bytes]] = {
     "an end token without meaning": ("base/generation_config.json", b'{"eos_token_id": {"a": []}}'),
 }
 
+RENDER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 TEMPLATES = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a long text": "{% set x = 'a' * 3000000000 %}{{ x | length }}",
@@ -309,13 +314,23 @@ def refused(sandbox: Sandbox, command: list[str], files: dict[str, bytes], gone:
     outcome = sandbox.run(Input(command, files, gone=gone))
     assert not outcome.fault, f"{outcome.fault}\n{outcome.text}"
     assert outcome.code == 4, f"exit {outcome.code}\n{outcome.text}"
-    assert "→" in outcome.text or "base" in outcome.text or "adapter" in outcome.text, "no place and no remedy"
+    assert re.search(r"\w: ", outcome.text), "no place"
     assert not (sandbox.work / "canary").exists() and not (sandbox.work / "out").exists()
 
 
 def changed(sandbox: Sandbox, name: str, change: Change) -> dict[str, bytes]:
     file = sandbox.models / name
     return {name: change(file.read_bytes() if file.is_file() else b"")}
+
+
+@pytest.mark.parametrize("command", [GENERATE, ADAPTED, MERGE])
+def test_sound_files_are_accepted(command: list[str], sandbox: Sandbox) -> None:
+    outcome = sandbox.run(Input(command))
+    assert outcome.code == 0 and not outcome.fault, outcome.text
+
+
+def test_sound_template_is_accepted(sandbox: Sandbox) -> None:
+    assert sandbox.run(Input(OWN, {"base/chat_template.jinja": RENDER.encode()})).code == 0
 
 
 @pytest.mark.parametrize("kind", IN_WEIGHTS)
@@ -356,7 +371,7 @@ def test_hostile_bin_is_refused(kind: str, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("kind", GGUFS)
 def test_broken_gguf_is_refused(kind: str, sandbox: Sandbox) -> None:
-    command = ["generate", "--model", "x.gguf", "--prompts", "prompts.txt", "--out", "out", "--max-new-tokens", "2"]
+    command = [word.replace("base", "x.gguf") for word in GENERATE]
     for engine in ("batched", "llama.cpp"):
         refused(sandbox, [*command, "--engine", engine], {"x.gguf": GGUFS[kind]})
 
@@ -369,5 +384,4 @@ def test_other_broken_files_are_refused(kind: str, sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_hostile_template_is_stopped(kind: str, sandbox: Sandbox) -> None:
-    render = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    refused(sandbox, GENERATE, {"base/chat_template.jinja": (TEMPLATES[kind] + render).encode()})
+    refused(sandbox, OWN, {"base/chat_template.jinja": (TEMPLATES[kind] + RENDER).encode()})

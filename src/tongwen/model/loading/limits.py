@@ -19,6 +19,7 @@ from tongwen.core.safetensors_io import INDEX, find_tensors
 LAYERS = re.compile(r"((num|n|en|de).*_layers?|num_layers|depth|(encoder|decoder)_layers)")
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # where they stand, whole numbers
 SIZES = (*NEEDED, "intermediate_size", "head_dim", "num_key_value_heads", "n_embd", "n_head", "n_layer")
+WHOLE = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 EXPERTS = re.compile(r"(num|n)_.*experts")
 MOST = 4096  # layers of a model whose files do not list their tensors; experts of any model
 BITS = 8  # numbers that one byte of weights can hold, at most
@@ -38,9 +39,17 @@ def check_config(folder: Path) -> None:
     if not file.is_file():
         return
     lists_tensors = any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
-    layers = len(find_tensors(folder)) if lists_tensors else MOST
+    tensors = find_tensors(folder) if lists_tensors else {}
+    layers = len(tensors) or MOST
     config = read_json(file)
     _check_numbers(config, file)
+    for stored in () if config.get("quantization_config") else tensors.values():
+        if stored.name.endswith(".weight") and stored.dtype in WHOLE:
+            raise ModelError(
+                _("{name} is of type {dtype}, which no weight has").format(name=stored.name, dtype=stored.dtype),
+                place=str(stored.file),
+                remedy=_("download the whole model again"),
+            )
     for key, value in _whole_numbers(config):
         most = layers if LAYERS.fullmatch(key) else MOST if EXPERTS.fullmatch(key) else value
         if value > most:
@@ -48,6 +57,21 @@ def check_config(folder: Path) -> None:
                 _("{key} is {value}, but the files have only {count} tensors").format(
                     key=key, value=value, count=layers
                 ),
+                place=str(file),
+                remedy=_("download the whole model again"),
+            )
+
+
+def check_options(folder: Path) -> None:
+    """Raise ModelError when generation_config.json cannot be read: transformers passes over it, and its stop tokens."""
+    file = folder / "generation_config.json"
+    found = read_json(file) if file.is_file() else {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = found.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
+            raise ModelError(
+                _("{key} is {config!r}").format(key=key, config=value),
                 place=str(file),
                 remedy=_("download the whole model again"),
             )

@@ -215,8 +215,26 @@ def load_config(ref: ModelRef) -> Any:
     _register_family(ref)
     if ref.is_local and not ref.gguf:
         limits.check_config(Path(ref.folder))
+        limits.check_options(Path(ref.folder))
     with quiet(), explain_errors(ref):
-        return AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
+        config = AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
+    _check_quantization(config, ref)
+    return config
+
+
+def _check_quantization(config: Any, ref: ModelRef) -> None:
+    """Raise ModelError for a method that transformers does not know: it would read the weights as they are."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    known = (name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
+    if method is not None and str(method) not in known:
+        raise ModelError(
+            _("transformers cannot read weights quantised by {method!r}").format(method=method),
+            place=ref.name,
+            remedy=_("use the original, unquantised model: an adapter fits both"),
+        )
 
 
 def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
