@@ -90,7 +90,7 @@ class Storm:
             call, rest = match.groups()
             seen[call] += 1
             reads = call == "openat" and not re.search(r"O_(WRONLY|RDWR|CREAT)", rest)
-            if str(self.sandbox.work) in rest and not reads:
+            if str(self.sandbox.work) in rest and not reads and self.sandbox.log.name not in rest:
                 found.append((call, seen[call]))
         return found
 

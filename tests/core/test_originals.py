@@ -327,3 +327,20 @@ def test_damaged_manifest_of_ours_is_refused(content: str, tmp_path: Path) -> No
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ArtifactError):
         artifact.find(tmp_path)
+
+
+def test_disk_that_fails_at_the_end_leaves_a_folder_to_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    def make() -> None:
+        with artifact.create(tmp_path / "out", "model", {}, {}) as draft:
+            (draft.path / "x").write_text("x")
+
+    monkeypatch.setattr(artifact, "sync_tree", fails)
+    with pytest.raises(OSError, match="Input"):
+        make()
+    monkeypatch.undo()
+    make()
+    made = artifact.find(tmp_path / "out")
+    assert made and made.manifest["sizes"] == {"x": 1} and not (tmp_path / "out" / ".tongwen").exists()

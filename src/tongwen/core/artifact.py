@@ -121,7 +121,7 @@ def check_working(path: Path) -> None:
         return
     if working.is_dir() and not working.is_symlink():
         names = {file.name for file in working.iterdir()}
-        if not names or names & {MARK, *OLD_MARKS}:
+        if not names or names & {MARK, *OLD_MARKS} or is_artifact(working):
             return
     raise RecipeError(
         _("the work is done under this name, but tongwen did not make it"),
@@ -190,8 +190,10 @@ class Draft:
         }
 
     def finish(self, path: Path) -> None:
-        """Sync all files to disk, write the manifest last, then rename the folder."""
-        (self.path / MARK).unlink(missing_ok=True)
+        """Sync all files to disk, write the manifest last, then rename the folder.
+
+        The mark goes after the manifest is there: where a disk fails before, the same command may empty the folder.
+        """
         manifest = {
             "kind": self.kind,
             "tongwen": __version__,
@@ -213,6 +215,7 @@ class Draft:
                 place=str(path),
                 remedy="--again",
             )
+        (self.path / MARK).unlink(missing_ok=True)
         self.path.rename(path)
         sync_folder(path.parent)
         self.artifact = Artifact(path, manifest)
@@ -220,7 +223,8 @@ class Draft:
     def _sizes(self) -> dict[str, int]:
         """Return the bytes of each file. Checkpoints may be deleted when the stage is finished."""
         files = {file.relative_to(self.path): file for file in sorted(self.path.rglob("*")) if file.is_file()}
-        return {name.as_posix(): file.stat().st_size for name, file in files.items() if name.parts[0] != "checkpoints"}
+        passed = {"checkpoints", MARK, MANIFEST}
+        return {name.as_posix(): file.stat().st_size for name, file in files.items() if name.parts[0] not in passed}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
