@@ -79,6 +79,12 @@ def test_output_formats_of_older_projects(chat_model: Path, tongwen: Any, tmp_pa
     assert [set(row) for row in read(tmp_path / "ymcui" / "p.json")] == [{"Input", "Output"}] * 2
     kept = read(tmp_path / "ymcui" / "generation_config.json")
     assert kept["beams"] == 4 and kept["max_new_tokens"] == 4, "options override the preset"
+    again = [*argv, "--form", "chinese-llama-alpaca", "--out", tmp_path / "ymcui" / "p.json", "--again", "--beams", 2]
+    assert tongwen(*again)[0] == 0, "the options beside the answers are its own"
+    assert read(tmp_path / "ymcui" / "generation_config.json")["beams"] == 2
+    assert read(tmp_path / "ymcui" / "generation_config.json.old-1") == kept
+    (tmp_path / "ymcui" / "generation_config.json").write_text('{"beams": 2}')
+    assert tongwen(*again)[0] == 2, "these are somebody's"
 
 
 def test_killed_run_resumes_and_refuses_other_settings(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:

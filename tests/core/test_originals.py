@@ -312,3 +312,35 @@ def test_data_in_the_output_folder_stay_in_place(chat_model: Path, tmp_path: Pat
     changed = own.read_bytes()
     code, _, err = tongwen("run", own, "--again")
     assert code == 2 and "recipe.yaml" in err and own.read_bytes() == changed
+
+
+@pytest.mark.parametrize("content", ['{"x": 1}', "[", "[1]", "null"])
+def test_manifest_of_another_program_makes_no_artifact(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert artifact.find(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"kind": "sft", "parents": {}}', '{"kind": "sft", "finger', '{"settings": 1, "fingerprint": ""}']
+)
+def test_damaged_manifest_of_ours_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError):
+        artifact.find(tmp_path)
+
+
+def test_disk_that_fails_at_the_end_leaves_a_folder_to_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    def make() -> None:
+        with artifact.create(tmp_path / "out", "model", {}, {}) as draft:
+            (draft.path / "x").write_text("x")
+
+    monkeypatch.setattr(artifact, "sync_tree", fails)
+    with pytest.raises(OSError, match="Input"):
+        make()
+    monkeypatch.undo()
+    make()
+    made = artifact.find(tmp_path / "out")
+    assert made and made.manifest["sizes"] == {"x": 1} and not (tmp_path / "out" / ".tongwen").exists()

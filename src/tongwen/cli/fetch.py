@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from tongwen.cli.shared_arguments import SEED, number, whole_number
 from tongwen.core.i18n import _
 
 
@@ -28,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dev",
-        type=float,
+        type=number(0, 1),
         nargs="?",
         const=0.01,
         default=0.0,
         metavar="SHARE",
         help=_("split off this share of the rows"),
     )
-    parser.add_argument("--seed", type=int, default=42, help=_("seed of the split"))
+    parser.add_argument("--seed", type=whole_number(0, SEED), default=42, help=_("seed of the split"))
     parser.add_argument("--old-names", action="store_true", help=_("use BELLE's old file names"))
     parser.add_argument("--revision", default="", help=_("branch, tag or commit"))
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import model_arguments
+from tongwen.cli.shared_arguments import whole_number
 from tongwen.core.i18n import _
 
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=_("address of an OpenAI-compatible API, with --model as a name there; key: OPENAI_API_KEY"),
     )
     parser.add_argument("--beams", type=int, help=_("beam search"))
-    parser.add_argument("--batch-size", type=int, default=32, help=_("maximum number of prompts at a time"))
+    parser.add_argument("--batch-size", type=whole_number(1), default=32, help=_("maximum number of prompts at a time"))
     parser.add_argument("--again", action="store_true", help=_("start over; the old file is kept"))
     model_arguments.add_opening(parser)
     model_arguments.add_sampling(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from tongwen.cli.shared_arguments import number
 from tongwen.core.i18n import _
 
 
@@ -60,7 +61,7 @@ def _add_merge_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weight",
-        type=float,
+        type=number(-1000, 1000),
         action="append",
         default=[],
         metavar="W",
@@ -68,13 +69,13 @@ def _add_merge_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--density",
-        type=float,
+        type=number(0, 1),
         default=0.2,
         help=_("share of each adapter's changes that TIES keeps"),
     )
     parser.add_argument(
         "--scale",
-        type=float,
+        type=number(-1000, 1000),
         default=1.0,
         help=_("factor of the chat vector, or of the combined adapters"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from tongwen.cli.shared_arguments import number
 from tongwen.core.i18n import _
 
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--alpha",
-        type=float,
+        type=number(1e-6, 1e6),
         metavar="N",
         help=_("scale (lora_alpha) of an adapter without a config"),
     )

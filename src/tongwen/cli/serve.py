@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import model_arguments
+from tongwen.cli.shared_arguments import whole_number
 from tongwen.core.i18n import _
 
 
@@ -21,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help=_("an address other than loopback needs a token in TONGWEN_API_KEY"),
     )
-    parser.add_argument("--port", type=int, default=8000, help=_("0: any free port"))
+    parser.add_argument("--port", type=whole_number(0, 65535), default=8000, help=_("0: any free port"))
     parser.add_argument(
         "--queue",
-        type=int,
+        type=whole_number(0),
         default=16,
         help=_("maximum number of waiting requests; further ones get a 429"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.cli.shared_arguments import add_json
+from tongwen.cli.shared_arguments import SEED, add_json, whole_number
 from tongwen.core.i18n import _
 
 
@@ -47,7 +47,7 @@ def _add_train(task: argparse.ArgumentParser) -> None:
     _add_out(task)
     _add_corpus(task)
     task.add_argument("--kind", default="byte-bpe", choices=("byte-bpe", "sp-bpe", "sp-unigram"))
-    task.add_argument("--seed", type=int, default=42)
+    task.add_argument("--seed", type=whole_number(0, SEED), default=42)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -137,7 +137,9 @@ def _add_corpus(task: argparse.ArgumentParser) -> None:
         metavar="F",
         help=_("text or data of any format"),
     )
-    task.add_argument("--pieces", type=int, required=True, metavar="N", help=_("number of new pieces"))
+    task.add_argument(
+        "--pieces", type=whole_number(0, 10_000_000), required=True, metavar="N", help=_("number of new pieces")
+    )
 
 
 def _add_script(task: argparse.ArgumentParser) -> None:

@@ -57,7 +57,7 @@ def run(
     journal_file, settings_file = file.with_name(file.name + ".answers"), file.with_name(SETTINGS)
     originals.check_output(file, inputs, moves=again)
     questions = read_questions(SourceConfig(path=prompts))
-    if form == "chinese-llama-alpaca":
+    if form == "chinese-llama-alpaca" and not (again and _is_settings(settings_file)):
         originals.check_new(settings_file, artifact.as_json(sampling))
     check_journal(journal_file, ANSWERED_WITH)
     originals.clear_path(file, inputs, again=again, is_ours=_is_answers)
@@ -151,8 +151,21 @@ def _write(
     else:
         table = [{"Input": prompt(one), "Output": answer} for one, answer in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=2)
-        originals.write_new(file.with_name(SETTINGS), artifact.as_json(sampling))
+        settings_file, settings = file.with_name(SETTINGS), artifact.as_json(sampling)
+        if _is_settings(settings_file) and settings_file.read_text(encoding="utf-8") != settings:
+            artifact.put_aside(settings_file)  # `--again` with other options
+        originals.write_new(settings_file, settings)
     originals.write_new(file, text)
+
+
+def _is_settings(file: Path) -> bool:
+    """Whether this command wrote a file of sampling options: it has all of them, in its own layout."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == vars(Sampling()).keys() and text == artifact.as_json(found)
 
 
 def _is_answers(file: Path) -> bool:

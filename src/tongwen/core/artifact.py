@@ -26,6 +26,7 @@ from tongwen.core.errors import ArtifactError, MachineError, RecipeError, first_
 from tongwen.core.i18n import _
 
 MANIFEST = "manifest.json"
+OURS = {"kind", "fingerprint", "parents", "settings"}  # keys of which a damaged manifest of ours still has two
 MARK = ".tongwen"  # in a working folder: tongwen made it, and may empty it
 OLD_MARKS = ("run.json", "parts", ".fetch", "journal.jsonl")  # in the working folders of v0.1, which have no mark
 VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -51,9 +52,12 @@ class Artifact:
 
 
 def find(path: Path) -> Artifact | None:
-    """Return the artifact at a path, or None when none exists. Raises ArtifactError when its manifest cannot be read."""
+    """Return the artifact at a path, or None when none exists: a manifest.json of another program makes none.
+
+    Raises ArtifactError when the manifest is damaged.
+    """
     file = path / MANIFEST
-    if not file.is_file():
+    if not is_artifact(path):
         return None
     remedy = _("run the stage again with --again")
     manifest = read_json(file, remedy)
@@ -62,6 +66,19 @@ def find(path: Path) -> Artifact | None:
             _("the manifest is damaged: {problem}").format(problem=problem), place=str(file), remedy=remedy
         )
     return Artifact(path, manifest)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours, which may be damaged."""
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError:
+        return False
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        return b'"kind"' in content or b'"fingerprint"' in content
+    return isinstance(manifest, dict) and len(OURS & manifest.keys()) > 1
 
 
 def _problem_of(manifest: Mapping[str, Any]) -> str:
@@ -104,7 +121,7 @@ def check_working(path: Path) -> None:
         return
     if working.is_dir() and not working.is_symlink():
         names = {file.name for file in working.iterdir()}
-        if not names or names & {MARK, *OLD_MARKS}:
+        if not names or names & {MARK, *OLD_MARKS} or is_artifact(working):
             return
     raise RecipeError(
         _("the work is done under this name, but tongwen did not make it"),
@@ -173,8 +190,10 @@ class Draft:
         }
 
     def finish(self, path: Path) -> None:
-        """Sync all files to disk, write the manifest last, then rename the folder."""
-        (self.path / MARK).unlink(missing_ok=True)
+        """Sync all files to disk, write the manifest last, then rename the folder.
+
+        The mark goes after the manifest is there: where a disk fails before, the same command may empty the folder.
+        """
         manifest = {
             "kind": self.kind,
             "tongwen": __version__,
@@ -196,6 +215,7 @@ class Draft:
                 place=str(path),
                 remedy="--again",
             )
+        (self.path / MARK).unlink(missing_ok=True)
         self.path.rename(path)
         sync_folder(path.parent)
         self.artifact = Artifact(path, manifest)
@@ -203,7 +223,8 @@ class Draft:
     def _sizes(self) -> dict[str, int]:
         """Return the bytes of each file. Checkpoints may be deleted when the stage is finished."""
         files = {file.relative_to(self.path): file for file in sorted(self.path.rglob("*")) if file.is_file()}
-        return {name.as_posix(): file.stat().st_size for name, file in files.items() if name.parts[0] != "checkpoints"}
+        passed = {"checkpoints", MARK, MANIFEST}
+        return {name.as_posix(): file.stat().st_size for name, file in files.items() if name.parts[0] not in passed}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -80,7 +80,7 @@ def clear_path(
             place=str(path),
             remedy=_("choose another, or use --again to keep it under another name"),
         )
-    elif not (is_ours or is_artifact)(path):
+    elif not (is_ours or artifact.is_artifact)(path):
         raise _refuse(path, _("tongwen did not write this, so --again does not move it"))
     artifact.put_aside(path)
 
@@ -128,19 +128,6 @@ def is_sealed(file: Path) -> bool:
     return bool(found) and found[1] == hashlib.sha256(content).hexdigest().encode()  # type: ignore[index]
 
 
-def is_artifact(folder: Path) -> bool:
-    """Whether a folder has a manifest of ours, which may be damaged."""
-    try:
-        content = (folder / artifact.MANIFEST).read_bytes()
-    except OSError:
-        return False
-    try:
-        manifest = json.loads(content)
-    except ValueError:
-        return b'"kind"' in content
-    return isinstance(manifest, dict) and {"kind", "fingerprint"} <= manifest.keys()
-
-
 def is_model_folder(folder: Path) -> bool:
     """Whether a folder holds a model or an adapter, or is a model's or data set's folder in the cache of a hub."""
     if any(os.path.lexists(folder / name) for name in MODEL_FILES):
@@ -171,7 +158,7 @@ def _existing(name: str) -> Iterator[Path]:
     for one in [str(path)] if os.path.exists(path) else glob.glob(str(path), recursive=True):  # noqa: PTH110, PTH207
         place = Path(os.path.realpath(one))
         yield place
-        if (place / "adapter_config.json").is_file() and is_artifact(place):
+        if (place / "adapter_config.json").is_file() and artifact.is_artifact(place):
             made = artifact.find(place)
             base = made.manifest["parents"].get("base", {}).get("path", "") if made else ""
             yield from _existing(base) if base else ()

@@ -250,7 +250,7 @@ def hosts(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     if len(listed) > 1:
         context.batch.setdefault("machines", len(listed))
         context.launch = {"nnodes": str(len(listed)), "master_addr": listed[0][0]} | context.launch
-    if len(slots) == 1 and (found := re.fullmatch(r"slots=(\d+)", *slots)):
+    if len(slots) == 1 and (found := re.fullmatch(r"slots=(\d+)", next(iter(slots)))):
         context.batch.setdefault("devices", int(found[1]))
     return CorrectedValue(
         None, _("{count} machines, the first is {first}").format(count=len(listed), first=listed[0][0])

@@ -74,7 +74,7 @@ def migrate_files(
     reader, project = _new_reader(current_id), ""
     commands: list[list[str]] = []
     for path in paths:
-        data = _read_data(path) | (overrides or {})
+        data = _read_data(path) | dict(overrides or {})
         program = named or _recognise(data, path)
         project = project or program.project
         reader.section = reader.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")

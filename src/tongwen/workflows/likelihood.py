@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tongwen.core.errors import RowRejected
+from tongwen.core.errors import ModelError, RowRejected
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Origin, Span
 from tongwen.data.encode import Piece, token_bytes
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss
@@ -61,7 +62,11 @@ class Likelihood:
             yield self._learned(ids[begin:end], first - begin)
 
     def _answers(self, dialogue: Dialogue) -> list[dict[str, Any]]:
-        assert self.chat_model.template
+        if self.chat_model.template is None:
+            raise ModelError(
+                _("dialogues are scored as a template renders them, and this model has none"),
+                remedy=_("give it one: --template chatml; or score documents"),
+            )
         try:
             samples = self.chat_model.template.samples(dialogue)
         except RowRejected:

@@ -35,7 +35,7 @@ def check_folder(recipe: Recipe, names: Sequence[str], *, redone: Sequence[str] 
         folder = out / name
         originals.check_output(folder, [*sources, file], moves=name in redone)
         artifact.check_working(folder)
-        if os.path.lexists(folder) and not originals.is_artifact(folder):
+        if os.path.lexists(folder) and not artifact.is_artifact(folder):
             raise RecipeError(
                 _("this name is needed for a stage of the run, but tongwen did not write what it holds"),
                 place=str(folder),

@@ -14,6 +14,7 @@ import torch
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError, first_line
 from tongwen.core.i18n import _
+from tongwen.model.adapters.patterns import check_patterns
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.adapters.targets import is_tied
 from tongwen.model.adapters.whole import check_files, check_loaded
@@ -76,6 +77,9 @@ def _open(model: Any, path: Path, fingerprint_of_base: str | None, *, trainable:
             remedy=_("use the base {path}").format(path=stage.manifest["parents"]["base"]["path"] if stage else ""),
         )
     resize_for_adapter(model, path)
+    check_patterns(
+        artifact.read_json(path / "adapter_config.json"), (name for name, _module in model.named_modules()), path
+    )
     with quiet(), explain_errors(ModelRef(folder, folder)):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         check_loaded(path, adapted)

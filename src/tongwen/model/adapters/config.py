@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,18 @@ IDLE = {
     "runtime_config",
     "task_type",
 }
+# Fields that a merge reads, by what they hold; any may be null.
+KINDS: dict[str, tuple[type, ...]] = {
+    "alpha_pattern": (dict,),
+    "exclude_modules": (str, list),
+    "layers_pattern": (str, list),
+    "layers_to_transform": (int, list),
+    "modules_to_save": (list,),
+    "rank_pattern": (dict,),
+    "target_modules": (str, list),
+    "target_parameters": (list,),
+    "trainable_token_indices": (list, dict),
+}
 # Values of init_lora_weights: these leave the base as it is; those change it again, in the same way each time, when peft
 # opens the adapter. With any other value the base of the training cannot be known from the base alone.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -79,17 +92,29 @@ def read_config(folder: Path) -> dict[str, Any]:
             remedy=_("only LoRA can be; peft itself merges some other types: model.merge_and_unload()"),
         )
     for key in ("r", "lora_alpha"):
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:  # NaN is neither
             raise ArtifactError(_("{key} is {config!r}").format(key=key, config=config.get(key)), place=str(file))
+    _check_kinds(config, file)
     _check_start(config, file)
     _check_unread(config, file)
     return config
 
 
+def _check_kinds(config: Mapping[str, Any], file: Path) -> None:
+    for key, kinds in KINDS.items():
+        value = config.get(key)
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        wanted = (str,) if key.endswith(("modules", "parameters", "layers_pattern", "to_save")) else (int, float, list)
+        sound = all(isinstance(one, wanted) and not isinstance(one, bool) and one == one for one in inner)  # NaN
+        if value is not None and not (isinstance(value, kinds) and not isinstance(value, bool) and sound):
+            raise ArtifactError(_("{key} is {config!r}").format(key=key, config=value), place=str(file))
+
+
 def is_lora(folder: Path) -> bool:
     """Whether an adapter is a LoRA, which `read_config` reads. Other types are peft's alone."""
     file = folder / "adapter_config.json"
-    return file.is_file() and '"LORA"' in file.read_text(encoding="utf-8")
+    return file.is_file() and b'"LORA"' in file.read_bytes()
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:

@@ -19,6 +19,7 @@ from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks, read_header
 from tongwen.model.adapters.config import CHANGES_BASE, is_inside, is_target, read_config
+from tongwen.model.adapters.patterns import check_patterns
 from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
 
@@ -119,6 +120,7 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_config(folder)
     tensors = open_tensors(folder)
     check_not_empty(tensors, folder)
+    check_patterns(config, (_place_of(config, key)[0].rpartition(".")[0] for key in tensors.facts), folder)
     if reason := _needs_the_model(config):
         return Adapter(folder, config, tensors, {}, reason)
     changes: dict[str, AdapterChange] = {}

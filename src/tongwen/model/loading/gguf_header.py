@@ -16,7 +16,7 @@ from tongwen.core.i18n import _
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
 TEXT, ARRAY = 8, 9
-ALIGNMENT = "general.alignment"
+ALIGNMENT, LAYERS = "general.alignment", ".block_count"
 
 
 def check_header(file: Path) -> None:
@@ -47,7 +47,7 @@ class _HeaderParser:
         self.at = 24
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(_("it is not a GGUF file of version 2 or 3"))
-        alignment = 32
+        alignment, layers = 32, 0
         for _index in range(self.checked_count(facts, 12)):
             name, (kind,) = self.text(), self.take("<I")
             at = self.at
@@ -56,6 +56,12 @@ class _HeaderParser:
                 alignment = struct.unpack_from("<I", self.data, at)[0]
                 if not 0 < alignment <= 1 << 20:
                     raise ValueError(f"{ALIGNMENT}: {alignment}")
+            elif name.endswith(LAYERS) and kind in (4, 5):  # 32 bits
+                layers = struct.unpack_from("<I", self.data, at)[0]
+        if layers > tensors:
+            raise ValueError(
+                _("it claims {layers} layers, but has {tensors} tensors").format(layers=layers, tensors=tensors)
+            )
         ends = [self.tensor() for _ in range(self.checked_count(tensors, 24))]
         begin = -(-self.at // alignment) * alignment
         if ends and begin + max(ends) > len(self.data):

@@ -33,6 +33,7 @@ from tongwen.core.errors import (
 )
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import split_rowless
+from tongwen.model.loading import limits
 from tongwen.model.loading.gguf_header import check_header
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ def load_tokenizer(ref: ModelRef) -> Any:
 
     _register_family(ref)
     overrides = special_tokens.replace_empty_names(Path(ref.folder)) if ref.is_local else {}
+    if ref.is_local:
+        limits.check_tokenizer(Path(ref.folder) / "tokenizer.json")
     with quiet(), explain_errors(ref):
         tokenizer = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False, **overrides, **_gguf(ref))
 
@@ -167,7 +170,7 @@ def _register_family(ref: ModelRef) -> None:
     not cached is unknown, so register it then too (this takes a second)."""
     folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
-    if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
+    if folder is None or any(b"chatglm" in file.read_bytes().lower() for file in files if file.is_file()):
         importlib.import_module("tongwen.model.chatglm")
 
 
@@ -241,8 +244,28 @@ def load_config(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
     _register_family(ref)
+    if ref.is_local and not ref.gguf:
+        limits.check_config(Path(ref.folder))
+        limits.check_options(Path(ref.folder))
     with quiet(), explain_errors(ref):
-        return AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
+        config = AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
+    _check_quantization(config, ref)
+    return config
+
+
+def _check_quantization(config: Any, ref: ModelRef) -> None:
+    """Raise ModelError for a method that transformers does not know: it would read the weights as they are."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    known = (name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
+    if method is not None and str(method) not in known:
+        raise ModelError(
+            _("transformers cannot read weights quantised by {method!r}").format(method=method),
+            place=ref.name,
+            remedy=_("use the original, unquantised model: an adapter fits both"),
+        )
 
 
 def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
@@ -255,6 +278,9 @@ def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map
 
     kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     config = load_config(ref)
+    if ref.is_local and not ref.gguf:
+        with explain_errors(ref):
+            _check_size(config, ref)
     with explain_errors(ref):  # not every config has a vocabulary: a robot's actions need none
         rows = config.get_text_config().vocab_size
     if special_tokens.drop_invalid_ids(config, rows, f"{ref.name}/config.json"):
@@ -295,6 +321,13 @@ def _find_head(model: Any) -> Any:
         finders = (part.get_output_embeddings for part in inner)
         model.get_output_embeddings = next((find for find in finders if find() is not None), lambda: None)
     return model
+
+
+def _check_size(config: Any, ref: ModelRef) -> None:
+    """Raise ModelError when the config describes a much larger model than the files hold."""
+    folder = Path(ref.folder)
+    files = (file for pattern in WEIGHTS for file in folder.glob(pattern))
+    limits.check_size(build_on_meta(config), files, str(folder / "config.json"))
 
 
 def load_generation_config(folder: str) -> Any:

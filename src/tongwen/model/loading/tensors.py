@@ -27,6 +27,7 @@ from tongwen.core.safetensors_io import (
     row_bytes,
     row_count,
 )
+from tongwen.model.loading import limits
 from tongwen.model.loading.load import ModelRef, check_unquantised, load_model
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -104,6 +105,7 @@ def open_model(ref: ModelRef) -> tuple[TensorSource, dict[str, Any]]:
         return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
     file = Path(ref.folder) / "config.json"
     config = read_json(file)
+    limits.check_config(Path(ref.folder))
     check_unquantised(ref, config)
     tensors = open_tensors(Path(ref.folder), "pytorch_model*.bin")
     tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
@@ -183,6 +185,11 @@ def from_fp32(numbers: Array, dtype: str) -> Array:
 def read_fp32(tensors: TensorSource, name: str, begin: int = 0, end: int | None = None) -> Array:
     """Return rows [begin, end) of a tensor as fp32, in its shape."""
     dtype, shape = tensors.facts[name]
+    if dtype not in FLOATS:
+        raise ModelError(
+            _("{name} is of type {dtype}, which no weight has").format(name=name, dtype=dtype),
+            remedy=_("use the original, unquantised model: an adapter fits both"),
+        )
     end = row_count(shape) if end is None else end
     return to_fp32(tensors.raw(name, begin, end), dtype).reshape(end - begin, *shape[1:])
 

@@ -29,6 +29,7 @@ from tongwen.core.safetensors_io import (
     row_count,
 )
 from tongwen.model.adapters.lineage import highest_token
+from tongwen.model.adapters.patterns import check_patterns
 from tongwen.model.adapters.read import (
     EMBEDDINGS,
     HEADS,
@@ -190,6 +191,7 @@ def _changes_in_file(
     Raises NotOneToOne when the files hold a changed tensor in another form than memory does.
     """
     modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    check_patterns(adapter.config, modules, adapter.folder)
     biases = _modules_with_bias(base.facts)
     if set(adapter.changes) <= set(base.facts):
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.core.errors import NumbersError
+from tongwen.core.errors import ModelError, NumbersError, first_line
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.safetensors_io import TensorSource, blocks
@@ -118,10 +118,19 @@ def logits_of_both(base: TensorSource, result: MergeResult, config: Mapping[str,
     family = family_of(str(config.get("model_type")))
     if family is None or not family.like_llama:
         return None
-    ids = fixed_ids(int(config["vocab_size"]))
-    with ThreadPoolExecutor(2) as pool:
-        sides = (LiveWeights(base, result.targets), MergedWeights(FileTensors(result.stored)))
-        live, merged = pool.map(lambda side: logits(side, config, ids), sides)
+    sides = (LiveWeights(base, result.targets), MergedWeights(FileTensors(result.stored)))
+    try:
+        ids = fixed_ids(int(config["vocab_size"]))
+        with ThreadPoolExecutor(2) as pool:
+            live, merged = pool.map(lambda side: logits(side, config, ids), sides)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            _("config.json does not fit the weights: {reason}").format(
+                reason=f"{type(error).__name__}: {first_line(error)[:160]}"
+            ),
+            place=str(config.get("_name_or_path") or config.get("model_type")),
+            remedy=_("use the config.json that belongs to these weights"),
+        ) from error
     return live, merged
 
 
