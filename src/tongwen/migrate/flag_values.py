@@ -246,6 +246,8 @@ def hosts(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     except (OSError, ValueError):
         return CorrectedValue(None, _("{file} cannot be read here: name its first machine yourself").format(file=name))
     listed = [line.split("#")[0].split() for line in lines if line.split("#")[0].strip()]
+    if not listed:
+        raise ValueError(_("{file} names no machine").format(file=name))
     slots = {part for words in listed for part in words[1:]}
     if len(listed) > 1:
         context.batch.setdefault("machines", len(listed))
