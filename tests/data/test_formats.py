@@ -191,7 +191,7 @@ def test_thinking_and_tool_calls_are_kept() -> None:
             },
             "late_system",
         ),
-        ({"conversations": [{"from": "human", "text": "a"}]}, "bad_content"),
+        ({"conversations": [{"from": "human", "say": "a"}]}, "bad_content"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]},
             "bad_json_inside",
@@ -583,7 +583,7 @@ ADVISED = [
     {"system_prompt": "SYSTEM", "query_text": "QUESTION", "response_text": "ANSWER"},
     {"Question": "QUESTION", "Complex_CoT": "THOUGHT", "Response": "ANSWER"},
     {"the: question": "QUESTION", "the, answer": "ANSWER"},
-    {"messages": [{"role": "客户", "content": "QUESTION"}, {"role": "客服", "content": "ANSWER"}]},
+    {"messages": [{"role": "买家", "content": "QUESTION"}, {"role": "卖家", "content": "ANSWER"}]},
     {"conversations": [{"from": "A, B", "value": "QUESTION"}, {"from": "gpt", "value": "ANSWER"}]},
     {"messages": [{"role": "Doctor", "content": "QUESTION"}, {"role": "Patient", "content": "ANSWER"}]},
 ]

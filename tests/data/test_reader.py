@@ -109,6 +109,18 @@ def as_table(kind: str) -> Callable[[list[dict[str, Any]]], bytes]:
     return write
 
 
+def as_workbook(rows: list[dict[str, Any]]) -> bytes:
+    openpyxl = pytest.importorskip("openpyxl")
+    book, out = openpyxl.Workbook(), io.BytesIO()
+    sheet = book.active
+    sheet.append(list(rows[0]))
+    for row in rows:
+        sheet.append(list(row.values()))
+    book.create_sheet("notes").append(["not read"])
+    book.save(out)
+    return out.getvalue()
+
+
 CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "a.jsonl": as_lines,
     "crlf.jsonl": lambda rows: as_lines(rows).replace(b"\n", b"\r\n"),
@@ -131,6 +143,8 @@ CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "a.arrow": as_table("arrow"),
     "stream.arrow": as_table("stream"),
     "a.feather": as_table("feather"),
+    "a.xlsx": as_workbook,
+    "workbook.csv": as_workbook,
 }
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -448,16 +462,16 @@ def test_rows_of_several_formats_in_one_file(tmp_path: Path) -> None:
 
 
 def test_turn_keys_and_roles_are_mapped() -> None:
-    row = {"turns": [{"who": "客户", "says": ASKED}, {"who": "Agent", "says": ANSWERED}]}
+    row = {"turns": [{"who": "买家", "says": ASKED}, {"who": "Agent", "says": ANSWERED}]}
     settings = {
         "columns": {"conversations": "turns", "from": "who", "value": "says"},
-        "roles": {"客户": "user", "Agent": "assistant"},
+        "roles": {"买家": "user", "Agent": "assistant"},
     }
     assert contents_of([dialogue(row, **settings)]) == [TURNS]
     row = {"messages": [{"who": "user", "says": ASKED}, {"who": "assistant", "says": ANSWERED}]}
     assert contents_of([dialogue(row, columns={"role": "who", "content": "says"})]) == [TURNS]
-    with pytest.raises(RowRejected, match=r"客户.*roles: \{客户: user\}"):
-        dialogue({"conversations": [{"from": "客户", "value": ASKED}]})
+    with pytest.raises(RowRejected, match=r"买家.*roles: \{买家: user\}"):
+        dialogue({"conversations": [{"from": "买家", "value": ASKED}]})
     with pytest.raises(RecipeError, match=r"columns: 'outptu'"):
         formats.check_source(SourceConfig(path="f", columns={"outptu": "answer"}))
     with pytest.raises(RecipeError, match=r"roles: 'bot'"):

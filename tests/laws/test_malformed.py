@@ -157,7 +157,7 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, pa
     ("content is a number", message(content=1), "bad_content", "turn 2"),
     ("content is an empty list", message(content=[]), "bad_content", "a list"),
     ("content is a picture", message(content=[{"type": "text", "text": "a"}, {"type": "image_url"}]), "not_only_text", "image_url"),
-    ("value missing", b'{"conversations": [{"from": "human", "text": "a"}]}', "bad_content", "from, text"),
+    ("value missing", b'{"conversations": [{"from": "human", "say": "a"}]}', "bad_content", "from, say"),
     ("call is no JSON", turns("human", "function_call", key="conversations"), "bad_json_inside", "turn 2"),
     ("call without a name", message(tool_calls=[{"function": {"arguments": {}}}]), "bad_tool_calls", "turn 2"),
     ("calls are text", message(tool_calls="x"), "bad_json_inside", "tool_calls"),

@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,12 @@ JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 TEXT_SUFFIXES = {".txt", ".md"}
 CSV_SUFFIXES = {".csv", ".tsv"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".feather", ".ipc"}
+WORKBOOK_SUFFIXES = {".xlsx", ".xlsm"}
 PACKED_SUFFIXES = {".gz", ".zst", ".xz"}
-DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES
+DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES | WORKBOOK_SUFFIXES
 # Files in a data folder that are not data.
 _BESIDE = re.compile(
-    r"\.|(README|LICENSE|CHANGELOG)\b|(manifest|dataset_infos?|dataset_dict|state)\.json$", re.IGNORECASE
+    r"\.|~\$|(README|LICENSE|CHANGELOG)\b|(manifest|dataset_infos?|dataset_dict|state)\.json$", re.IGNORECASE
 )
 
 BLOCK = 1 << 20
@@ -46,6 +48,7 @@ _ARCHIVES = {
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!\x1a\x07": "RAR",
 }
+_OLD_OFFICE = "Office 97"  # also the container of an encrypted workbook
 _FOREIGN = {
     b"BZh": "bzip2",
     b"%PDF": "PDF",
@@ -55,6 +58,7 @@ _FOREIGN = {
     b"\x80\x02}": "pickle",
     b"\x80\x04\x95": "pickle",
     b"FEA1": "Feather 1",
+    b"\xd0\xcf\x11\xe0": _OLD_OFFICE,
 }
 
 
@@ -365,6 +369,19 @@ def _step_zstd(engine: Any, data: bytes) -> Iterator[bytes]:
 # -- what a file is ------------------------------------------------------------------------------------------------
 
 
+def is_zip(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04")
+
+
+def is_workbook(file: Path) -> bool:
+    """Whether a ZIP archive is an Excel workbook, by its parts."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return "xl/workbook.xml" in archive.namelist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
 def is_table(head: bytes) -> bool:
     """Whether the file is Parquet, an Arrow file, or an Arrow stream (first message shorter than 16 MiB)."""
     return head.startswith((b"PAR1", b"ARROW1")) or (head[:4] == b"\xff\xff\xff\xff" and head[7:8] == b"\0")
@@ -379,7 +396,7 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
     archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
     if head[257:262] == b"ustar":
         archive = "tar"
-    if archive:
+    if archive and not (archive == "ZIP" and not packed and is_workbook(file)):
         raise refuse(
             _("this is a {archive} archive; archives are not read").format(archive=archive),
             _("unpack it and name the files in the recipe"),
@@ -394,7 +411,8 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
             _("unpack it"),
         )
     if foreign := next((name for sign, name in _FOREIGN.items() if head.startswith(sign)), ""):
-        raise refuse(_("this is a {kind} file; it contains no rows").format(kind=foreign))
+        remedy = _("save it as .xlsx, without a password") if foreign == _OLD_OFFICE else ""
+        raise refuse(_("this is a {kind} file; it contains no rows").format(kind=foreign), remedy)
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise refuse(_("this is a Git LFS pointer, not the data"), "git lfs pull")
     if re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE):

@@ -46,12 +46,13 @@ QUESTIONS = ("instruction", "prompt", "query", "question", "input", "问题", "�
 ANSWERS = ("output", "completion", "response", "answer", "答案", "回答", "回复", "答", "assistant", "bot")
 SYSTEMS = ("system", "system_prompt", "system_message", "meta_instruction")
 TURNS = ("messages", "conversations", "conversation")
+LISTS = (*TURNS, "history", "tools", "functions")  # keys whose values are lists
 # Values of a column such as `reasoning` that say whether there is thinking, and are none.
 _FLAGS = {"on", "off", "yes", "no", "true", "false", "enabled", "disabled"}
 # All keys that the readers use; `columns` can map each of them.
 NAMES = tuple(dict.fromkeys((
     "instruction", "input", "output", "target", "history", "system", "tools", "functions", *TURNS, "instruct",
-    *QUESTIONS, *ANSWERS, "std_answer", "q", "a", "context", "text", *IN_TURNS,
+    *QUESTIONS, *ANSWERS, "std_answer", "q", "a", "context", "text", "session_id", *IN_TURNS,
 )))  # fmt: skip
 
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)

@@ -13,6 +13,7 @@ from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import dataset_info, formats
 from tongwen.data.files import find_files, printable
+from tongwen.data.message_log import names_of_log
 from tongwen.data.reader import read_rows
 from tongwen.recipe.data import Prepare, SourceConfig
 
@@ -93,6 +94,8 @@ def _check_held_out(part: InputPart, section: Prepare) -> None:
 def kind_of(file: Path, source: SourceConfig) -> str:
     """Return `documents` or `dialogues`, by the first row."""
     row = next(read_rows(file, source)).value
+    if names_of_log(row, source):
+        return "dialogues"
     row = formats.with_columns(row, source) if isinstance(row, dict) else row
     text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
     return "documents" if text else "dialogues"

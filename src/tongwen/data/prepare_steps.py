@@ -27,6 +27,7 @@ from tongwen.data import dedup, formats
 from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.input_parts import KINDS, InputPart, Notify
 from tongwen.data.ledger import Ledger, RejectedRow
+from tongwen.data.message_log import join_messages
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
@@ -40,12 +41,20 @@ SHOWN = 20  # unread fields shown in a message
 # -- one file ------------------------------------------------------------------------------------------------------
 
 
+def raw_rows(part: InputPart, notify: Notify) -> Iterator[RawRow]:
+    """Yield the rows of a file; of a log of messages, its sessions."""
+    rows = read_rows(part.file, part.source, notify)
+    if part.kind != "dialogues" or part.source.format:
+        return rows
+    return join_messages(rows, part.source, lambda text: notify(f"{part.name}: {text}"))
+
+
 def iter_rows(
     part: InputPart, section: Prepare, cleaner: Cleaner, notify: Notify
 ) -> Iterator[tuple[RawRow, Document | Dialogue | RejectedText | RowRejected]]:
     """Yield every row of a file with its record, or with the reason why it has none."""
     known = part.source.format
-    for raw in read_rows(part.file, part.source, notify):
+    for raw in raw_rows(part, notify):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:

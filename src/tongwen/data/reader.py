@@ -16,10 +16,10 @@ from typing import Any
 
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.data import charset, files, tables
+from tongwen.data import charset, files, tables, workbooks
 from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile, Stream, printable
-from tongwen.data.formats import TURNS
+from tongwen.data.formats import LISTS, TURNS
 from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
 from tongwen.recipe.data import SourceConfig
@@ -66,6 +66,9 @@ def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify) -> It
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
         notify(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
+    lists = {source.columns.get(column, column) for column in LISTS}
+    if files.is_zip(stream.head):
+        return workbooks.read_workbook(stream.file, name, lists, notify)
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:
             notify(_("read as a table (Parquet or Arrow) despite its name"))
@@ -93,7 +96,8 @@ def _read_as(
         return read_array(stream.blocks, found, name)
     _check_line_ends(head)
     if kind == "csv":
-        return tables.read_csv(_lines(stream.blocks, found), head, files.suffix(stream.file), name)
+        lists = {source.columns.get(column, column) for column in LISTS}
+        return tables.read_csv(_lines(stream.blocks, found), head, files.suffix(stream.file), name, lists)
     if kind == "lines":
         _check_one_object(head, source)
         return _read_json_lines(_lines(stream.blocks, found), name, source)

@@ -6,15 +6,15 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tongwen.core.errors import DataError, MissingPackage
+from tongwen.core.errors import DataError, MissingPackage, RowRejected
 from tongwen.core.i18n import _
 from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, DamagedFile
-from tongwen.data.row import CAP, RawRow, is_deep, too_deep
+from tongwen.data.row import CAP, DECODER, RawRow, is_deep, too_deep
 
 _BATCH = 256  # rows
 
@@ -23,8 +23,10 @@ _BATCH = 256  # rows
 Line = tuple[int, str, int, str, str]  # as in `reader`
 
 
-def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterator[RawRow]:
+def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str, lists: Collection[str] = ()) -> Iterator[RawRow]:
     """Yield records by the names of the header; a record's number is its first line.
+
+    lists: columns that hold lists, which a table can only write as JSON.
 
     A record with another number of columns is a bad row. An unterminated or misplaced quote raises DamagedFile, since the
     beginning of the next record is unknown.
@@ -60,7 +62,22 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterat
             )
             yield RawRow(name, start, record, size, rule, "bad_columns")
         else:
-            yield RawRow(name, start, dict(zip(columns, record, strict=True)), size)
+            yield row_of_texts(name, start, dict(zip(columns, record, strict=True)), size, lists)
+
+
+def row_of_texts(name: str, number: int, values: dict[str, Any], size: int, lists: Collection[str]) -> RawRow:
+    """Return a row of texts with its lists read from their JSON; a text that does not begin as a list stays."""
+    for column in values.keys() & lists:
+        text = values[column]
+        if isinstance(text, str) and text.lstrip().startswith("["):
+            try:
+                values[column] = DECODER.decode(text)
+            except (ValueError, RecursionError, RowRejected) as error:
+                rule = _("{column} begins as a list, but is not JSON: {error}").format(column=column, error=error)
+                return RawRow(name, number, values, size, rule, "not_json")
+    if is_deep(values):
+        return RawRow(name, number, values, size, too_deep().rule, too_deep().reason)
+    return RawRow(name, number, values, size)
 
 
 def _fed(lines: Iterator[Line], taken: list[Line]) -> Iterator[str]:

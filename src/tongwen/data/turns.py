@@ -24,14 +24,23 @@ ROLES = {
     "human": "user",
     "user": "user",
     "prompter": "user",
+    "customer": "user",
+    "client": "user",
+    "visitor": "user",
     "用户": "user",
+    "客户": "user",
+    "顾客": "user",
+    "访客": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "agent": "assistant",
     "助手": "assistant",
+    "客服": "assistant",
+    "坐席": "assistant",
     "system": "system",
     "developer": "system",
     "系统": "system",
@@ -197,7 +206,7 @@ def _joined_parts(parts: list[Any]) -> Any:
 def _content(turn: Fields, number: int, optional: bool, role: str) -> tuple[str, str, list[Any], list[Message]]:
     """Return (text, thinking, calls, results of tools) of a turn. A list of parts is joined: LLaMA-Factory v1, Anthropic,
     OpenAI."""
-    content = turn.get("content", "value")
+    content = turn.get("content", "value") if turn.has("content", "value") else turn.get("text")
     if content is None and optional:
         return "", "", [], []
     if isinstance(content, str):
@@ -240,6 +249,13 @@ def _content(turn: Fields, number: int, optional: bool, role: str) -> tuple[str,
 
 
 def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRejected:
+    if content is None and not turn.keys() & {"content", "value", "text"}:
+        return RowRejected(
+            "bad_content",
+            _("turn {number} has no text; the turn has {keys}; name it: columns: {{content: YOUR_TEXT}}").format(
+                number=number, keys=keys_of(turn)
+            ),
+        )
     return RowRejected(
         "bad_content",
         _("turn {number}: {key} is {kind}, not text; the turn has {keys}").format(

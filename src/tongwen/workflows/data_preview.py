@@ -20,7 +20,6 @@ from tongwen.data import formats, prepare_steps, token_store
 from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.input_parts import InputPart, kind_of
 from tongwen.data.ledger import Ledger, RejectedRow, table_rows
-from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.data import Prepare, SourceConfig
 from tongwen.recipe.training import Pretrain, Sft
@@ -50,7 +49,7 @@ def inspect(file: Path) -> DataPreview:
     kind = kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
     part = InputPart(0, kind, "train", 0, source, file)
-    first = next(read_rows(file, source))
+    first = next(prepare_steps.raw_rows(part, lambda text: None))
     name = "text" if kind == "documents" else formats.recognise_row(first, source)
     found = DataPreview(kind, name, prepare_steps.ScanCounts())
     for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda text: None):

@@ -25,6 +25,7 @@ from tongwen.data.formats import (
     recognise_row,
     with_columns,
 )
+from tongwen.data.message_log import join_messages
 from tongwen.data.prepare_steps import describe_unread
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
@@ -87,7 +88,8 @@ def _report_unread(records: Iterable[EvalPrompt | Document | Dialogue], path: st
 
 def _rows(source: SourceConfig) -> Iterator[RawRow]:
     for file in find_files(source.path):
-        for row in read_rows(file, source, console.notice):
+        rows = read_rows(file, source, console.notice)
+        for row in rows if source.format else join_messages(rows, source, console.notice):
             if row.problem:
                 raise DataError(row.problem, place=_place(row))
             yield row

@@ -1,0 +1,107 @@
+"""Read the first sheet of an Excel workbook as a table: its first row names the columns."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import MissingPackage, first_line
+from tongwen.core.i18n import _
+from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, DamagedFile
+from tongwen.data.row import CAP, RawRow
+from tongwen.data.tables import row_of_texts
+
+
+def read_workbook(file: Path, name: str, lists: Collection[str], notify: Callable[[str], None]) -> Iterator[RawRow]:
+    """Yield the rows of the first sheet, by its header; a row's number is that of the sheet. Empty rows are passed over.
+
+    Values are what the cells show as text: a formula gives the value that was stored with it. lists: columns that hold lists,
+    as JSON. Raises DamagedFile.
+    """
+    try:
+        from openpyxl import load_workbook
+    except ImportError:
+        raise MissingPackage("openpyxl", _("Excel workbooks"), "xlsx") from None
+    _check_size(file)
+    try:
+        with warnings.catch_warnings(), file.open("rb") as raw:  # by its name it would refuse other suffixes
+            warnings.simplefilter("ignore")  # of styles that it does not know
+            book = load_workbook(raw, read_only=True, data_only=True, keep_links=False)
+            sheet, others = book.worksheets[0], [one.title for one in book.worksheets[1:]]
+            if others:
+                notify(
+                    _("only the first sheet, {sheet}, is read; the others are {others}").format(
+                        sheet=sheet.title, others=_(", ").join(others)
+                    )
+                )
+            sheet.reset_dimensions()  # a file may claim any
+            yield from _rows(enumerate(sheet.iter_rows(values_only=True), 1), name, lists)
+            book.close()
+    except (DamagedFile, MissingPackage):
+        raise
+    except Exception as error:  # the library raises whatever a damaged part makes it meet
+        raise DamagedFile(
+            _("this workbook is damaged: {reason}").format(reason=first_line(error)[:200]),
+            _("save it again as .xlsx, or as CSV in UTF-8"),
+        ) from None
+
+
+def _check_size(file: Path) -> None:
+    """Raise DamagedFile for a workbook that unpacks to far more than it is."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
+        raise DamagedFile(_("it would unpack to {size:,} bytes").format(size=size))
+
+
+def _rows(lines: Iterator[tuple[int, tuple[Any, ...]]], name: str, lists: Collection[str]) -> Iterator[RawRow]:
+    columns: list[str] = []
+    for number, cells in lines:
+        texts = [_text(cell) for cell in cells]
+        while texts and not texts[-1]:
+            texts.pop()
+        if not texts:
+            continue
+        if not columns:
+            columns = _header(texts, number)
+            continue
+        size = len(json.dumps(texts, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        if len(texts) > len(columns):
+            rule = _("{record_count} columns, the header has {columns_count}").format(
+                record_count=len(texts), columns_count=len(columns)
+            )
+            yield RawRow(name, number, texts, size, rule, "bad_columns")
+        elif size > CAP:
+            rule = _("this row has {size:,} bytes; the limit is {cap:,}").format(size=size, cap=CAP)
+            yield RawRow(name, number, "", size, rule, "too_large")
+        else:
+            texts += [""] * (len(columns) - len(texts))
+            yield row_of_texts(name, number, dict(zip(columns, texts, strict=True)), size, lists)
+
+
+def _header(texts: list[str], number: int) -> list[str]:
+    columns = [text.strip() for text in texts]
+    if "" in columns or len(set(columns)) != len(columns):
+        raise DamagedFile(
+            _("the first line must name every column once: {shown}").format(shown=", ".join(map(repr, columns))),
+            line=number,
+        )
+    return columns
+
+
+def _text(cell: Any) -> str:
+    """Return a cell's value as a reader sees it: 3, not 3.0; a day without its midnight."""
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).upper()
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < 1e15:
+        return str(int(cell))
+    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
+        return cell.date().isoformat()
+    return str(cell)
