@@ -50,6 +50,37 @@ def test_custom_split_is_kept(tmp_path: Path) -> None:
             assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids, text
 
 
+SPACED = [
+    "  12",
+    " 1",
+    "\n\n678\t9",
+    "a1b2c3 第3章",
+    " 12 34  5 ",
+    "3 ³ ½",
+    "1's",
+    "it's 10 o'clock, $5,000.00!",
+    "\n 5\n",
+    "7",
+]
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_digits_are_set_apart_before_words(tmp_path: Path, each: bool) -> None:
+    """SmolLM2's pre-tokenizer: blanks before a digit are a word of their own."""
+    backend = Tokenizer.from_str(byte_level_tokenizer(tmp_path).backend_tokenizer.to_str())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=each), words])
+    fast = make_tiktoken_encoder(backend)
+    assert fast is not None
+    rng, encoded = random.Random(5), 0
+    mixed = ["".join(rng.choices("12 \n\tab'天。s³½", k=rng.randrange(1, 30))) for _ in range(2000)]
+    for text in [*SPACED, *mixed, *texts(1000)]:
+        if (ids := fast.encode(text)) is not None:
+            encoded += 1
+            assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids, text
+    assert encoded > 1000
+
+
 def test_unsupported_tokenizer_uses_the_library(tmp_path: Path) -> None:
     assert make_tiktoken_encoder(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
     whole = Tokenizer.from_str(byte_level_tokenizer(tmp_path / "b").backend_tokenizer.to_str())
@@ -57,7 +88,8 @@ def test_unsupported_tokenizer_uses_the_library(tmp_path: Path) -> None:
     assert make_tiktoken_encoder(whole) is not None
     for pre_tokenizer in (
         pre_tokenizers.ByteLevel(add_prefix_space=True),
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=True)]),
+        pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
     ):
         whole.pre_tokenizer = pre_tokenizer
         assert make_tiktoken_encoder(whole) is None

@@ -24,6 +24,8 @@ import numpy as np
 
 # GPT-2's pattern for words, built into the tokenizers library as ByteLevel(use_regex=True).
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# The same behind Digits, which sets digits apart first: a blank never joins a digit, and blanks before one are a word.
+DIGITS_GPT2 = r"""{digits}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?=\p{{N}})|\s+(?!\S)|\s+"""
 SHARE = 64  # texts per task of a thread
 _SURE = (
     "\t\n\r -~\xa0-\u024f\u0370-\u03ff\u0400-\u045f\u2010-\u2027\u2030-\u205e\u20ac\u2100-\u214f\u2190-\u22ff\u2460-\u24ff"
@@ -96,6 +98,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if len(parts) == 1:
         return GPT2 if last.get("use_regex", True) else None
     first = parts[0]
+    if len(parts) == 2 and first["type"] == "Digits" and last.get("use_regex", True):
+        return DIGITS_GPT2.format(digits=r"\p{N}" if first.get("individual_digits") else r"\p{N}+")
     isolates = first["type"] == "Split" and first["behavior"] == "Isolated" and not first["invert"]
     if len(parts) != 2 or not isolates or last.get("use_regex", True):
         return None

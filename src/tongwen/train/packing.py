@@ -85,13 +85,24 @@ def make_plan(
             if _done(stop_after, len(steps), tokens, per_epoch):
                 break
         epoch += 1
-    accumulate = 1
-    while True:
-        micro = tuple(deal(step, lengths, accumulate * world) for step in steps)
-        fullest = max(sum(int(lengths[sample]) for sample in part) for step in micro for part in step)
-        if fullest <= budget or accumulate * world >= batch_size:
-            return BatchPlan(tuple(steps), micro, accumulate, world, budget, per_epoch)
+    largest = max(int(lengths[list(step)].sum()) for step in steps)
+    most = -(-batch_size // world)  # a sample to each micro-batch
+    accumulate = min(-(-largest // (budget * world)), most)
+    while (micro := _deal_all(steps, lengths, accumulate * world, budget if accumulate < most else None)) is None:
         accumulate += 1
+    return BatchPlan(tuple(steps), micro, accumulate, world, budget, per_epoch)
+
+
+def _deal_all(
+    steps: list[tuple[int, ...]], lengths: np.ndarray, parts: int, budget: int | None
+) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
+    """Distribute the samples of each step; None as soon as a part is over the budget. budget: None for no limit."""
+    dealt = []
+    for step in steps:
+        dealt.append(deal(step, lengths, parts))
+        if budget is not None and max(int(lengths[list(part)].sum()) for part in dealt[-1]) > budget:
+            return None
+    return tuple(dealt)
 
 
 def _packed_plan(
@@ -169,10 +180,11 @@ def deal(step: tuple[int, ...], lengths: np.ndarray, parts: int) -> tuple[tuple[
     heap: list[tuple[int, int]] = [(0, part) for part in range(parts)]
     dealt: list[list[int]] = [[] for _ in range(parts)]
     sizes = [0] * parts
-    for sample in sorted(step, key=lambda sample: (-int(lengths[sample]), step.index(sample))):
+    tokens = lengths[list(step)].tolist()
+    for place in sorted(range(len(step)), key=lambda place: -tokens[place]):  # of equal length, the first comes first
         size, part = heapq.heappop(heap)
-        dealt[part].append(sample)
-        sizes[part] = size + int(lengths[sample])
+        dealt[part].append(step[place])
+        sizes[part] = size + tokens[place]
         heapq.heappush(heap, (sizes[part], part))
     ranked = sorted(range(parts), key=lambda part: (-sizes[part], part))
     return tuple(tuple(dealt[part]) for part in ranked)
