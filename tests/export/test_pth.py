@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import SHARED, tensors
+from tests.conftest import SHARED, tensors, tiny_llama
 from tests.model.loading.test_bad_weights import Bomb
 from tests.model.merging.test_merge import make_adapter
 
@@ -166,6 +167,36 @@ def test_merge_writes_pth(chat_model: Path, tmp_path: Path, tongwen: Any) -> Non
     assert tongwen("convert", tmp_path / "hf", "--to", "pth", "--out", tmp_path / "other")[0] == 0
     one, other = load_all(tmp_path / "pth")[0], load_all(tmp_path / "other")[0]
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_merge_finds_the_sentencepiece_model_of_its_vocabulary(tmp_path: Path, tongwen: Any) -> None:
+    """Training leaves tokenizer.json alone; the base's tokenizer.model belongs to it only where the pieces are the same."""
+    from transformers import AutoTokenizer
+
+    from tongwen.model.loading import sentencepiece
+    from tongwen.vocab.train import train_sentencepiece
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    texts = ["the weather is fine today", "all of us like to read", "use the same words again"] * 9
+    held = train_sentencepiece(texts, 290, "bpe", 0)
+    model = sentencepiece.parse(held, "model")
+    tiny_llama(base, len(model.pieces))
+    (base / "tokenizer.model").write_bytes(held)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=sentencepiece.fast_form(model), **sentencepiece.special_names(model)
+    )
+    make_adapter(base, adapter)
+    fast.save_pretrained(adapter)
+    argv = ("merge", "--base", base, "--adapter", adapter, "--to", "pth")
+    assert tongwen(*argv, "--out", tmp_path / "pth")[0] == 0
+    assert (tmp_path / "pth" / "tokenizer.model").read_bytes() == held
+    assert tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "hf")[0] == 0
+    back = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert back("the same weather").input_ids == fast("the same weather").input_ids
+    (base / "tokenizer.model").write_bytes(train_sentencepiece(texts[::-1], 280, "bpe", 0))
+    code, out, err = tongwen(*argv, "--out", tmp_path / "other")
+    assert code == 0 and "has no tokenizer.model: none has the pieces of this vocabulary" in out + err
+    assert not (tmp_path / "other" / "tokenizer.model").exists()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs LLaMA's tokenizer")

@@ -201,7 +201,9 @@ def model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_official_openai_client_works(model: Served) -> None:
     client = model.client()
-    assert [one.id for one in client.models.list()] == ["m"]
+    assert [one.id for one in client.models.list()] == ["m"] and client.models.retrieve("m").id == "m"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
     messages: Any = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": [{"type": "text", "text": "你好"}]},
@@ -340,6 +342,38 @@ def test_path_traversal_is_refused(served: Served) -> None:
 def test_invalid_request_names_the_field(served: Served, fields: dict[str, Any], status: int, message: str) -> None:
     found, _, body = served.chat(**fields)
     assert found == status and message in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_logprobs": None, "logprobs": False, "tool_choice": "none", "tools": []},
+        {"tool_choice": "auto", "parallel_tool_calls": True, "functions": [], "function_call": "none"},
+        {"store": False, "metadata": {}, "logit_bias": {}, "modalities": ["text"], "service_tier": "auto"},
+        {"n": 1, "best_of": 1, "suffix": "", "audio": None, "prediction": None, "reasoning_effort": "none"},
+        {"messages": [{"role": "user", "content": "x", "name": "xm"}, {"role": "assistant", "content": "y", "refusal": None, "tool_calls": []}, {"role": "user", "content": "x"}]},
+    ],
+)  # fmt: skip
+def test_words_that_ask_for_nothing_are_accepted(served: Served, fields: dict[str, Any]) -> None:
+    assert served.chat(**fields)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"5": 3}},
+        {"tool_choice": "required"},
+        {"logprobs": True},
+        {"top_logprobs": 2},
+        {"store": True},
+        {"modalities": ["audio"]},
+        {"min_p": 0.1},
+        {"best_of": True},
+    ],
+)
+def test_words_that_ask_for_what_cannot_be_done_are_refused(served: Served, fields: dict[str, Any]) -> None:
+    status, _, body = served.chat(**fields)
+    assert status == 400 and next(iter(fields)) in body["error"]["message"]
 
 
 def test_invalid_json_is_refused(served: Served) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -36,8 +36,40 @@ MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are still read, so t
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
+# Values of words that no field knows, with which they ask for nothing; and words that never change an answer.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("auto",),
+    "parallel_tool_calls": (True,),
+    "service_tier": ("auto", "default"),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "top_logprobs": (0,),
+    "min_p": (0,),
+}
+WITHOUT_EFFECT = {"metadata", "name", "prompt_cache_key", "safety_identifier"}
+
+
 class StrictModel(BaseModel):
+    """An object of a request: an unknown word is refused, unless it asks for nothing."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral_words(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value for name, value in values.items() if name in cls.model_fields or not _is_neutral(name, value)
+        }
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a word that we do not know asks for nothing by this value."""
+    if value is None or value is False or value in ("", [], {}, "none") or name in WITHOUT_EFFECT:
+        return True
+    return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
 
 
 class TextPart(StrictModel):
@@ -99,8 +131,6 @@ class ChatRequest(CompletionRequest):
     messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=TURNS)]
     max_completion_tokens: int | None = None
     response_format: TextFormat | None = None
-    logprobs: Literal[False] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def _length(self) -> dict[str, int]:
         length = self.max_completion_tokens
@@ -109,7 +139,6 @@ class ChatRequest(CompletionRequest):
 
 class TextRequest(CompletionRequest):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
-    echo: Literal[False] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +260,7 @@ def make_app(backend: Backend, max_waiting: int) -> Starlette:
     return Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", server.model, methods=["GET"]),
             Route("/v1/chat/completions", partial(server.answer, ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(server.answer, TextRequest), methods=["POST"]),
         ],
@@ -250,8 +280,20 @@ class ApiServer:
         self.started = int(time.time())
 
     async def models(self, raw_request: Request) -> Response:
-        model = {"id": self.backend.name, "object": "model", "created": self.started, "owned_by": "tongwen"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, raw_request: Request) -> Response:
+        name = raw_request.path_params["name"]
+        if name != self.backend.name:
+            raise self._no_model(name)
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.backend.name, "object": "model", "created": self.started, "owned_by": "tongwen"}
+
+    def _no_model(self, name: str) -> RequestError:
+        message = _("this server has no model {model!r}, only {served!r}").format(model=name, served=self.backend.name)
+        return RequestError(404, "model_not_found", message)
 
     async def answer(self, request_type: type[CompletionRequest], raw_request: Request) -> Response:
         body = await self._read(raw_request)
@@ -298,10 +340,7 @@ class ApiServer:
         except ValidationError as error:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if request.model != self.backend.name:
-            message = _("this server has no model {model!r}, only {served!r}").format(
-                model=request.model, served=self.backend.name
-            )
-            raise RequestError(404, "model_not_found", message)
+            raise self._no_model(request.model)
         try:
             settings = self.backend.settings | request.sampling()
             self.backend.check(settings)

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen.core import artifact, console
-from tongwen.core.errors import ArtifactError
+from tongwen.core.errors import ArtifactError, MissingPackage, ModelError, TongwenError, first_line
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, find_tensors
 from tongwen.export import pth
 from tongwen.export.hf import check_same
 from tongwen.model.adapters import lineage
 from tongwen.model.adapters.read import EMBEDDINGS, NotOneToOne, read_adapter
-from tongwen.model.loading import chat_setup, load, quantized
+from tongwen.model.loading import chat_setup, load, quantized, sentencepiece
 from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.names import all_names
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
@@ -332,6 +332,23 @@ def _find_warnings(merged: MergeResult) -> list[str]:
     return out
 
 
+def _copy_sentencepiece(folders: list[Path], out: Path) -> None:
+    """Copy the tokenizer.model whose pieces the result's tokenizer.json has: training leaves only the latter, and LLaMA's
+    own programs read only the former."""
+    made, model = out / "tokenizer.json", out / "tokenizer.model"
+    found = [file for folder in reversed(folders) if (file := folder / model.name).is_file()]
+    if model.exists() or not made.is_file() or not found:
+        return
+    try:
+        if (own := next((file for file in found if sentencepiece.is_of(file, made)), None)) is not None:
+            shutil.copyfile(own, model)
+            return
+        why = _("none has the pieces of this vocabulary")
+    except (MissingPackage, ModelError, ValueError, KeyError) as error:
+        why = error.text() if isinstance(error, TongwenError) else first_line(error)
+    console.notice(_("the result has no tokenizer.model: {reason}").format(reason=why))
+
+
 def _copy_chat_setup(place: load.ModelRef, links: list[lineage.AdapterLink], out: Path) -> None:
     """Copy tokenizer, template and stop tokens from the last adapter that has a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
@@ -344,6 +361,8 @@ def _copy_chat_setup(place: load.ModelRef, links: list[lineage.AdapterLink], out
         if source == folders[0]:
             console.notice(_("the adapter has no tokenizer; using the base's"))
         chat_setup.copy_chat_setup(source, out)
+    parents = [link.stage.manifest["parents"].get("base", {}).get("path") for link in links if link.stage]
+    _copy_sentencepiece([*folders, *(Path(parent) for parent in parents if parent)], out)
     stops = folders[0] / "generation_config.json"
     if stops.is_file() and not (out / stops.name).is_file():
         shutil.copyfile(stops, out / stops.name)

@@ -7,6 +7,7 @@ without tokenizer.json. transformers also omits the blank before a text that beg
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def parse(held: bytes, place: str) -> Any:
             remedy=_("download the whole file again"),
         )
     return model
+
+
+def is_of(file: Path, tokenizer: Path) -> bool:
+    """Whether a tokenizer.model has the pieces of a tokenizer.json, at the same ids. Tokens that were added to the latter,
+    which a SentencePiece model cannot hold, may lack. Raises MissingPackage, and ModelError for another file."""
+    definition = json.loads(tokenizer.read_text(encoding="utf-8"))
+    ids = Tokenizer.from_str(json.dumps(definition)).get_vocab(with_added_tokens=True)
+    pieces = {piece.piece: index for index, piece in enumerate(read_model(file).pieces)}
+    added = {token["content"] for token in definition["added_tokens"]}
+    return all(ids.get(piece) == index for piece, index in pieces.items()) and ids.keys() - pieces.keys() <= added
 
 
 def processor(model: Any) -> Any:
