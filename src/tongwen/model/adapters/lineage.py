@@ -16,7 +16,7 @@ from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import read_rowless
 from tongwen.core.safetensors_io import TensorSource
-from tongwen.model.adapters.read import Adapter
+from tongwen.model.adapters.read import Adapter, whole_rows
 from tongwen.model.loading.fingerprint import combine, digests_of, fingerprint_chain, order_that_fits
 
 
@@ -74,18 +74,45 @@ def _stage_of(folder: Path) -> artifact.Artifact | None:
 
 def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> None:
     """Raise ArtifactError when an adapter was trained on another base than the one below it in this chain."""
-    below = fingerprint
+    below = {fingerprint}  # fingerprints of the same model, made in different ways
     for number, link in enumerate(links):
-        if link.recorded not in (None, below):
+        before = [one.fingerprint for one in links[:number]]
+        if link.recorded not in (None, *below) and not _made_of_the_same(link, {fingerprint}, below, before):
             raise ArtifactError(
                 _("the adapter was trained on a base with fingerprint {recorded}, but here the base is {below}").format(
-                    recorded=str(link.recorded)[:12], below=below[:12]
+                    recorded=str(link.recorded)[:12], below=sorted(below)[0][:12]
                 )
                 + (f" ({base})" if number == 0 else f" ({base} + {' + '.join(one.name for one in links[:number])})"),
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
             )
-        below = fingerprint_chain(below, link.fingerprint)
+        same = below | ({link.recorded} if link.recorded else set())
+        below = {fingerprint_chain(one, link.fingerprint) for one in same}
+
+
+def _made_of_the_same(link: AdapterLink, base: set[str], below: set[str], before: Sequence[str]) -> bool:
+    """Whether tongwen made the adapter's base of what lies below it here, as the manifest beside that base says: a merge of
+    this base and the adapters before; or this model with a larger vocabulary, whose rows the adapter brings in full."""
+    try:
+        made = artifact.find(Path(link.trained_on)) if link.trained_on else None
+    except ArtifactError:
+        return False
+    if made is None or made.fingerprint != link.recorded:
+        return False
+    parents = made.manifest["parents"]
+    own = parents.get("base", {}).get("fingerprint")
+    if made.kind == "vocab":
+        return own in below and bool(whole_rows(link.adapter.folder))
+    merged = [
+        parents[role].get("fingerprint") for role in sorted(parents, key=_place_of_role) if role.startswith("adapter")
+    ]
+    return made.kind == "model" and own in base and bool(merged) and merged == [*before]
+
+
+def _place_of_role(role: str) -> int:
+    """Return the place of an adapter among a merge's parents: adapter_2 is the second."""
+    number = role.rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def describe_unverified(base: str, links: Sequence[AdapterLink]) -> list[str]:
