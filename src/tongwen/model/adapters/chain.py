@@ -14,11 +14,12 @@ import torch
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError, first_line
 from tongwen.core.i18n import _
+from tongwen.model.adapters.lineage import ModelBelow
 from tongwen.model.adapters.patterns import check_patterns
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.adapters.targets import is_tied
 from tongwen.model.adapters.whole import check_files, check_loaded
-from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
+from tongwen.model.loading.fingerprint import fingerprint_model
 from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, load_model, quiet
 
 
@@ -35,7 +36,7 @@ def open_adapter_chain(
     own = [check_files(Path(folder)) for folder in ref.adapters]
     if quantize and live and len(ref.adapters) == 1:
         base = load_model(ref, dtype, quantize, device_map)
-        return _open(base, find_adapter(Path(ref.adapters[0])), fingerprint_model(ref)), None
+        return _open(base, find_adapter(Path(ref.adapters[0])), _below(fingerprint_model(ref))), None
     if quantize and ref.adapters:
         raise ModelError(
             _("an adapter cannot be merged into quantised weights"),
@@ -45,36 +46,48 @@ def open_adapter_chain(
             ),
         )
     model = load_model(ref, torch.float32 if ref.adapters else dtype, quantize, device_map)
-    fingerprint = fingerprint_model(ref)  # after loading, which downloads a hub model's files
+    below = _below(fingerprint_model(ref))  # after loading, which downloads a hub model's files
     for folder, fingerprint_of_adapter in zip(ref.adapters, own, strict=True):
-        model = _open(model, find_adapter(Path(folder)), fingerprint)
+        path = find_adapter(Path(folder))
+        model = _open(model, path, below)
         if not model.active_peft_config.is_prompt_learning:
             model = merge_adapter(model, folder)
-        if fingerprint:
-            fingerprint = fingerprint_chain(fingerprint, fingerprint_of_adapter)
-    return (model.to(dtype) if ref.adapters else model), fingerprint
+        if below:
+            below.add(fingerprint_of_adapter, _trained_on(path)[0])
+    return (model.to(dtype) if ref.adapters else model), below.fingerprint if below else None
+
+
+def _below(fingerprint: str | None) -> ModelBelow | None:
+    return ModelBelow(fingerprint) if fingerprint else None
+
+
+def _trained_on(adapter: Path) -> tuple[str | None, str]:
+    """Return (fingerprint, path) of the base that an adapter's manifest names."""
+    stage = artifact.find(adapter)
+    base = stage.manifest["parents"].get("base", {}) if stage else {}
+    return base.get("fingerprint"), str(base.get("path") or "")
 
 
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
     """Load an adapter onto a model. Raises ArtifactError when it is not whole, or was trained on another base."""
     path = find_adapter(Path(folder))
     check_files(path)
-    return _open(model, path, fingerprint_of_base, trainable=trainable)
+    return _open(model, path, _below(fingerprint_of_base), trainable=trainable)
 
 
-def _open(model: Any, path: Path, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
+def _open(model: Any, path: Path, below: ModelBelow | None, *, trainable: bool = False) -> Any:
     """Like `open_adapter`, for files that were checked."""
     from peft import PeftModel
 
-    folder, stage = str(path), artifact.find(path)
-    trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
-    if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
+    folder = str(path)
+    recorded, named = _trained_on(path)
+    if recorded and below and not below.is_base_of(path, recorded, named):
         raise ArtifactError(
             _(
                 "this adapter was trained on another base: {trained_on}; the current base is {fingerprint_of_base}"
-            ).format(trained_on=trained_on[:12], fingerprint_of_base=fingerprint_of_base[:12]),
+            ).format(trained_on=recorded[:12], fingerprint_of_base=below.fingerprint[:12]),
             place=folder,
-            remedy=_("use the base {path}").format(path=stage.manifest["parents"]["base"]["path"] if stage else ""),
+            remedy=_("use the base {path}").format(path=named),
         )
     resize_for_adapter(model, path)
     check_patterns(

@@ -74,39 +74,56 @@ def _stage_of(folder: Path) -> artifact.Artifact | None:
 
 def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> None:
     """Raise ArtifactError when an adapter was trained on another base than the one below it in this chain."""
-    below = {fingerprint}  # fingerprints of the same model, made in different ways
+    model = ModelBelow(fingerprint)
     for number, link in enumerate(links):
-        before = [one.fingerprint for one in links[:number]]
-        if link.recorded not in (None, *below) and not _made_of_the_same(link, {fingerprint}, below, before):
+        if link.recorded and not model.is_base_of(link.adapter.folder, link.recorded, link.trained_on):
             raise ArtifactError(
                 _("the adapter was trained on a base with fingerprint {recorded}, but here the base is {below}").format(
-                    recorded=str(link.recorded)[:12], below=sorted(below)[0][:12]
+                    recorded=link.recorded[:12], below=model.fingerprint[:12]
                 )
                 + (f" ({base})" if number == 0 else f" ({base} + {' + '.join(one.name for one in links[:number])})"),
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
             )
-        same = below | ({link.recorded} if link.recorded else set())
-        below = {fingerprint_chain(one, link.fingerprint) for one in same}
+        model.add(link.fingerprint, link.recorded)
 
 
-def _made_of_the_same(link: AdapterLink, base: set[str], below: set[str], before: Sequence[str]) -> bool:
-    """Whether tongwen made the adapter's base of what lies below it here, as the manifest beside that base says: a merge of
-    this base and the adapters before; or this model with a larger vocabulary, whose rows the adapter brings in full."""
-    try:
-        made = artifact.find(Path(link.trained_on)) if link.trained_on else None
-    except ArtifactError:
-        return False
-    if made is None or made.fingerprint != link.recorded:
-        return False
-    parents = made.manifest["parents"]
-    own = parents.get("base", {}).get("fingerprint")
-    if made.kind == "vocab":
-        return own in below and bool(whole_rows(link.adapter.folder))
-    merged = [
-        parents[role].get("fingerprint") for role in sorted(parents, key=_place_of_role) if role.startswith("adapter")
-    ]
-    return made.kind == "model" and own in base and bool(merged) and merged == [*before]
+class ModelBelow:
+    """The model below an adapter: a base and the adapters on it so far.
+
+    The same model can have been made in several ways, of which each has a fingerprint of its own.
+    """
+
+    def __init__(self, base: str) -> None:
+        self.base, self.fingerprint, self.same, self.adapters = base, base, {base}, list[str]()
+
+    def add(self, adapter: str, recorded: str | None) -> None:
+        """Put an adapter on it. recorded: the fingerprint of the base that the adapter names, which is this model's too."""
+        self.same = {fingerprint_chain(one, adapter) for one in {*self.same, *([recorded] if recorded else [])}}
+        self.fingerprint = fingerprint_chain(self.fingerprint, adapter)
+        self.adapters.append(adapter)
+
+    def is_base_of(self, folder: Path, recorded: str, trained_on: str) -> bool:
+        """Whether an adapter that was trained on the model of this fingerprint stands on this one.
+
+        It also does where tongwen made its base of this one, as the manifest beside that base says: by a merge of this base
+        and the adapters so far; or by a larger vocabulary, whose rows the adapter brings in full.
+        """
+        if recorded in self.same:
+            return True
+        try:
+            made = artifact.find(Path(trained_on)) if trained_on else None
+        except ArtifactError:
+            return False
+        if made is None or made.fingerprint != recorded:
+            return False
+        parents = made.manifest["parents"]
+        own = parents.get("base", {}).get("fingerprint")
+        if made.kind == "vocab":
+            return own in self.same and bool(whole_rows(folder))
+        roles = sorted((role for role in parents if role.startswith("adapter")), key=_place_of_role)
+        merged = [parents[role].get("fingerprint") for role in roles]
+        return made.kind == "model" and own == self.base and bool(merged) and merged == self.adapters
 
 
 def _place_of_role(role: str) -> int:
