@@ -47,7 +47,7 @@ def test_broken_laws_are_seen(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch)
     wanted = {
         "bug": "KeyError",
         "write": "changed: ['base/config.json']",
-        "memory": "MB",
+        "memory": "MemoryError",
         "escape": "escape",
         "code": "exit 7",
     }

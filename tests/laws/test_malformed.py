@@ -723,7 +723,7 @@ def test_random_damage_gives_rows_or_a_data_error(name: str, tmp_path: Path) -> 
         data = mutated(HOLDERS[name], dice)
         file = tmp_path / name
         file.write_bytes(data)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             good, bad = take(file, documents=name.endswith("txt"))
         except DataError as error:
@@ -732,7 +732,7 @@ def test_random_damage_gives_rows_or_a_data_error(name: str, tmp_path: Path) -> 
             good, bad = [], []
         else:
             assert good or bad
-        assert time.monotonic() - started < 2, number
+        assert time.process_time() - started < 2, number
         answers = [record.text if name.endswith("txt") else record.messages[-1].content for record in good]
         untouched += len(known.intersection(answers))
         for raw, why in bad:

@@ -17,7 +17,8 @@ from tongwen.data.sampling import choose_held_out
 from tongwen.export.gguf import check_type
 from tongwen.export.gguf_metadata import check_family
 from tongwen.hub.download import local_copy
-from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading import load
+from tongwen.model.loading.instruct import stored_template
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.schema import Recipe
 from tongwen.train import trackers
@@ -58,7 +59,7 @@ def run(recipe: Recipe) -> int:
             errors.append(error)
     raise_all(errors)
     if recipe.pretrain:
-        advise_keep(recipe.base, chat_setup.stored_template(Path(recipe.base)), recipe.pretrain)
+        advise_keep(recipe.base, stored_template(Path(recipe.base)), recipe.pretrain)
     rows = [row for kind, table in tables.items() for row in table_rows(table, kind, _("kept"))]
     console.table((_("data"), _("rows"), _("bytes")), rows)
     console.success(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
-from tongwen.model.loading import chat_setup
+from tongwen.model.loading.instruct import is_instruct
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.effects import deciding_settings
 from tongwen.recipe.schema import STAGES, Recipe
@@ -56,7 +56,7 @@ def inputs(recipe: Recipe) -> Prepare:
 
 def advise_keep(base: str, template: str, section: Pretrain) -> None:
     """Print a notice if the base is an instruct model: training on plain text weakens its ability to answer."""
-    if not section.keep and chat_setup.is_instruct(base, template):
+    if not section.keep and is_instruct(base, template):
         console.notice(
             _(
                 "the base is an instruct model, and plain text wears down its ability to answer: `keep: 0.5` holds on to it. Or pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"

@@ -114,13 +114,10 @@ def check_tokenizer(file: Path) -> None:
         return
     found = read_json(file)
     for part in ("normalizer", "decoder"):
-        growth = 1.0
-        for step in _steps(found.get(part)):
-            growth *= _growth_of(step, file)
-            if growth > GROWTH:
-                raise _refused(
-                    _("its {part} makes a text more than {growth} times as long").format(part=part, growth=GROWTH), file
-                )
+        if _growth_of([*_steps(found.get(part))], file) > GROWTH:
+            raise _refused(
+                _("its {part} makes a text more than {growth} times as long").format(part=part, growth=GROWTH), file
+            )
     padding = found.get("padding")
     if isinstance(padding, dict):
         lengths = [value for _key, value in _whole_numbers(padding)]
@@ -128,17 +125,22 @@ def check_tokenizer(file: Path) -> None:
             raise _refused(_("it pads to {length} tokens").format(length=max(lengths)), file)
 
 
-def _growth_of(step: Mapping[str, Any], file: Path) -> float:
-    """Return how many times as long a step of a normalizer or decoder can make a text."""
-    content = step.get("content")
-    added = step.get("prepend")
-    if isinstance(added, str) and len(added) > ADDED:
-        raise _refused(_("it prepends {count} characters").format(count=len(added)), file)
-    if step.get("type") != "Replace" or not isinstance(content, str):
-        return 1.0
-    pattern = step.get("pattern")
-    plain = pattern.get("String") if isinstance(pattern, dict) else None
-    return max(1.0, len(content) / (len(plain) if isinstance(plain, str) and plain else 1))
+def _growth_of(steps: list[Mapping[str, Any]], file: Path) -> float:
+    """Return how many times as long the steps of a normalizer or decoder can make a text. What one step writes grows again
+    only in a later step that finds its pattern there; what a regular expression finds is not known."""
+    replaced: list[tuple[str, float]] = []  # what a step writes, and how many times as long a text is then
+    for step in steps:
+        content, added = step.get("content"), step.get("prepend")
+        if isinstance(added, str) and len(added) > ADDED:
+            raise _refused(_("it prepends {count} characters").format(count=len(added)), file)
+        if step.get("type") != "Replace" or not isinstance(content, str):
+            continue
+        pattern = step.get("pattern")
+        plain = pattern.get("String") if isinstance(pattern, dict) else None
+        searched = plain if isinstance(plain, str) else ""
+        before = max((growth for text, growth in replaced if searched in text), default=1.0)
+        replaced.append((content, before * max(1.0, len(content) / max(len(searched), 1))))
+    return max((growth for _unused, growth in replaced), default=1.0)
 
 
 def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
