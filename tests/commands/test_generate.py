@@ -38,6 +38,7 @@ def read(file: Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
 
 
+@pytest.mark.sample()
 def test_engines_and_batch_sizes_give_the_same_greedy_text(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", ROWS)
     argv = ["generate", "--model", chat_model, "--prompts", data, "--template", "chatml", "--max-new-tokens", 12]

@@ -68,6 +68,7 @@ def test_estimated_memory_matches_a_real_step(method: str, chat_model: Path) -> 
     assert found.bytes["optimizer"] == 8 * found.shape.trainable
 
 
+@pytest.mark.sample("lora-how1")
 @pytest.mark.parametrize("how", [{}, {"dtype": torch.bfloat16, "checkpointing": True}])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_estimate_extrapolates_from_few_layers(
@@ -203,6 +204,7 @@ def test_sharding_is_read_from_the_recipe(tmp_path: Path) -> None:
     assert sharding_plan(Sft(), 2) == ShardingPlan("ddp", 2) and sharding_plan(Sft(), 1) == ShardingPlan()
 
 
+@pytest.mark.sample()
 def test_plan_for_several_gpus_reports_memory_per_gpu(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, merge=False)
     arguments = ("--gpu", "24GB", "--json", "sft.engine=fsdp2", "sft.adapter={method: full}")

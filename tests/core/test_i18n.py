@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 TEXT = "show this help message and exit"
 CHINESE_DATA = {
+    "src/tongwen/data/message_log.py",
     "src/tongwen/commands/demo.py",
     "src/tongwen/commands/web.py",
     "src/tongwen/core/model_families.py",

@@ -286,6 +286,7 @@ def test_deepspeed_resumes_with_the_checkpoint_learning_rate(
         assert code == 2 and "learning_rate: 0.01 → 0.001" in err and "--fork cannot change it" in err
 
 
+@pytest.mark.sample("True")
 @pytest.mark.parametrize("of_old", [True, False])
 def test_moe_run_resumes_with_the_targets_of_its_checkpoint(of_old: bool, tmp_path: Path, tongwen: Any) -> None:
     """0.1 chose other weights for all-linear than this version does."""

@@ -147,6 +147,7 @@ def pad_everything(rank: int) -> None:
     training_model.family_of = lambda model_type: llama  # type: ignore[assignment]
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_first_gradient_is_independent_of_the_batch_layout(method: str, chat_model: Path, tmp_path: Path) -> None:
     """1 x 8 = 8 x 1 = 2 processes x 4 = packed = padded, through the real command."""
@@ -337,6 +338,7 @@ def test_slurm_variables_match_torchrun(monkeypatch: pytest.MonkeyPatch) -> None
     }
 
 
+@pytest.mark.sample()
 def test_two_ranks_end_with_the_command_that_was_killed(chat_model: Path, tmp_path: Path) -> None:
     """Nothing passes SIGKILL on: each process watches the one that waits for it. What was saved continues."""
     recipe = recipe_for(tmp_path, chat_model, "lora")

@@ -52,7 +52,7 @@ def family_folder(folder: Path, family: str, ice: Path) -> Path:
     return folder
 
 
-@pytest.mark.sample("llama-lora", "qwen3-lora", "gemma3_text-lora", "deepseek_v3-lora", "chatglm-lora", "llama-qlora")
+@pytest.mark.sample("qwen3-lora", "chatglm-lora", "llama-qlora")
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_trains_and_merges(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811

@@ -233,6 +233,7 @@ def test_learning_rate_schedules_match_their_formulas(chat_model: Path, tmp_path
     assert rates["warmup_lr"] == pytest.approx([min(1, math.log(step + 1) / math.log(5)) for step in range(20)])
 
 
+@pytest.mark.sample()
 def test_adapter_continues_training(chat_model: Path, other_model: Path, tmp_path: Path, tongwen: Any) -> None:
     first = recipe_for(tmp_path / "first", chat_model, "{rank: 4}", sft=", stop_after: 4 steps")
     assert tongwen("run", first)[0] == 0
@@ -323,6 +324,7 @@ def test_worsening_adalora_stops_early_at_its_rank(chat_model: Path, tmp_path: P
         assert expected in text and expected in html and out.count(expected) == 1
 
 
+@pytest.mark.sample()
 def test_adalora_resumes_in_a_phase_where_it_is_frozen(chat_model: Path, tmp_path: Path) -> None:
     """peft's saved file already has the pruned ranks."""
     write_rows(tmp_path / "text.jsonl", [{"text": f"今天天气很好。第 {number} 天。" * 2} for number in range(24)])

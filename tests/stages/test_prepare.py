@@ -144,6 +144,7 @@ def test_interrupted_run_resumes_to_the_same_result(
     assert contents(tmp_path / "out" / "prepare") == contents(prepared / "out" / "prepare")
 
 
+@pytest.mark.sample("1")
 @pytest.mark.parametrize("tasks", [1, 4])
 def test_datatrove_tasks_give_identical_files(prepared: Path, tmp_path: Path, tasks: int) -> None:
     pytest.importorskip("datatrove")

@@ -41,6 +41,7 @@ def die() -> None:
     PlannedTrainer.training_step = step_or_kill  # type: ignore[method-assign]
 
 
+@pytest.mark.sample()
 def test_resumed_run_logs_one_curve_without_duplicates(chat_model: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=SETTINGS, merge=False, extra="track: tensorboard\n", samples=1)
     assert os.WTERMSIG(run_forked("run", recipe, before=die)) == signal.SIGKILL

@@ -287,6 +287,7 @@ def test_two_models_are_compared_in_a_report(chat_model: Path, other_model: Path
     assert code == 2 and "this already exists" in err
 
 
+@pytest.mark.sample()
 def test_killed_evaluation_resumes(chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "qa.jsonl", [{"question": f"问题{n}", "std_answer": f"答{n}"} for n in range(6)])
     model = shutil.copytree(chat_model, tmp_path / "model")

@@ -504,6 +504,7 @@ def test_synthesize_with_a_real_small_model(tongwen: Any, tmp_path: Path, monkey
     assert taken == set(range(max(taken) + 1)) and len(journal) >= len(taken)
 
 
+@pytest.mark.sample()
 def test_repeated_kills_lose_no_rows(tmp_path: Path) -> None:
     """The short form of bench/synthesize_storm.py."""
     found = storm.storm(tmp_path, rows=12, kills=2)

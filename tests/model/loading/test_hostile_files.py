@@ -350,6 +350,7 @@ def test_broken_tokenizer_is_refused(kind: str, sandbox: Sandbox) -> None:
     refused(sandbox, GENERATE, changed(sandbox, TOKENIZER, IN_TOKENIZER[kind]))
 
 
+@pytest.mark.sample(*(kind for kind in IN_ADAPTER if "backtrack" not in kind), "targets that backtrack")
 @pytest.mark.parametrize("kind", IN_ADAPTER)
 def test_broken_adapter_config_is_refused(kind: str, sandbox: Sandbox) -> None:
     for command in (ADAPTED, MERGE):
