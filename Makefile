@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lowest newest gpu docs messages pages bench bench-large families templates crash-storm fuzz storms synthesize clean
+.PHONY: demo test lowest newest gpu docs messages pages bench bench-large families learn templates crash-storm fuzz storms synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -45,6 +45,10 @@ families: $(VENV)/installed-dev
 	$(BIN)/python bench/families.py --out bench/results/families.json
 	$(BIN)/python scripts/generate_docs.py
 
+# make learn MODEL=FOLDER TEXT=zh_docs.txt ENGLISH=en_wiki.txt: what continued pre-training teaches, and what it costs the base (hours)
+learn: $(VENV)/installed-dev
+	$(BIN)/python bench/learn.py --model $(MODEL) --text $(TEXT) --english $(ENGLISH) --out bench/results/learn.json
+
 # make templates ARCHIVES="trl-1.16.0-py3-none-any.whl …": published chat templates lose no part of a row (see the script's head)
 templates: $(VENV)/installed-dev
 	$(BIN)/python bench/templates.py $(ARCHIVES) --out bench/results/templates.json
@@ -70,9 +74,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+# Bytecode is made when a module is first imported: most of these packages' modules never are.
+$(VENV)/installed-dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	touch $(VENV)/installed $@
 
 $(VENV)-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-$*

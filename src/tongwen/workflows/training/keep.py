@@ -45,7 +45,11 @@ def give_back(keep: float, model: PreparedModel, own: OwnAnswers, way_back: Inte
             tried[share] = _divergence(own, model)
             if (1 - TOLERANCE) * aim <= tried[share] <= aim:
                 break
-        share = max((one for one, nats in tried.items() if nats <= aim), default=0.0)
+        while min(tried.values()) > aim:  # never give back less than was asked for
+            share /= 2
+            way_back.set_share(share)
+            tried[share] = _divergence(own, model)
+        share = max(one for one, nats in tried.items() if nats <= aim)
     way_back.set_share(share)
     if share not in tried:
         tried[share] = _divergence(own, model)
