@@ -39,6 +39,7 @@ from tongwen.workflows.tokenized_data import (
 )
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
+from tongwen.workflows.training.own_prompts import MAX_NEW_TOKENS, own_prompts
 
 PURPOSES = (  # the uses of memory in an estimate
     N_("libraries"),
@@ -338,6 +339,16 @@ def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, s
     return [(_("all of the above"), scope)]
 
 
+def _keep_rows(section: Training) -> list[tuple[str, str]]:
+    """Return a row that says what `keep` costs."""
+    if not section.keep:
+        return []
+    cost = _(
+        "{count} own answers of the base, of {tokens} tokens at most, once for each base; read a few times after training; a copy of the trained weights in host memory"
+    )
+    return [("keep", cost.format(count=len(own_prompts()), tokens=MAX_NEW_TOKENS))]
+
+
 def _disk_row(size: int) -> tuple[str, str]:
     return _("disk"), console.human_bytes(size)
 
@@ -372,6 +383,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
             (_("computed in"), dtype),
             *_memory_rows(facts["memory_bytes"], note),
             *_sharing_rows(facts, section),
+            *_keep_rows(section),
             _disk_row(facts["disk_bytes"]),
             (
                 _("time, measured") if measured else _("time on this machine, about"),

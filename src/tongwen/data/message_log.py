@@ -28,7 +28,7 @@ Name = str
 
 
 class Names(NamedTuple):
-    """The keys of a log's rows: who belongs together, who speaks, and what is said."""
+    """The keys of a log's rows: who belongs together, who speaks, and the words."""
 
     session: Name
     sender: Name

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from tongwen.model.loading import chat_setup
 from tongwen.train.packing import MicroBatches, fill, to_device
 from tongwen.train.parallel import broadcast_from_rank0
 from tongwen.workflows.training.model import generate
+from tongwen.workflows.training.own_prompts import MAX_NEW_TOKENS, own_prompts
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
-MAX_NEW_TOKENS = 64  # tokens of an answer
 FORMAT = 1  # part of the cache's key: raise it when the same base would answer otherwise
 
 
@@ -120,7 +119,7 @@ def _answers(job: TrainingJob, model: PreparedModel) -> list[tuple[list[int], li
 def _prompts(job: TrainingJob, model: PreparedModel) -> list[list[int]]:
     """Return the ids of the prompts that the model has room to answer: in the base's own chat template if it has a usable
     one, else as plain text."""
-    texts = files(__package__).joinpath("own_prompts.txt").read_text(encoding="utf-8").splitlines()
+    texts = own_prompts()
     tokenizer, encoder = job.record_encoder.tokenizer, job.record_encoder.encoder
     try:
         template = chat_setup.bind_template("own", tokenizer, encoder.prefix)
