@@ -205,6 +205,22 @@ def test_partial_folder_is_resumed_or_restarted(resumable: bool, home: Path) -> 
     assert artifact.MARK not in {file.name for file in out.rglob("*")} | set(draft.facts["files"])
 
 
+def test_working_folder_may_be_made_by_another_process_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes of a training make it; the first one also looks at what stands there."""
+    mkdir = Path.mkdir
+
+    def mkdir_second(self: Path, *arguments: Any, **options: Any) -> None:
+        os.makedirs(self, exist_ok=True)  # noqa: PTH103 (the other process was faster)
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_second)
+    with artifact.create(tmp_path / "out", "k", {}, {}, resumable=True) as draft:
+        draft.fingerprint = "f"
+    assert artifact.find(tmp_path / "out")
+
+
 COMMANDS = {
     "convert": ("convert", "{model}", "--to", "hf", "--out", "{out}", "--again"),
     "merge": ("merge", "--base", "{model}", "--adapter", "{model}", "--out", "{out}", "--again"),

@@ -17,13 +17,6 @@ from tongwen.core.terminal_text import use_any_encoding
 if TYPE_CHECKING:
     import argparse
 
-# Messages of torch's process groups (gloo, NCCL) when another process has ended.
-PEER_EXITED = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "remote process exited",
-    "NCCL communicator was aborted",
-)
 # Errors of a path that cannot be what it is used for: too long, through a file, a folder, or in a circle.
 NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # Messages of the writers of safetensors (Rust) and torch (C++) when a write to the disk fails.
@@ -113,6 +106,7 @@ def _fail(code: int, message: str) -> int:
 
 def _machine_cause(error: Exception) -> str | None:
     """Return a message for an error of the machine (disk, memory, permission); None for a bug of ours."""
+    from tongwen.core.distributed import is_lost_peer
     from tongwen.core.errors import is_disk_full, is_out_of_memory
 
     text = str(error)
@@ -121,7 +115,7 @@ def _machine_cause(error: Exception) -> str | None:
         return _("out of memory: {text}\n  → {remedies}").format(
             text=text.splitlines()[0][:160] if text else "", remedies=cures
         )
-    if any(fragment in text for fragment in PEER_EXITED):
+    if is_lost_peer(text):
         return _(
             "another process of this run has ended: {text}\n  → its message gives the reason; the same command continues"
         ).format(text=text.splitlines()[0][:160])

@@ -156,10 +156,11 @@ def create(
     working = partial_of(path)
     if is_main_process():
         check_working(path)
-        if not resumable or not working.exists():  # a leftover that cannot be continued is deleted
+        if not resumable:  # a leftover that cannot be continued is deleted
             empty(working)
+    working.mkdir(parents=True, exist_ok=True)  # whichever process comes first
+    if is_main_process():
         (working / MARK).touch()
-    working.mkdir(parents=True, exist_ok=True)
     draft = Draft(working, kind, dict(parents), dict(settings))
     try:
         yield draft

@@ -27,6 +27,14 @@ SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_ST
 SAVING_SECONDS = 600  # torchrun kills its processes this long after asking them to stop
 LAST_SECONDS = 3.0  # that processes have to save when the command that waits for them is gone
 
+# Messages of torch's process groups (gloo, NCCL) when another process has ended.
+PEER_EXITED = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+
 
 def read_launcher_environment() -> None:
     """Read the launcher's environment; call this before anything uses the rank. A launcher that starts a single process,
@@ -69,6 +77,11 @@ def is_main_process() -> bool:
 def is_child_process() -> bool:
     """Whether another tongwen command started this process and waits for it."""
     return EXIT_FILE in os.environ
+
+
+def is_lost_peer(message: str) -> bool:
+    """Whether an error's message says that another process has ended: process groups raise a plain RuntimeError."""
+    return any(fragment in message for fragment in PEER_EXITED)
 
 
 def world_size() -> int:

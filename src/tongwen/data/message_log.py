@@ -24,15 +24,13 @@ TEXTS = ("content", "text", "message", "value", "内容", "消息", "消息内�
 LISTS = ("messages", "conversations", "conversation")
 LARGEST = 1 << 28  # bytes of a log: its sessions are held until the file ends, because they may be mixed
 
-Name = str
-
 
 class Names(NamedTuple):
     """The keys of a log's rows: who belongs together, who speaks, and the words."""
 
-    session: Name
-    sender: Name
-    text: Name
+    session: str
+    sender: str
+    text: str
 
 
 def join_messages(rows: Iterator[RawRow], source: SourceConfig, notify: Callable[[str], None]) -> Iterator[RawRow]:

@@ -137,7 +137,7 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         except NumbersError as error:
             reason = error.rule
         except MODEL_ERRORS as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or distributed.is_lost_peer(str(error)):
                 raise
             reason = _("packed documents break its own code: {reason}").format(reason=first_line(error)[:160])
     if not reason:
@@ -161,7 +161,7 @@ def _refusing_other_inputs(base: str) -> Iterator[None]:
     try:
         yield
     except MODEL_ERRORS as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or distributed.is_lost_peer(str(error)):
             raise
         raise ModelError(
             _("the model cannot read a text alone: {said}").format(said=first_line(error)[:300]),
