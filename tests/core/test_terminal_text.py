@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tongwen.core import console
-from tongwen.core.terminal_text import use_any_encoding, visible
+from tongwen.core.terminal_text import UNSAFE, use_any_encoding, visible
 
 HOSTILE = "a\\[/b] [bold red]x[/] \\[/x] [link=http://x]y[/link] :smile: \x1b]0;title\x07 \x9b2J \r \x08 \u202e \udcff"
 
@@ -52,6 +52,16 @@ def test_symbols_fall_back_in_limited_encodings(encoding: str, shown: str, monke
     print("\udcff")
     expected = f"{shown}\n\\udcff\n" if encoding != "gbk" else f"{shown}\n\\udcff\n".replace("->", "→")
     assert raw.getvalue().decode(encoding) == expected
+
+
+def test_json_output_holds_no_terminal_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"error": "a\x9b2J\x7f\u202eb\ud800 你好"}
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(console.SCREEN, "json", True)
+    console.emit(value)
+    text = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert not UNSAFE.search(text) and json.loads(text) == value and "你好" in text
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii", "utf-8"])

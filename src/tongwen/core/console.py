@@ -20,7 +20,7 @@ from rich.text import Text
 
 from tongwen.core.distributed import is_main_process
 from tongwen.core.i18n import _
-from tongwen.core.terminal_text import visible
+from tongwen.core.terminal_text import UNSAFE, visible
 
 
 class Screen:
@@ -107,7 +107,9 @@ def emit(value: dict[str, Any]) -> None:
     """Print the JSON object of `--json`; do nothing without that flag."""
     if SCREEN.json and SCREEN.is_active:
         is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-        sys.stdout.write(json.dumps(value, ensure_ascii=not is_unicode) + "\n")
+        text = json.dumps(value, ensure_ascii=not is_unicode)
+        # JSON leaves some characters that a terminal obeys as they are: the same value, escaped.
+        sys.stdout.write(UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
         sys.stdout.flush()
 
 

@@ -84,7 +84,8 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     for part in parts:
         for key in SIZES:
             value = part.get(key)
-            if key not in part or isinstance(value, list) or (value is None and key not in NEEDED):
+            is_elsewhere = value is None and (key not in NEEDED or "text_config" in part)
+            if key not in part or isinstance(value, list) or is_elsewhere:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
                 raise ModelError(
