@@ -178,9 +178,9 @@ def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, st
     stops = stops if isinstance(stops, list) else [stops]
     for name, stop in zip(ENDS, dict.fromkeys(stop for stop in stops if isinstance(stop, int)), strict=False):
         special[name] = stop  # the stop tokens of training in the model's order, rather than the base's
-    from tokenizers import Tokenizer
+    from tongwen.core.tokenizer_json import open_definition
 
-    before = Tokenizer.from_str(json.dumps(definition)).encode("").ids
+    before = open_definition(definition, str(folder / "tokenizer.json")).encode("").ids
     return special, "bos" in special and before[:1] == [special["bos"]]
 
 

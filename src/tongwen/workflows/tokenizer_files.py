@@ -18,9 +18,10 @@ from tokenizers import Tokenizer
 
 from tongwen.core import console
 from tongwen.core.artifact import read_json, write_json
-from tongwen.core.errors import DataError, ModelError, RecipeError, RowRejected, first_line
+from tongwen.core.errors import DataError, ModelError, RecipeError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
+from tongwen.core.tokenizer_json import open_definition
 from tongwen.data.clean import Cleaner
 from tongwen.data.input_parts import kind_of, list_parts
 from tongwen.data.prepare_steps import iter_rows
@@ -158,21 +159,12 @@ def _open_file(path: Path) -> TokenizerFiles:
         definition = read_json(path)
         if "model" in definition:
             limits.check_tokenizer(path)
-            return TokenizerFiles(str(path), _backend_of(definition, path))
+            return TokenizerFiles(str(path), open_definition(definition, str(path)))
     ranked = read_ranks(path)
     if ranked is not None:
         return TokenizerFiles(str(path), ranked)
     model = sentencepiece.read_model(path)
     return TokenizerFiles(str(path), sentencepiece.fast_form(model), model)
-
-
-def _backend_of(definition: dict[str, Any], path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(json.dumps(definition))
-    except Exception as error:  # the library raises plain Exceptions
-        raise ModelError(
-            _("it is not a tokenizer: {reason}").format(reason=first_line(error)[:200]), place=str(path)
-        ) from None
 
 
 @dataclass(frozen=True)

@@ -285,6 +285,7 @@ JSON_FILES: dict[str, tuple[str, bytes]] = {
     "an array of options": ("base/generation_config.json", b"[]"),
     "options cut off": ("base/generation_config.json", b"{"),
     "deep options": ("base/generation_config.json", DEEP),
+    "a switch that is an object": ("base/generation_config.json", b'{"output_hidden_states": {"a": [1]}}'),
     "an end token without meaning": ("base/generation_config.json", b'{"eos_token_id": {"a": []}}'),
 }
 

@@ -19,6 +19,10 @@ from tongwen.core.safetensors_io import INDEX, find_tensors
 LAYERS = re.compile(r"((num|n|en|de).*_layers?|num_layers|depth|(encoder|decoder)_layers)")
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # where they stand, whole numbers
 SIZES = (*NEEDED, "intermediate_size", "head_dim", "num_key_value_heads", "n_embd", "n_head", "n_layer")
+FLAGS = {  # of generation_config.json
+    *("do_sample", "output_attentions", "output_hidden_states", "output_logits", "output_scores"),
+    *("return_dict_in_generate", "use_cache"),
+}
 WHOLE = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 EXPERTS = re.compile(r"(num|n)_.*experts")
 MOST = 4096  # layers of a model whose files do not list their tensors; experts of any model
@@ -66,6 +70,13 @@ def check_options(folder: Path) -> None:
     """Raise ModelError when generation_config.json cannot be read: transformers passes over it, and its stop tokens."""
     file = folder / "generation_config.json"
     found = read_json(file) if file.is_file() else {}
+    for key in found.keys() & FLAGS:
+        if found[key] is not None and not isinstance(found[key], bool):
+            raise ModelError(
+                _("{key} is {config!r}").format(key=key, config=found[key]),
+                place=str(file),
+                remedy=_("download the whole model again"),
+            )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = found.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
+from tongwen.core.tokenizer_json import open_definition
 
 BLANK = "\u2581"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
@@ -50,7 +51,7 @@ def is_of(file: Path, tokenizer: Path) -> bool:
     """Whether a tokenizer.model has the pieces of a tokenizer.json, at the same ids. Tokens that were added to the latter,
     which a SentencePiece model cannot hold, may lack. Raises MissingPackage, and ModelError for another file."""
     definition = json.loads(tokenizer.read_text(encoding="utf-8"))
-    ids = Tokenizer.from_str(json.dumps(definition)).get_vocab(with_added_tokens=True)
+    ids = open_definition(definition, str(tokenizer)).get_vocab(with_added_tokens=True)
     pieces = {piece.piece: index for index, piece in enumerate(read_model(file).pieces)}
     added = {token["content"] for token in definition["added_tokens"]}
     return all(ids.get(piece) == index for piece, index in pieces.items()) and ids.keys() - pieces.keys() <= added
