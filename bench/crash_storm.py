@@ -364,8 +364,16 @@ def _traced(work: Callable[[], int], log: Path, trace: Path, inject: str) -> int
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(99)
+    return trace_child(child, trace, CALLS, inject)
+
+
+def trace_child(child: int, trace: Path, calls: str, inject: str) -> int:
+    """Trace a child with strace from where it stops itself; return its exit code, negative for a signal.
+
+    calls: those to trace; inject: a fault for one of them; "" for none.
+    """
     os.waitpid(child, os.WUNTRACED)
-    command = ["strace", "-f", "-y", "-s0", "-o", str(trace), "-p", str(child), "-e", f"trace={CALLS}"]
+    command = ["strace", "-f", "-y", "-s0", "-o", str(trace), "-p", str(child), "-e", f"trace={calls}"]
     tracer = subprocess.Popen([*command, *(["-e", f"inject={inject}"] if inject else [])], stderr=subprocess.PIPE)
     assert tracer.stderr and b"attached" in tracer.stderr.readline()
     os.kill(child, signal.SIGCONT)

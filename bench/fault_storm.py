@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[0] = str(ROOT)  # not bench/, whose gguf.py is another
 
+from bench.crash_storm import trace_child  # noqa: E402
 from bench.sandbox import Input, Sandbox, changed_files, run_command, snapshot  # noqa: E402
 
 from tongwen.core import artifact  # noqa: E402
@@ -70,14 +71,7 @@ class Storm:
             self.sandbox.run_child(lambda: run_command(self.command))
         if inject is None:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        os.waitpid(child, os.WUNTRACED)
-        command = ["strace", "-f", "-y", "-s0", "-o", str(self.trace), "-p", str(child), "-e", f"trace={CALLS}"]
-        tracer = subprocess.Popen([*command, *(["-e", f"inject={inject}"] if inject else [])], stderr=subprocess.PIPE)
-        assert tracer.stderr and b"attached" in tracer.stderr.readline()
-        os.kill(child, signal.SIGCONT)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        tracer.wait()
-        return code
+        return trace_child(child, self.trace, CALLS, inject)
 
     def points(self) -> list[tuple[str, int]]:
         """Return (call, its number among the calls of that name) for each that changes a file in the folder."""

@@ -264,6 +264,7 @@ def data_files(draw: st.DrawFn) -> Input:
     )
 
 
+GENERATE = ["generate", "--model", "base", "--prompts", "prompts.txt", "--out", "out", "--max-new-tokens", "2"]
 MODEL_COMMANDS = [
     ["verify", "base"],
     ["show", "base"],
@@ -271,32 +272,8 @@ MODEL_COMMANDS = [
     ["convert", "base", "--to", "gguf", "--out", "out"],
     ["convert", "base", "--to", "pth", "--out", "out"],
     ["convert", "base", "--to", "fp8", "--out", "out"],
-    [
-        "generate",
-        "--model",
-        "base",
-        "--prompts",
-        "prompts.txt",
-        "--out",
-        "out",
-        "--max-new-tokens",
-        "2",
-        "--template",
-        "chatml",
-    ],
-    [
-        "generate",
-        "--model",
-        "base",
-        "--adapter",
-        "adapter",
-        "--prompts",
-        "prompts.txt",
-        "--out",
-        "out",
-        "--max-new-tokens",
-        "2",
-    ],
+    [*GENERATE, "--template", "chatml"],
+    [*GENERATE, "--adapter", "adapter"],
     [
         "evaluate",
         "--model",

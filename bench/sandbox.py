@@ -238,22 +238,13 @@ class Sandbox:
 
     def open_backend(self) -> None:
         """Load the tiny model once for all requests."""
+        from tongwen.commands.serve import make_backend
         from tongwen.infer.generation import Sampling
-        from tongwen.serving import openai_api
         from tongwen.workflows.chat_model import open_chat_model
 
         os.chdir(self.models)
         model = open_chat_model("base", [], "chatml", "off", weights="full", rows=1)
-        self.backend = openai_api.Backend(
-            name="m",
-            chat_ids=model.prompt_ids,
-            text_ids=model.text_ids,
-            generate=lambda ids, on_token, options: model.continue_ids(ids, on_token, **options),
-            ended=model.ended,
-            check=lambda options: Sampling().override(**options),
-            context=model.context,
-            settings={**vars(Sampling()), "max_new_tokens": 2},
-        )
+        self.backend = make_backend(model, "m", {**vars(Sampling()), "max_new_tokens": 2})
 
 
 def run_command(command: list[str]) -> int:

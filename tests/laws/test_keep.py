@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import tensors, write_recipe
+from tests.conftest import remade, tensors, write_recipe
 from tongwen.cli.main import main
 from tongwen.core import artifact
 from tongwen.model.kernels.divergence import Likeliest
@@ -72,6 +72,16 @@ def test_divergence_falls_by_the_share_that_is_kept(tmp_path: Path, chat_model: 
         before, after = tried["divergence"]["1.0000"], report(folders[keep])["held_out"]["own_answers"]["divergence"]
         assert after <= (1 - keep) * before * 1.001
         assert after >= (1 - keep) * before * 0.5
+
+
+def test_model_without_room_for_answers_is_refused_before_training(
+    tmp_path: Path, chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = remade(chat_model, tmp_path / "short", {}, max_position_embeddings=70)
+    recipe = write_recipe(tmp_path, base, sft=", keep: 0.5", merge=False)
+    assert main(["run", str(recipe)]) == 4
+    said = "".join(capsys.readouterr())
+    assert "no room for a prompt and 64 tokens of an answer" in said and "sft 1/" not in said
 
 
 def test_likeliest_tokens_give_the_whole_divergence_of_a_small_vocabulary() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from tests.data.test_reader import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, contents_of, take
 from tongwen.core.errors import DataError, RowRejected
-from tongwen.data import files, json_array, reader, tables
+from tongwen.data import files, json_array, reader
 from tongwen.data.files import find_files
 from tongwen.data.reader import read_rows
 
@@ -551,8 +551,8 @@ def test_compression_bomb_is_refused(
 
 
 def test_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BOMB_BYTES", 1 << 10)
-    monkeypatch.setattr(tables, "BOMB_RATIO", 0)
+    monkeypatch.setattr(files, "BOMB_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "BOMB_RATIO", 0)
     (tmp_path / "a.parquet").write_bytes(as_table("parquet")(SIMPLIFIED * 100))
     with pytest.raises(DataError, match="it would unpack"):
         take(tmp_path / "a.parquet")

@@ -404,9 +404,18 @@ def test_accelerate_config_file_keeps_devices_and_engine(
     file.write_text(text.format("MULTI_GPU"), encoding="utf-8")
     code, out, _ = tongwen("migrate", "--", *line)
     assert code == 0 and "devices: 4\n" in out and "engine:" not in out
+    file.write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 4\n", encoding="utf-8")
+    code, out, _ = tongwen("migrate", "--", *line)
+    assert code == 0 and "devices: 4\n" in out and "engine:" not in out
     file.unlink()
     code, _, err = tongwen("migrate", "--", *line)
     assert code == 2 and "there is no such file" in err
+
+
+@pytest.mark.parametrize("value", ["@", "a@", "localhost:", "0,1@a", ""])
+def test_odd_lists_of_gpus_end_without_a_traceback(tongwen: Any, value: str) -> None:
+    code, _, _err = tongwen("migrate", "--", "deepspeed", "--include", value, "finetune.py", "--base_model", "x")
+    assert code in (0, 2)
 
 
 def test_processes_that_cannot_be_divided_are_refused(tongwen: Any) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("starlette")
 
 from starlette.testclient import TestClient
 
-from tongwen.infer.generation import Sampling
+from tongwen.commands.serve import make_backend
 from tongwen.serving import openai_api
 from tongwen.workflows.chat_model import open_chat_model
 
@@ -60,16 +60,7 @@ def web(request: Any, chat_model: Path, tmp_path_factory: pytest.TempPathFactory
         file.write_text(HOSTILE, encoding="utf-8")
         template = str(file)
     chat = open_chat_model(str(chat_model), template=template, rows=1)
-    backend = openai_api.Backend(
-        name="m",
-        chat_ids=chat.prompt_ids,
-        text_ids=chat.text_ids,
-        generate=lambda ids, on_token, settings: chat.continue_ids(ids, on_token, **settings),
-        ended=chat.ended,
-        check=lambda settings: Sampling().override(**settings),
-        context=chat.context,
-        settings={"max_new_tokens": 2},
-    )
+    backend = make_backend(chat, "m", {"max_new_tokens": 2})
     with TestClient(openai_api.make_app(backend, 4), raise_server_exceptions=False) as client:
         yield client
 

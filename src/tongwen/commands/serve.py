@@ -6,15 +6,18 @@ made for that (docs/serve.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tongwen.core import console
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
 from tongwen.infer.generation import Sampling
-from tongwen.workflows.chat_model import open_chat_model
+from tongwen.workflows.chat_model import ChatModel, open_chat_model
+
+if TYPE_CHECKING:
+    from tongwen.serving.openai_api import Backend
 
 
 def run(
@@ -41,20 +44,7 @@ def run(
     token, generated = auth.choose_token(loopback)
     with auth.open_port(host, port) as listening:
         chat_model = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
-
-        def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
-            return chat_model.continue_ids(ids, on_token, **settings)
-
-        backend = openai_api.Backend(
-            name=name or Path(model).name,
-            chat_ids=chat_model.prompt_ids,
-            text_ids=chat_model.text_ids,
-            generate=generate,
-            ended=chat_model.ended,
-            check=lambda settings: Sampling().override(**settings),
-            context=chat_model.context,
-            settings=sampling,
-        )
+        backend = make_backend(chat_model, name or Path(model).name, sampling)
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console.header(backend.name, _("Ctrl-C stops it"))
         console.info(f"OPENAI_BASE_URL={url}")
@@ -63,3 +53,19 @@ def run(
         auth.serve(auth.AuthMiddleware(openai_api.make_app(backend, queue), token, loopback=loopback), listening)
     console.success(_("ended"))
     return 0
+
+
+def make_backend(chat_model: ChatModel, name: str, settings: dict[str, Any]) -> Backend:
+    """Return a model as the server uses it. settings: defaults for options that a request leaves out."""
+    from tongwen.serving.openai_api import Backend
+
+    return Backend(
+        name=name,
+        chat_ids=chat_model.prompt_ids,
+        text_ids=chat_model.text_ids,
+        generate=lambda ids, on_token, options: chat_model.continue_ids(ids, on_token, **options),
+        ended=chat_model.ended,
+        check=lambda options: Sampling().override(**options),
+        context=chat_model.context,
+        settings=settings,
+    )

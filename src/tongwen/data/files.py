@@ -369,6 +369,12 @@ def _step_zstd(engine: Any, data: bytes) -> Iterator[bytes]:
 # -- what a file is ------------------------------------------------------------------------------------------------
 
 
+def check_unpacked_size(file: Path, size: int) -> None:
+    """Raise DamagedFile for a file that unpacks to far more bytes than it has: a decompression bomb."""
+    if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
+        raise DamagedFile(_("it would unpack to {size:,} bytes").format(size=size))
+
+
 def is_zip(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 

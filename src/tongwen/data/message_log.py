@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
+from tongwen.data.formats import TURNS
 from tongwen.data.row import RawRow
 from tongwen.recipe.data import SourceConfig
 
@@ -21,7 +22,6 @@ SESSIONS = (
 )
 SENDERS = ("role", "from", "sender", "speaker", "author", "发送方", "发送者", "发送人", "发言人", "说话人", "角色")
 TEXTS = ("content", "text", "message", "value", "内容", "消息", "消息内容", "文本", "发言内容")
-LISTS = ("messages", "conversations", "conversation")
 LARGEST = 1 << 28  # bytes of a log: its sessions are held until the file ends, because they may be mixed
 
 
@@ -72,7 +72,7 @@ def join_messages(rows: Iterator[RawRow], source: SourceConfig, notify: Callable
 
 def names_of_log(row: Any, source: SourceConfig) -> Names | None:
     """Return the keys of a log's row; None for any other row."""
-    if not isinstance(row, dict) or any(name in row for name in LISTS):
+    if not isinstance(row, dict) or any(name in row for name in TURNS):
         return None
     keys = {str(key).strip().lower(): key for key in row}
     found = [

@@ -66,9 +66,8 @@ def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify) -> It
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
         notify(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
-    lists = {source.columns.get(column, column) for column in LISTS}
     if files.is_zip(stream.head):
-        return workbooks.read_workbook(stream.file, name, lists, notify)
+        return workbooks.read_workbook(stream.file, name, _names_of_lists(source), notify)
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:
             notify(_("read as a table (Parquet or Arrow) despite its name"))
@@ -96,12 +95,16 @@ def _read_as(
         return read_array(stream.blocks, found, name)
     _check_line_ends(head)
     if kind == "csv":
-        lists = {source.columns.get(column, column) for column in LISTS}
-        return tables.read_csv(_lines(stream.blocks, found), head, files.suffix(stream.file), name, lists)
+        suffix = files.suffix(stream.file)
+        return tables.read_csv(_lines(stream.blocks, found), head, suffix, name, _names_of_lists(source))
     if kind == "lines":
         _check_one_object(head, source)
         return _read_json_lines(_lines(stream.blocks, found), name, source)
     return _read_text(_lines(stream.blocks, found), name, _records(head, source, notify))
+
+
+def _names_of_lists(source: SourceConfig) -> set[str]:
+    return {source.columns.get(column, column) for column in LISTS}
 
 
 def _kind(head: str, suffix: str, whole: bool, notify: Notify) -> str:

@@ -6,14 +6,14 @@ import csv
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError, MissingPackage, RowRejected
 from tongwen.core.i18n import _
-from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, DamagedFile
+from tongwen.data.files import DamagedFile, check_unpacked_size
 from tongwen.data.row import CAP, DECODER, RawRow, is_deep, too_deep
 
 _BATCH = 256  # rows
@@ -26,7 +26,7 @@ Line = tuple[int, str, int, str, str]  # as in `reader`
 def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str, lists: Collection[str] = ()) -> Iterator[RawRow]:
     """Yield records by the names of the header; a record's number is its first line.
 
-    lists: columns that hold lists, which a table can only write as JSON.
+    lists: names of columns that hold lists, which a table can only write as JSON.
 
     A record with another number of columns is a bad row. An unterminated or misplaced quote raises DamagedFile, since the
     beginning of the next record is unknown.
@@ -51,33 +51,48 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str, lists: Co
             continue
         if not columns:
             columns = _header(record, taken[0])
+            lists = columns_of_lists(columns, lists)
             continue
         start, size = taken[0][0], sum(line[2] for line in taken) + len(taken) - 1
         problem = next(((line[4], line[3]) for line in taken if line[3]), None)
         if problem:
             yield RawRow(name, start, "\n".join(line[1] for line in taken), size, *problem)
         elif len(record) != len(columns):
-            rule = _("{record_count} columns, the header has {columns_count}").format(
-                record_count=len(record), columns_count=len(columns)
-            )
-            yield RawRow(name, start, record, size, rule, "bad_columns")
+            yield row_of_other_width(name, start, record, size, columns)
         else:
             yield row_of_texts(name, start, dict(zip(columns, record, strict=True)), size, lists)
 
 
 def row_of_texts(name: str, number: int, values: dict[str, Any], size: int, lists: Collection[str]) -> RawRow:
-    """Return a row of texts with its lists read from their JSON; a text that does not begin as a list stays."""
-    for column in values.keys() & lists:
+    """Return a row of texts with its lists read from their JSON; a text that does not begin as a list stays.
+
+    lists: columns of this table.
+    """
+    for column in lists:
         text = values[column]
-        if isinstance(text, str) and text.lstrip().startswith("["):
-            try:
-                values[column] = DECODER.decode(text)
-            except (ValueError, RecursionError, RowRejected) as error:
-                rule = _("{column} begins as a list, but is not JSON: {error}").format(column=column, error=error)
-                return RawRow(name, number, values, size, rule, "not_json")
-    if is_deep(values):
-        return RawRow(name, number, values, size, too_deep().rule, too_deep().reason)
+        if not text.lstrip().startswith("["):
+            continue
+        try:
+            values[column] = DECODER.decode(text)
+        except (ValueError, RecursionError, RowRejected) as error:
+            rule = _("{column} begins as a list, but is not JSON: {error}").format(column=column, error=error)
+            return RawRow(name, number, values, size, rule, "not_json")
+        if is_deep(values):
+            refused = too_deep()
+            return RawRow(name, number, values, size, refused.rule, refused.reason)
     return RawRow(name, number, values, size)
+
+
+def columns_of_lists(columns: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Return those columns of a table that hold lists."""
+    return [column for column in columns if column in lists]
+
+
+def row_of_other_width(name: str, number: int, texts: list[str], size: int, columns: Sequence[str]) -> RawRow:
+    rule = _("{record_count} columns, the header has {columns_count}").format(
+        record_count=len(texts), columns_count=len(columns)
+    )
+    return RawRow(name, number, texts, size, rule, "bad_columns")
 
 
 def _fed(lines: Iterator[Line], taken: list[Line]) -> Iterator[str]:
@@ -97,14 +112,19 @@ def _delimiter(head: str, suffix: str) -> str:
 
 
 def _header(record: list[str], line: Line) -> list[str]:
-    columns = [column.strip() for column in record]
     if line[3]:
         raise DamagedFile(line[4], line=line[0])
+    return read_header(record, line[0])
+
+
+def read_header(record: Sequence[str], line: int) -> list[str]:
+    """Return the names of the columns. Raises DamagedFile when they do not name each once."""
+    columns = [column.strip() for column in record]
     if "" in columns or len(set(columns)) != len(columns):
         shown = ", ".join(map(repr, columns))
         raise DamagedFile(
             _("the first line must name every column once: {shown}").format(shown=shown),
-            line=line[0],
+            line=line,
         )
     return columns
 
@@ -144,9 +164,7 @@ def _parquet(raw: Any, file: Path) -> Iterator[Any]:
     table = parquet.ParquetFile(raw, page_checksum_verification=True)
     _check_types(table.schema_arrow)
     groups = (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups))
-    size = sum(group.total_byte_size for group in groups)
-    if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
-        raise DamagedFile(_("it would unpack to {size:,} bytes").format(size=size))
+    check_unpacked_size(file, sum(group.total_byte_size for group in groups))
     yield from table.iter_batches(batch_size=_BATCH, use_threads=False)
 
 

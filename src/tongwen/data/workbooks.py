@@ -12,9 +12,9 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, first_line
 from tongwen.core.i18n import _
-from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, DamagedFile
+from tongwen.data.files import DamagedFile, check_unpacked_size
 from tongwen.data.row import CAP, RawRow
-from tongwen.data.tables import row_of_texts
+from tongwen.data.tables import columns_of_lists, read_header, row_of_other_width, row_of_texts
 
 
 def read_workbook(file: Path, name: str, lists: Collection[str], notify: Callable[[str], None]) -> Iterator[RawRow]:
@@ -27,7 +27,8 @@ def read_workbook(file: Path, name: str, lists: Collection[str], notify: Callabl
         from openpyxl import load_workbook
     except ImportError:
         raise MissingPackage("openpyxl", _("Excel workbooks"), "xlsx") from None
-    _check_size(file)
+    with zipfile.ZipFile(file) as archive:
+        check_unpacked_size(file, sum(part.file_size for part in archive.infolist()))
     try:
         with warnings.catch_warnings(), file.open("rb") as raw:  # by its name it would refuse other suffixes
             warnings.simplefilter("ignore")  # of styles that it does not know
@@ -51,14 +52,6 @@ def read_workbook(file: Path, name: str, lists: Collection[str], notify: Callabl
         ) from None
 
 
-def _check_size(file: Path) -> None:
-    """Raise DamagedFile for a workbook that unpacks to far more than it is."""
-    with zipfile.ZipFile(file) as archive:
-        size = sum(part.file_size for part in archive.infolist())
-    if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
-        raise DamagedFile(_("it would unpack to {size:,} bytes").format(size=size))
-
-
 def _rows(lines: Iterator[tuple[int, tuple[Any, ...]]], name: str, lists: Collection[str]) -> Iterator[RawRow]:
     columns: list[str] = []
     for number, cells in lines:
@@ -68,30 +61,18 @@ def _rows(lines: Iterator[tuple[int, tuple[Any, ...]]], name: str, lists: Collec
         if not texts:
             continue
         if not columns:
-            columns = _header(texts, number)
+            columns = read_header(texts, number)
+            lists = columns_of_lists(columns, lists)
             continue
         size = len(json.dumps(texts, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         if len(texts) > len(columns):
-            rule = _("{record_count} columns, the header has {columns_count}").format(
-                record_count=len(texts), columns_count=len(columns)
-            )
-            yield RawRow(name, number, texts, size, rule, "bad_columns")
+            yield row_of_other_width(name, number, texts, size, columns)
         elif size > CAP:
             rule = _("this row has {size:,} bytes; the limit is {cap:,}").format(size=size, cap=CAP)
             yield RawRow(name, number, "", size, rule, "too_large")
         else:
             texts += [""] * (len(columns) - len(texts))
             yield row_of_texts(name, number, dict(zip(columns, texts, strict=True)), size, lists)
-
-
-def _header(texts: list[str], number: int) -> list[str]:
-    columns = [text.strip() for text in texts]
-    if "" in columns or len(set(columns)) != len(columns):
-        raise DamagedFile(
-            _("the first line must name every column once: {shown}").format(shown=", ".join(map(repr, columns))),
-            line=number,
-        )
-    return columns
 
 
 def _text(cell: Any) -> str:

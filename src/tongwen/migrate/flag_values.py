@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tongwen.core.i18n import _
-from tongwen.recipe.yaml_reader import read_foreign
 
 TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "transformer.wte", "word_embeddings"}
@@ -50,7 +49,7 @@ class MigrationContext:
     """State that the readers share.
 
     current_id: name of a model -> its id today
-    read_file:  (path, flag that names it); reads the file's keys like flags
+    read_file:  (path, flag that names it) -> its content, whose keys are read like flags
     batch:      per_device, accumulate or shared, devices, machines, whole: the factors of the samples per step
     launch:     options of torchrun on several machines
     environment: variables that are set in front of the new command
@@ -59,7 +58,7 @@ class MigrationContext:
     """
 
     current_id: Callable[[str], str]
-    read_file: Callable[[str, str], None]
+    read_file: Callable[[str, str], Mapping[str, Any]]
     batch: dict[str, int] = field(default_factory=dict)
     launch: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
@@ -222,7 +221,7 @@ def included(context: MigrationContext, flag: str, value: Any) -> CorrectedValue
     if value == "all":
         return CorrectedValue(None, _("all GPUs of each machine"))
     hosts = [host.partition(":") for host in str(text(context, flag, value)).split("@")]
-    chosen = {gpus or (name if not colon and name[0].isdigit() else "") for name, colon, gpus in hosts}
+    chosen = {gpus or (name if not colon and name[:1].isdigit() else "") for name, colon, gpus in hosts}
     if len(chosen) > 1:
         raise ValueError(_("each machine has other GPUs: {gpus}").format(gpus=" / ".join(sorted(chosen))))
     if len(hosts) > 1:
@@ -277,9 +276,7 @@ def file(context: MigrationContext, flag: str, value: Any) -> None:
 def engine_file(context: MigrationContext, flag: str, value: Any) -> Any:
     """Read accelerate's configuration file, and return it as the engine if it configures one."""
     name = str(text(context, flag, value))
-    context.read_file(name, flag)
-    kind = read_foreign(Path(name).read_text(encoding="utf-8-sig"), is_json=name.endswith(".json"))["distributed_type"]
-    if kind in ("FSDP", "DEEPSPEED"):
+    if context.read_file(name, flag).get("distributed_type") in ("FSDP", "DEEPSPEED"):
         return name
     return CorrectedValue(None, _("its own keys, above"))
 

@@ -91,7 +91,7 @@ def migrate_files(
 
 
 def _new_reader(current_id: CurrentId) -> FlagReader:
-    reader = FlagReader(MigrationContext(current_id, lambda path, flag: None))
+    reader = FlagReader(MigrationContext(current_id, lambda path, flag: {}))
     reader.context.read_file = lambda path, flag: _read_file_flags(reader, path)
     return reader
 
@@ -207,7 +207,6 @@ def _torchrun(reader: FlagReader, place: str) -> dict[str, str]:
                 _("{together} processes cannot be divided among {many} machines").format(together=together, many=many),
             )
         context.batch["devices"] = together // many
-        reader.set_value("devices", "", together // many, place)
         reader.settings["devices"] = (reader.settings["devices"][0], together // many)
     launch = dict(context.launch)
     if "devices" in context.batch:
@@ -316,8 +315,8 @@ def _flags(
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _read_file_flags(reader: FlagReader, path: str) -> None:
-    """Read the keys of a file that a flag names. If it does not exist, use the file that the project shipped."""
+def _read_file_flags(reader: FlagReader, path: str) -> Mapping[str, Any]:
+    """Read the keys of a file that a flag names, and return its content. If it does not exist, use the file that the project shipped."""
     name = Path(path).name
     if not Path(path).is_file() and name in known_files():
         data = known_files()[name]
@@ -326,6 +325,7 @@ def _read_file_flags(reader: FlagReader, path: str) -> None:
         data = _read_data(path)
     program = _recognise(data, path)
     _read_keys(reader, program, data, path, name)
+    return data
 
 
 def _read_keys(reader: FlagReader, program: OldProgram, data: Mapping[str, Any], path: str, inside: str = "") -> None:

@@ -54,7 +54,7 @@ class OwnAnswers:
 def make_own_answers(job: TrainingJob, model: PreparedModel, budget: int) -> OwnAnswers:
     """Return the base's own answers, from the cache if this base has answered before. Call it before the first step.
 
-    budget: tokens of a micro-batch. Raises ModelError if the base answers nothing.
+    budget: tokens of a micro-batch. Raises ModelError if there is no room for any.
     """
     rows = _answers(job, model)
     lengths = np.array([len(prompt) + len(answer) for prompt, answer in rows], dtype=np.int64)
@@ -87,8 +87,16 @@ def _logits(model: PreparedModel, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def _answers(job: TrainingJob, model: PreparedModel) -> list[tuple[list[int], list[int]]]:
-    """Return pairs of ids, (prompt, answer), of the prompts that the base answers at all."""
+    """Return pairs of ids, (prompt, answer). An answer is never empty: it holds at least its end."""
     prompts = _prompts(job, model)
+    if not prompts:
+        raise ModelError(
+            _(
+                "the model has no room for a prompt and {tokens} tokens of an answer, so nothing of the base can be kept"
+            ).format(tokens=MAX_NEW_TOKENS),
+            place=job.base,
+            remedy=_("leave out `keep` and `forgetting.divergence_stop`"),
+        )
     facts = {"base": model.base_fingerprint or job.base, "prompts": prompts, "made by": [FORMAT, str(model.dtype)]}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     file = artifact.cache_folder() / "own_answers" / f"{key}.json"
@@ -106,14 +114,7 @@ def _answers(job: TrainingJob, model: PreparedModel) -> list[tuple[list[int], li
         if distributed.is_main_process():
             file.parent.mkdir(parents=True, exist_ok=True)
             artifact.write_json(file, answers)
-    rows = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
-    if not rows:
-        raise ModelError(
-            _("the base answers none of {count} prompts, so there is nothing to keep").format(count=len(prompts)),
-            place=job.base,
-            remedy=_("leave out `keep` and `forgetting.divergence_stop`"),
-        )
-    return rows
+    return list(zip(prompts, answers, strict=True))
 
 
 def _prompts(job: TrainingJob, model: PreparedModel) -> list[list[int]]:
