@@ -299,7 +299,7 @@ def test_killed_rank_is_named_and_the_others_end(chat_model: Path, tmp_path: Pat
     ranks[1].kill()
     began = time.monotonic()
     _, err = running.communicate(timeout=60)
-    assert time.monotonic() - began < 20 and not any(child.is_running() for child in ranks.values())
+    assert time.monotonic() - began < 45 and not any(child.is_running() for child in ranks.values())
     assert running.returncode == 5
     assert f"SIGKILL ended the process of rank 1 ({ranks[1].pid})" in err and "the same command continues" in err
 
@@ -352,7 +352,7 @@ def test_two_ranks_end_with_the_command_that_was_killed(chat_model: Path, tmp_pa
     running.kill()
     began = time.monotonic()
     wait_until(lambda: not any(_lives(child) for child in run_ranks))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     running.wait(timeout=10)
 
 
