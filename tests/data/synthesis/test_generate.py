@@ -231,7 +231,9 @@ def test_truncated_journal_loses_at_most_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["500", "529", "broken", "cut", "content_filter", "sleep 4", "drip 0.5", "429 0.02"])
 def test_transient_error_is_retried(faults: Callable[..., Any], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "retry_after", lambda headers: 0.02)
-    seconds = 2.0 if fault.startswith(("sleep", "drip")) else 60.0  # a busy machine may hold up a sound answer for a second
+    seconds = (
+        2.0 if fault.startswith(("sleep", "drip")) else 60.0
+    )  # a busy machine may hold up a sound answer for a second
     server = faults(lambda prompt, times: fault if times < 2 else "")
     assert ask(section(server.url, seconds=seconds))[0][0] == storm.answer("q")
     assert server.requests["q"] == 3
