@@ -98,6 +98,7 @@ def test_unknown_name_without_match_points_to_the_help(
         ("check", "RECIPE"),
         ("plan", "RECIPE"),
         ("look", "RECIPE"),
+        ("launch", "RECIPE, --to, --out"),
         ("merge", "--base, --out"),
         ("convert", "SRC, --to, --out"),
         ("verify", "PATH"),
