@@ -61,12 +61,11 @@ def command_groups() -> dict[str, dict[str, Command]]:
             plan,
             look,
             run,
-            launch,
             schema,
         ),
         _("models, adapters and data sets"): (fetch, merge, convert, verify, show),
         _("use and score a model"): (chat, generate, evaluate, serve, web),
-        _("tools"): (tokenizer, migrate, doctor),
+        _("tools"): (tokenizer, launch, migrate, doctor),
     }
     return {
         title: {command.__name__.rpartition(".")[2]: command for command in commands}
