@@ -102,6 +102,7 @@ def test_unknown_name_without_match_points_to_the_help(
         ("merge", "--base, --out"),
         ("convert", "SRC, --to, --out"),
         ("verify", "PATH"),
+        ("sign", "PATH, --key"),
         ("show", "PATH"),
         ("generate", "--model, --prompts, --out"),
         ("evaluate", "--model, --task"),

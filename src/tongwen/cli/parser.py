@@ -27,6 +27,7 @@ from tongwen.cli import (
     schema,
     serve,
     show,
+    sign,
     tokenizer,
     verify,
     web,
@@ -63,7 +64,7 @@ def command_groups() -> dict[str, dict[str, Command]]:
             run,
             schema,
         ),
-        _("models, adapters and data sets"): (fetch, merge, convert, verify, show),
+        _("models, adapters and data sets"): (fetch, merge, convert, sign, verify, show),
         _("use and score a model"): (chat, generate, evaluate, serve, web),
         _("tools"): (tokenizer, launch, migrate, doctor),
     }
