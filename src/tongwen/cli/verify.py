@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=_("a file of hashes, or `known`: accept only published hashes"),
     )
     parser.add_argument("--signature", default="", metavar="FILE", help=_("a signature by `tongwen sign`; needs --key"))
-    parser.add_argument("--key", default="", metavar="PUB", help=_("public key of whoever signed, in PEM"))
+    parser.add_argument("--key", default="", metavar="PUB", help=_("public key of the one who signed, in PEM"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def check(path: str, signature: str, key: str) -> int:
         raise ArtifactError(
             _("the signature does not hold: {error}").format(error=first_line(error)),
             place=f"{path} · {signature}",
-            remedy=_("fetch the files again from whoever signed them, or ask for the right public key"),
+            remedy=_("fetch the files again from their author, or ask for the right public key"),
         ) from None
     console.success(_("{path}: all files are as {signature} signed them").format(path=path, signature=signature))
     console.emit({"path": path, "signature": signature, "key": key, "verified": True})
