@@ -88,7 +88,7 @@ def _requests(section: Synthesize, seed: int, made: generate.GeneratedDialogues)
     if section.method == "topics":
         return generate.by_topics(section.topics, seed)
     if section.method == "documents":
-        return generate.about_documents(_documents(section.documents))
+        return generate.about_documents(read_documents(section.documents))
     seeds = _seeds(section.seeds)
     for task in seeds:
         made.index.add(task.question)  # a reply that repeats a seed task is not new
@@ -114,7 +114,7 @@ def _seeds(file: str | None) -> list[ParsedTask]:
     return seeds
 
 
-def _documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
+def read_documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
     for source in sources:
         for file in find_files(source.path):
             for row in read_rows(file, source, console.notice):

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from itertools import count
 from typing import Any
@@ -284,6 +285,7 @@ def about_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Request]:
                 )
 
 
+@cache  # read for each piece of a document
 def _prompts() -> dict[str, Any]:
     """Return the prompts, topics, kinds of task and seeds of prompts.yaml."""
     return dict(
