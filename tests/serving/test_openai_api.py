@@ -24,7 +24,8 @@ import pytest
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.cli.main import main
-from tongwen.core.errors import NumbersError, RowRejected
+from tongwen.core.errors import ModelError, NumbersError, RowRejected
+from tongwen.core.tool_parser import ToolParser
 from tongwen.data.encode import Encoder
 from tongwen.data.synthesis.client import SpendingMeter, SynthesisClient
 from tongwen.data.synthesis.generate import SCHEMA
@@ -134,17 +135,22 @@ def speak_slowly(
 def serving(folder: Path, places: int = 2) -> Iterator[Served]:
     """A server whose model is the function above."""
 
-    def chat_ids(messages: list[dict[str, Any]]) -> list[int]:
+    def chat_ids(messages: list[dict[str, Any]], tools: list[dict[str, Any]], begin: str) -> list[int]:
         text = "|".join(turn["content"] for turn in messages)
         if "refuse" in text:
             raise RowRejected("template_refuses", "the template refuses this dialogue")
         return [ord(character) for character in text]
 
-    def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
+    def generate(
+        ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any], begin: str
+    ) -> Iterator[str]:
         return speak_slowly(folder / "steps", ids, on_token, settings)
 
     def ended(ids: Sequence[int]) -> bool:
         return ids[-1] == ord(".")
+
+    def tool_parser() -> ToolParser:
+        raise ModelError("the chat template writes no calls", place="tools")
 
     def check(settings: dict[str, Any]) -> object:
         return Sampling().override(**settings)
@@ -155,6 +161,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
         text_ids=lambda text: [ord(character) for character in text],
         generate=generate,
         ended=ended,
+        tool_parser=tool_parser,
         check=check,
         context=4000,
         settings={"max_new_tokens": 512},

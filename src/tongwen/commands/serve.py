@@ -62,8 +62,9 @@ def make_backend(chat_model: ChatModel, name: str, settings: dict[str, Any]) -> 
     return Backend(
         name=name,
         chat_ids=chat_model.prompt_ids,
+        tool_parser=lambda: chat_model.tool_parser,
         text_ids=chat_model.text_ids,
-        generate=lambda ids, on_token, options: chat_model.continue_ids(ids, on_token, **options),
+        generate=lambda ids, on_token, options, begin: chat_model.continue_ids(ids, on_token, begin, **options),
         ended=chat_model.ended,
         check=lambda options: Sampling().override(**options),
         context=chat_model.context,

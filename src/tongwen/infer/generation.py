@@ -89,13 +89,15 @@ OnAnswer = Callable[[int, list[int]], None]
 @dataclass(frozen=True)
 class TextGenerator:
     """A model that generates. stop_ids: end an answer; context: maximum number of tokens; paged: answer many prompts from one
-    paged cache, in which the next prompt takes the blocks of a finished answer."""
+    paged cache, in which the next prompt takes the blocks of a finished answer; shown: control tokens that are part of the
+    text of an answer, such as the marks of a tool call."""
 
     model: Any
     tokenizer: Any
     stop_ids: tuple[int, ...]
     context: int
     paged: bool = False
+    shown: frozenset[int] = frozenset()
 
     def answer_all(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
@@ -171,7 +173,7 @@ class TextGenerator:
 
     def stream(
         self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None] = lambda index: None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer's text in pieces; together they are exactly the decoded answer. on_token: called with every new
         token, including the stop token; an exception that it raises ends the answer."""
         self._check_fits(prompt, sampling)
@@ -207,7 +209,7 @@ class TextGenerator:
             thread.join()
 
     def _pieces(self, ids: Iterator[int], on_token: Callable[[int], None]) -> Iterator[str]:
-        text = StreamDecoder(self.tokenizer)
+        text = StreamDecoder(self.tokenizer, self.shown)
         for index in ids:
             on_token(index)
             if index in self.stop_ids:
@@ -232,7 +234,7 @@ class TextGenerator:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of an answer, without a last character that max_new_tokens cut in the middle."""
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = decode(self.tokenizer, ids, self.shown)
         return self.postprocess(text.rstrip("\ufffd")) if self.postprocess else text.rstrip("\ufffd")
 
     def _generate(
@@ -323,8 +325,8 @@ class StreamDecoder:
     again with each new token, and the difference is returned.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, shown: frozenset[int] = frozenset()) -> None:
+        self.tokenizer, self.shown = tokenizer, shown
         self.ids: list[int] = []
         self.emitted = 0  # number of ids whose text has been returned
         self.tail = 0  # start of the ids before `emitted` that give the decoder its context
@@ -353,7 +355,21 @@ class StreamDecoder:
         return self._decode(self.ids[self.tail :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, ids, self.shown)
+
+
+def decode(tokenizer: Any, ids: Sequence[int], shown: frozenset[int]) -> str:
+    """Return the text of these ids without control tokens, except those that are shown."""
+    if shown:
+        hidden = _control_ids(tokenizer) - shown
+        ids = [index for index in ids if index not in hidden]
+    return str(tokenizer.decode(ids, skip_special_tokens=not shown, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=8)
+def _control_ids(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(index for index, token in added.items() if token.special) | frozenset(tokenizer.all_special_ids)
 
 
 @lru_cache(maxsize=8)
