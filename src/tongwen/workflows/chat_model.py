@@ -57,10 +57,11 @@ class ChatModel:
         self,
         messages: Sequence[dict[str, Any]],
         on_token: Callable[[int], None] = lambda index: None,
+        tools: Sequence[dict[str, Any]] = (),
         **options: Any,
     ) -> Iterator[str]:
         """Yield the answer in pieces of whole characters. on_token: called with the id of each new token."""
-        return self.continue_ids(self.prompt_ids(messages), on_token, **options)
+        return self.continue_ids(self.prompt_ids(messages, tools), on_token, **options)
 
     def continue_ids(
         self, ids: list[int], on_token: Callable[[int], None], begin: str = "", **options: Any
