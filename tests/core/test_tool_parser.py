@@ -125,7 +125,7 @@ def check_round_trip(template: Template) -> int:
     assert isinstance(form.tools, ToolParser)
     for calls in CALLS:
         for content in ("", "好的。"):
-            if content and form.tools.anchored:  # a call without marks is told by its place alone
+            if content and form.tools.anchored:  # a call without marks is one by its place alone
                 continue
             if (found := written(template, content, calls)) is None:
                 continue
@@ -229,7 +229,7 @@ def test_untyped_arguments_follow_the_schema() -> None:
     assert json.loads(made.arguments) == {"a": "12", "b": 12, "c": True, "d": "  x\n\n  y"}
 
 
-def test_channels_are_told_apart_wherever_the_recipient_stands() -> None:
+def test_channels_are_separated_wherever_the_recipient_stands() -> None:
     answer = (
         "<|channel|>analysis<|message|>想<|end|><|start|>assistant<|channel|>commentary<|message|>先看。<|end|>"
         '<|start|>assistant{}<|message|>{{"city": "北京"}}<|call|>'

@@ -58,7 +58,7 @@ class Scripted:
         return list(map(ord, text))
 
     def generate(
-        self, ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any], begin: str
+        self, ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any], begin: str, *_rest: Any
     ) -> Iterator[str]:
         def pieces() -> Iterator[str]:
             count = 0

@@ -92,7 +92,7 @@ def _call(name: Any, arguments: Any) -> ToolCall | None:
 
 @dataclass(frozen=True)
 class CallForm(ABC):
-    """How one call is written. head: the beginning by which a call is told from other text."""
+    """How one call is written. head: how a call begins, unlike other text."""
 
     head: str
 
@@ -263,7 +263,7 @@ class ToolParser:
     opening, separator, closing: patterns before the first call, between two, and after the last
     mark:     the first word of the opening; a mark without letters counts at the beginning of an answer only
     parallel: whether the template writes several calls in one answer
-    stop:     the token that ends an answer with calls; "" where the usual one stands in it
+    stop:     the token that ends an answer with calls; "" where the answer has the usual one
     written:  all that the template writes around sentinels, for the tokens that must stay visible
     """
 
@@ -348,7 +348,7 @@ class ToolParser:
 
 
 def _flexible(literal: str) -> str:
-    """Return a pattern of what a template writes: blanks may differ, and so may numbers, ids and names that stand in it."""
+    """Return a pattern of what a template writes: blanks may differ, and so may the numbers, ids and names in it."""
     for sentinel in (*IDS, *NAMES, *KEYS):
         literal = literal.replace(sentinel, "\ufdd4")
     words = [re.sub(r"\b\d+\b", r"\\d+", re.escape(word)).replace("\ufdd4", r"[^\s<>]*?") for word in literal.split()]

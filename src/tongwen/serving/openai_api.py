@@ -33,6 +33,7 @@ from tongwen.serving.stream_split import StreamPart, split_calls, split_thinking
 
 NO_PARAMETERS = {"type": "object", "properties": {}}
 ARGUMENTS_PIECE = 64  # characters of a call's arguments in one event of a stream
+TOP = 20  # likeliest tokens that a request may ask for
 TURNS = 1000  # of a conversation, at most
 BYTES_PER_TOKEN = 32  # of a request's body; a token of JSON-escaped Chinese has up to 24
 MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are still read, so that its sender receives the error
@@ -198,6 +199,11 @@ class CompletionRequest(StrictModel):
     frequency_penalty: Zero | None = None
 
     @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to give for each token; None for no log probabilities."""
+        return None
+
+    @property
     def stops(self) -> list[str]:
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
@@ -217,9 +223,17 @@ class ChatRequest(CompletionRequest):
     tools: list[ToolDefinition] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_tools(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(_("top_logprobs needs logprobs: true"))
         names = [tool.function.name for tool in self.tools or ()]
         if len({*names}) < len(names):
             raise ValueError(_("tools: two have the same name"))
@@ -256,6 +270,11 @@ class ChatRequest(CompletionRequest):
 
 class TextRequest(CompletionRequest):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=TOP)] | Literal[False] | None = None
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs if type(self.logprobs) is int else None
 
 
 @dataclass(frozen=True)
@@ -264,7 +283,8 @@ class Backend:
 
     chat_ids: (conversation, tools, beginning of the answer) -> ids; raises TongwenError if it cannot be rendered
     text_ids: a text -> ids; raises TongwenError
-    generate: (ids, callback for each new token, settings, beginning of the answer) -> the answer in pieces, with that beginning
+    generate: (ids, callback for each new token, settings, beginning of the answer, how many of the likeliest tokens or None
+              for no log probabilities, callback for those) -> the answer in pieces, with that beginning
     tool_parser: returns the parser of the model's tool calls; raises TongwenError if it has none
     ended:    whether an answer of these tokens ended on a stop token
     check:    raises RecipeError for invalid settings
@@ -275,12 +295,16 @@ class Backend:
     name: str
     chat_ids: Callable[[list[dict[str, Any]], list[dict[str, Any]], str], list[int]]
     text_ids: Callable[[str], list[int]]
-    generate: Callable[[list[int], Callable[[int], None], dict[str, Any], str], Iterator[str]]
+    generate: Callable[
+        [list[int], Callable[[int], None], dict[str, Any], str, int | None, Callable[[dict[str, Any]], None]],
+        Iterator[str],
+    ]
     tool_parser: Callable[[], ToolParser]
     ended: Callable[[Sequence[int]], bool]
     check: Callable[[dict[str, Any]], object]
     context: int
     settings: dict[str, Any]
+    gives_logprobs: bool = True
 
 
 class RequestError(Exception):
@@ -301,9 +325,11 @@ class CompletionResponse:
         prompt_tokens: int,
         max_tokens: int,
         ended: Callable[[Sequence[int]], bool],
+        logprobs: list[dict[str, Any]],
     ) -> None:
         self.answer, self.prompt_tokens, self.max_tokens, self.ended = answer, prompt_tokens, max_tokens, ended
         self.calls = 0
+        self.logprobs, self.told, self.characters = logprobs, 0 if request.top is not None else -1, 0
         self.chat = isinstance(request, ChatRequest)
         self.shows_usage = bool(request.stream_options and request.stream_options.include_usage)
         name = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
@@ -325,7 +351,7 @@ class CompletionResponse:
             message = {"role": "assistant", "content": text or (None if calls else "")}
             message |= {"reasoning_content": thought} if thought else {}
             content = {"message": message | ({"tool_calls": calls} if calls else {})}
-        choice = {"index": 0, **content, "finish_reason": self._finish(), "logprobs": None}
+        choice = {"index": 0, **content, "finish_reason": self._finish(), "logprobs": self._new_logprobs()}
         return JSONResponse({**self._head(""), "choices": [choice], "usage": self._usage()})
 
     async def events(self) -> AsyncIterator[str]:
@@ -349,8 +375,28 @@ class CompletionResponse:
         yield "data: [DONE]\n\n"
 
     def _event(self, content: Any, finish: str | None = None) -> str:
-        choice = {"index": 0, "delta" if self.chat else "text": content, "finish_reason": finish, "logprobs": None}
+        choice = {"index": 0, "delta" if self.chat else "text": content, "finish_reason": finish}
+        choice["logprobs"] = self._new_logprobs()
         return _data({**self._head(".chunk"), "choices": [choice]})
+
+    def _new_logprobs(self) -> dict[str, Any] | None:
+        """Return the log probabilities of the tokens since the last event; None if the request did not ask for any."""
+        if self.told < 0:
+            return None
+        new = self.logprobs[self.told :]
+        self.told += len(new)
+        if self.chat:
+            return {"content": new, "refusal": None}
+        offsets = []
+        for token in new:
+            offsets.append(self.characters)
+            self.characters += len(token["token"])
+        return {
+            "tokens": [token["token"] for token in new],
+            "token_logprobs": [token["logprob"] for token in new],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in new],
+            "text_offset": offsets,
+        }
 
     def _head(self, chunk: str) -> dict[str, Any]:
         return {**self.head, "object": f"chat.completion{chunk}" if self.chat else "text_completion"}
@@ -429,11 +475,13 @@ class ApiServer:
         body = await self._read(raw_request)
         request, ids, settings, begin = await asyncio.to_thread(self._parse, request_type, body)
         try:
-            answer = self.queue.submit(partial(self._generate, request, ids, settings, begin))
+            logprobs: list[dict[str, Any]] = []
+            answer = self.queue.submit(partial(self._generate, request, ids, settings, begin, logprobs))
         except QueueFull as busy:
             message = _("too many requests are waiting")
             raise RequestError(429, "busy", message, retry_after=str(busy.retry_after)) from None
-        response = CompletionResponse(request, answer, len(ids), settings["max_new_tokens"], self.backend.ended)
+        longest = settings["max_new_tokens"]
+        response = CompletionResponse(request, answer, len(ids), longest, self.backend.ended, logprobs)
         return EventStream(response) if request.stream else await _unless_disconnected(raw_request, response)
 
     async def _read(self, raw_request: Request) -> bytes:
@@ -473,6 +521,9 @@ class ApiServer:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if request.model != self.backend.name:
             raise self._no_model(request.model)
+        if request.top is not None and not self.backend.gives_logprobs:
+            message = "logprobs: " + _("this engine gives no log probabilities")
+            raise RequestError(400, "invalid_request_error", message)
         try:
             settings = self.backend.settings | request.sampling()
             self.backend.check(settings)
@@ -500,10 +551,11 @@ class ApiServer:
         ids: list[int],
         settings: dict[str, Any],
         begin: str,
+        logprobs: list[dict[str, Any]],
         on_token: Callable[[int], None],
     ) -> Iterator[StreamPart]:
         """Yield the parts of the answer. Runs in the queue's thread."""
-        pieces = self.backend.generate(ids, on_token, settings, begin)
+        pieces = self.backend.generate(ids, on_token, settings, begin, request.top, logprobs.append)
         if request.stops:
             pieces = until(pieces, request.stops)
         if not isinstance(request, ChatRequest):

@@ -23,7 +23,7 @@ from tongwen.core.records import Message
 from tongwen.core.tool_parser import ToolParser
 from tongwen.data.encode import Encoder
 from tongwen.infer import llamacpp, vllm
-from tongwen.infer.generation import ROWS, Sampling, TextGenerator
+from tongwen.infer.generation import ROWS, Logprobs, Sampling, TextGenerator, TokenLogprob
 from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.loading import chat_setup, device_map, load
 from tongwen.model.loading.special_tokens import fix_stop_tokens
@@ -64,7 +64,12 @@ class ChatModel:
         return self.continue_ids(self.prompt_ids(messages, tools), on_token, **options)
 
     def continue_ids(
-        self, ids: list[int], on_token: Callable[[int], None], begin: str = "", **options: Any
+        self,
+        ids: list[int],
+        on_token: Callable[[int], None],
+        begin: str = "",
+        logprobs: Logprobs | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """Yield the continuation of these ids in pieces of whole characters, its thinking between `<think>` and `</think>`. If
         the prompt itself opens the thinking, the first piece is `<think>`. begin: the beginning of the answer that these ids
@@ -74,7 +79,7 @@ class ChatModel:
         sampling = self._sampling(options)
         left = max(self.context - len(ids), 1)
         sampling = sampling.override(max_new_tokens=min(sampling.max_new_tokens, left))
-        with closing(self.generator.stream(ids, sampling, on_token)) as pieces:
+        with closing(self.generator.stream(ids, sampling, on_token, logprobs)) as pieces:
             yield from self.form.plain(chain([opening] if opening else [], pieces))
 
     @property
@@ -89,6 +94,16 @@ class ChatModel:
         if isinstance(found, str):
             raise ModelError(found, place="tools", remedy="--template chatml | plain")
         return found
+
+    def describe(self, token: TokenLogprob) -> dict[str, Any]:
+        """Return a token with its log probability in OpenAI's form."""
+
+        def entry(index: int, logprob: float) -> dict[str, Any]:
+            text = str(self.generator.tokenizer.decode([index], skip_special_tokens=False))
+            whole = "\ufffd" not in text  # part of a character has no text, and its bytes are not known
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+        return entry(*token[:2]) | {"top_logprobs": [entry(*one) for one in token.top]}
 
     def _text(self, ids: list[int]) -> str:
         return "".join(self.form.plain(iter([self.generator.decode(ids)])))
