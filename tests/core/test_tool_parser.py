@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import runpy
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tongwen.core.answer_form import AnswerForm, find_answer_form
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.tool_parser import ToolParser, schemas_of
+from tongwen.serving.stream_split import StreamPart, split_calls
 
 BENCH = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "templates.py"))
 STRING, NUMBER = {"type": "string", "description": "x"}, {"type": "integer", "description": "x"}
@@ -244,7 +246,7 @@ def test_channels_are_separated_wherever_the_recipient_stands() -> None:
             pieces = (text[at : at + size] for at in range(0, len(text), size))
             plain = "".join(harmony.plain_messages(pieces))
             assert plain.startswith("<think>想</think>先看。"), plain
-            calls, rest = harmony.tool_parser("<|call|>").read(plain.partition("</think>")[2], {})
+            calls, rest = harmony.tool_parser().read(plain.partition("</think>")[2], {})
             assert [tuple(one) for one in calls] == [("f", '{"city": "北京"}')] and rest == "先看。"
     final = "<|channel|>analysis<|message|>想<|end|><|start|>assistant<|channel|>final<|message|>答 <| 案"
     assert "".join(harmony.plain_messages(iter(final))) == "<think>想</think>答 <| 案"
@@ -263,3 +265,18 @@ def test_other_marks_of_thinking_become_the_usual_ones(size: int) -> None:
         ("", ""),
     ):
         assert "".join(form.plain(text[at : at + size] for at in range(0, len(text), size))) == wanted
+
+
+def test_long_answers_are_read_in_linear_time() -> None:
+    """Every piece of a stream is looked at, and a text in it may hold any number of brackets."""
+    for name in ("keyword", "mistral-v3", "function-tag"):
+        found = find_answer_form(bound(SMALL[name])).tools
+        assert isinstance(found, ToolParser)
+        arguments = {"code": ") ( { < > [" * 6000}
+        answer = written(bound(SMALL[name]), "", [call(arguments)])
+        assert answer
+        began = time.process_time()
+        pieces = (StreamPart(answer[1][at : at + 8]) for at in range(0, len(answer[1]), 8))
+        calls = [part.call for part in split_calls(pieces, found, TOOLS) if part.call]
+        assert [json.loads(one.arguments) for one in calls] == [arguments]
+        assert time.process_time() - began < 5

@@ -28,6 +28,7 @@ from tongwen.core.tool_parser import ToolParser
 from tongwen.data.formats import read_dialogue
 from tongwen.infer.generation import Sampling, StreamDecoder, TextGenerator
 from tongwen.recipe.data import SourceConfig
+from tongwen.serving.last_turns import last_turns
 from tongwen.serving.stream_split import StreamPart, split_thinking, until
 from tongwen.serving.terminal import TerminalChat, converse, visible
 
@@ -172,6 +173,14 @@ def test_broken_tools_file_is_refused(tongwen: Any, tmp_path: Path, text: str, r
 def test_history_is_cut_by_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=5).requests
     assert [message["content"] for message in requests[2]] == ["s", "问2", "答2", "问3"]
+
+
+def test_history_is_cut_before_a_question_never_between_a_call_and_its_answer() -> None:
+    roles = ["system", "user", "assistant", "tool", "tool", "assistant", "user", "assistant", "user"]
+    messages = [{"role": role} for role in roles]
+    assert [turn["role"] for turn in last_turns(messages, len, 8)] == ["system", "user", "assistant", "user"]
+    assert [turn["role"] for turn in last_turns(messages, len, 1)] == ["system", "user"]
+    assert last_turns(messages, len, 9) == messages
 
 
 def test_oversized_question_leaves_the_history_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def find_answer_form(template: Template) -> AnswerForm:
 def _derive(template: Template) -> AnswerForm:
     thinking, written = _thinking(template)
     is_harmony = harmony.is_written_by(written)
-    tools = harmony.tool_parser(template.stop) if is_harmony else _tool_parser(template)
+    tools = harmony.tool_parser() if is_harmony else _tool_parser(template)
     if isinstance(tools, ToolParser):
         written += tools.written + PYTHON_TAG * tools.anchored
     if is_harmony:

@@ -24,11 +24,11 @@ def is_written_by(text: str) -> bool:
     return "<|channel|>" in text and MESSAGE in text
 
 
-def tool_parser(stop: str) -> ToolParser:
+def tool_parser() -> ToolParser:
     """Return the parser of calls as `plain_messages` writes them."""
     form = NamedCall(NAME + r"<\|message\|>\s*(?=\{)")
     middle, ended = "<|channel|>commentary json<|message|>", r"(?:<\|call\|>)?"
-    return ToolParser(form, " to=functions.", middle, re.escape(CALL), ended, ended, CALL, False, stop, "")
+    return ToolParser(form, " to=functions.", middle, re.escape(CALL), ended, ended, CALL, False, "<|call|>", "")
 
 
 def plain_messages(pieces: Iterator[str]) -> Iterator[str]:

@@ -27,6 +27,9 @@ from tongwen.core.message_layout import Tools, body_of, read_arguments
 
 NAME = r"(?P<name>[^\s<>\[\]{}()\"'|｜=,]+?)"
 DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside strings
+PYTHON_PIECE = re.compile(
+    r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[()]", re.DOTALL
+)  # a text, or what a call is nested by
 UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
 PYTHON_TAG = "<|python_tag|>"  # Llama 3 may write it ahead of a call that has no mark
 # What the probes are made of. The ids have the form that Mistral's templates ask for.
@@ -157,18 +160,23 @@ class KeyedCall(CallForm):
 
 class KeywordCall(CallForm):
     def body(self, text: str, begun: re.Match[str], schemas: Schemas) -> tuple[ToolCall, int] | None:
-        for closing in re.finditer(r"\)", text[begun.end() :]):
-            end = begun.end() + closing.end()
-            words = text[begun.end() : end].replace("\n", "\\n")  # models write line breaks inside strings
-            try:
-                call = ast.parse(f"f({words}", mode="eval").body
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                continue
+        depth, end = 1, begun.end()
+        for piece in PYTHON_PIECE.finditer(text, begun.end()):
+            depth += {"(": 1, ")": -1}.get(piece[0], 0)
+            end = piece.end()
+            if depth == 0:
+                break
+        else:
+            return None
+        words = text[begun.end() : end].replace("\n", "\\n")  # models write line breaks inside strings
+        try:
+            call = ast.parse(f"f({words}", mode="eval").body
             if not isinstance(call, ast.Call) or call.args:
                 return None
             arguments = {str(one.arg): ast.literal_eval(_JsonWords().visit(one.value)) for one in call.keywords}
             return ToolCall(begun["name"], json.dumps(arguments, ensure_ascii=False)), end
-        return None
+        except (SyntaxError, TypeError, MemoryError):
+            return None
 
 
 class _JsonWords(ast.NodeTransformer):

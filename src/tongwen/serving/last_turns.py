@@ -14,9 +14,11 @@ def last_turns(
     count: returns the tokens of a conversation."""
     kept = list(messages)
     first = 1 if kept and kept[0]["role"] == "system" else 0
-    while count(kept) > max_tokens:
-        following = [at for at in range(first + 1, len(kept)) if kept[at]["role"] == "user"]
-        if not following:
-            break
-        del kept[first : following[0]]
+    while (later := _second_question(kept, first)) and count(kept) > max_tokens:
+        del kept[first:later]
     return kept
+
+
+def _second_question(messages: Sequence[dict[str, Any]], first: int) -> int:
+    """Return where the second question stands, 0 if there is none."""
+    return next((at for at in range(first + 1, len(messages)) if messages[at]["role"] == "user"), 0)

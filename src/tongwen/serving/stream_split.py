@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tongwen.core.message_layout import Tools
 from tongwen.core.tool_parser import ToolCall, ToolParser, schemas_of
 
+EAGER = 2000  # characters of calls up to which every piece is looked at
 OPEN, CLOSE = "<think>", "</think>"
 
 
@@ -55,7 +56,7 @@ def split_calls(
 ) -> Iterator[StreamPart]:
     """Separate tool calls from the answer: each is yielded once it is whole. What turns out to be no call, because it is
     cut off or broken, is text. parallel: whether the answer goes on after its first call."""
-    schemas, text, done, opened = schemas_of(tools), "", 0, False
+    schemas, text, done, opened, next_read = schemas_of(tools), "", 0, False, 0
     for part in parts:
         if part.thinking:
             yield part
@@ -70,13 +71,16 @@ def split_calls(
             if not opened and parser.anchored and text == "" and before:
                 yield from parts
                 return
-        if opened:
+        if opened and len(text) >= next_read:
+            next_read = len(text) + max(len(text) - EAGER, 0) // 8  # so that reading a long answer takes linear time
             calls, _rest = parser.read(text, schemas)
             yield from (StreamPart("", call=call) for call in calls[done : None if parallel else 1])
             done = len(calls)
             if done and not parallel:
                 return
-    yield StreamPart(parser.read(text, schemas)[1] if opened else text)
+    calls, rest = parser.read(text, schemas) if opened else ([], text)
+    yield from (StreamPart("", call=call) for call in calls[done : None if parallel else 1])
+    yield StreamPart(rest)
 
 
 def _undecided(text: str, parser: ToolParser) -> int:
