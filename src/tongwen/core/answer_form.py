@@ -13,7 +13,7 @@ from typing import Any
 from tongwen.core import harmony
 from tongwen.core.chat_template import Template
 from tongwen.core.continuation import THINKING_BLOCK
-from tongwen.core.errors import RowRejected
+from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.tool_parser import EMPTY, ONE, PROBE_TOOLS, PYTHON_TAG, TWO, ToolParser, derive
 
@@ -82,7 +82,7 @@ def _answer(template: Template, answer: dict[str, Any], tools: Sequence[dict[str
     """Return (prompt, answer, stop), empty where the template does not write this answer whole."""
     try:
         turn = template.answer([ASK, {"role": "assistant", **answer}], tools)
-    except RowRejected:
+    except (RowRejected, ModelError):  # a ModelError for a template that breaks a limit of its process
         return "", "", ""
     return turn.prompt, turn.answer, turn.stop
 
