@@ -108,7 +108,7 @@ async def endless_app(scope: Any, receive: Any, send: Any) -> None:
         pass
 
 
-@pytest.mark.parametrize(("endless", "most"), [(re.compile("/open"), 5), (None, 60)])
+@pytest.mark.parametrize(("endless", "most"), [(re.compile("/open"), 20), (None, 60)])
 def test_open_page_does_not_hold_up_the_end(
     endless: re.Pattern[str] | None, most: float, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

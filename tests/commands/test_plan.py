@@ -116,7 +116,7 @@ def test_model_that_cannot_be_simulated_falls_back_to_a_formula(
     assert found.bytes["peak"] == pytest.approx(wanted.bytes["peak"], rel=0.5)
 
 
-@pytest.mark.sample("lora")
+@pytest.mark.sample()
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_plan_suggests_changes_that_fit(
     method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch

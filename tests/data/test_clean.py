@@ -114,4 +114,4 @@ def test_worst_case_text_is_cleaned_fast(worst: str) -> None:
     cleaner = Cleaner(Clean(personal_data="mask", min_han=0.1), "documents")
     began = time.process_time()
     cleaner.clean(Document(text, HERE))
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 6

@@ -303,7 +303,7 @@ def test_shipped_dialogues_are_complete() -> None:
     text = "".join(message.content for dialogue in named for message in dialogue.messages)
     assert "小同" in text and "同文" in text and "{{" not in text
     aside, bad, _ = read(folder / "held_out.jsonl", fill)
-    assert len(aside) == 30 and not bad
+    assert len(aside) == 40 and not bad
     trained = {dialogue.messages[-2].content for dialogue in records + named}
     assert not trained & {dialogue.messages[-2].content for dialogue in aside}
 

@@ -392,6 +392,7 @@ def test_damaged_header_is_refused_in_time(chat_model: Path, tmp_path: Path, ton
     assert code == 4 and "count of 1099511627776" in err and time.monotonic() - began < 10
 
 
+@pytest.mark.sample()
 def test_adapter_to_gguf_script(chat_model: Path, tmp_path: Path) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
     script = Path(__file__).parents[2] / "examples" / "adapter_to_gguf.sh"

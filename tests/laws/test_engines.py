@@ -100,7 +100,7 @@ def kill_at_step(step: int) -> Any:
     return install
 
 
-@pytest.mark.sample("fsdp2-full", "zero3-lora")
+@pytest.mark.sample("fsdp2-full")
 @pytest.mark.parametrize(("engine", "method"), CASES)
 def test_two_killed_and_resumed_processes_match_one(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
@@ -122,6 +122,7 @@ def test_two_killed_and_resumed_processes_match_one(
             assert found[name].shape == part.shape and torch.allclose(found[name], part, atol=1e-5), name
 
 
+@pytest.mark.sample()
 def test_sharded_16_bit_base_trains_in_fp32(chat_model: Path, tmp_path: Path) -> None:
     half = {name: part.bfloat16() for name, part in tensors(chat_model).items()}
     base, made = remade(chat_model, tmp_path / "base", half, dtype="bfloat16"), {}
@@ -223,6 +224,7 @@ def test_changed_recipe_is_refused_under_a_launcher(chat_model: Path, tmp_path: 
     assert run_ranks(2, "run", recipe) == [0, 0]
 
 
+@pytest.mark.sample()
 def test_batch_tokens_refuse_another_number_of_processes(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", batch_tokens: 400")
     recipe.write_text(recipe.read_text().replace("batch_size: 4, ", ""))
@@ -232,6 +234,7 @@ def test_batch_tokens_refuse_another_number_of_processes(chat_model: Path, tmp_p
     assert run_forked("run", recipe) == 0
 
 
+@pytest.mark.sample()
 def test_launcher_environment_does_not_change_precision(
     chat_model: Path, tmp_path: Path, alone: dict[str, Path]
 ) -> None:
@@ -299,7 +302,7 @@ def test_killed_rank_is_named_and_the_others_end(chat_model: Path, tmp_path: Pat
     ranks[1].kill()
     began = time.monotonic()
     _, err = running.communicate(timeout=60)
-    assert time.monotonic() - began < 20 and not any(child.is_running() for child in ranks.values())
+    assert time.monotonic() - began < 45 and not any(child.is_running() for child in ranks.values())
     assert running.returncode == 5
     assert f"SIGKILL ended the process of rank 1 ({ranks[1].pid})" in err and "the same command continues" in err
 
@@ -352,7 +355,7 @@ def test_two_ranks_end_with_the_command_that_was_killed(chat_model: Path, tmp_pa
     running.kill()
     began = time.monotonic()
     wait_until(lambda: not any(_lives(child) for child in run_ranks))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     running.wait(timeout=10)
 
 

@@ -536,7 +536,7 @@ def test_huge_file_without_line_end_is_refused(tmp_path: Path, monkeypatch: pyte
     started = time.monotonic()
     with pytest.raises(DataError, match="only NUL"):
         take(tmp_path / "sparse.jsonl")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # reading on takes minutes
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstd])
@@ -633,7 +633,7 @@ def test_non_file_path_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(DataError) as caught:
             find_files(path)
         assert re.search(expected, caught.value.text().replace("\n", " ")), (path, caught.value.text())
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10  # opening a FIFO waits for ever
     with pytest.raises(DataError, match="FIFO"):
         list(read_rows(tmp_path / "fifo.jsonl"))
 
@@ -732,7 +732,7 @@ def test_random_damage_gives_rows_or_a_data_error(name: str, tmp_path: Path) -> 
             good, bad = [], []
         else:
             assert good or bad
-        assert time.process_time() - started < 2, number
+        assert time.process_time() - started < 10, number
         answers = [record.text if name.endswith("txt") else record.messages[-1].content for record in good]
         untouched += len(known.intersection(answers))
         for raw, why in bad:

@@ -118,6 +118,7 @@ def test_rerun_is_a_noop_changed_settings_are_refused_again_keeps_old(
     assert code == 2 and "prepare (fingerprint)" in err, "a stage whose parent was run again is stale"
 
 
+@pytest.mark.sample("lora")
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_killed_run_resumes_bit_identically(
     method: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -600,6 +600,7 @@ def operations(model: Any, batch: dict[str, Any]) -> set[str]:
     return names
 
 
+@pytest.mark.sample()
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_reused_without_page_faults() -> None:
     script = """

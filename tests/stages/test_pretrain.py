@@ -211,6 +211,7 @@ def test_killed_run_resumes_across_a_phase_boundary(grown: Path, tmp_path: Path)
     assert lines[0] == lines[1] and len(lines[0]) == 11
 
 
+@pytest.mark.sample()
 def test_embeddings_use_their_own_learning_rate(grown: Path, tmp_path: Path) -> None:
     moved = {}
     for rate in ("1e-2", "1e-4"):
@@ -273,6 +274,7 @@ def test_forgetting_is_checked_at_the_end_of_a_phase(grown: Path, tmp_path: Path
     assert "! held-out bits per byte" in out + err, "what has risen is not good"
 
 
+@pytest.mark.sample()
 def test_learning_rate_below_its_peak_is_reported(grown: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, grown, "train: lora, stop_after: 2 steps")
     for overrides, message in (
@@ -339,7 +341,7 @@ def test_result_is_independent_of_the_batch_partition(arrangement: str, chat_mod
             assert norm == pytest.approx(wanted_norm, rel=2e-5)
 
 
-@pytest.mark.sample("fsdp2-new_rows--True")
+@pytest.mark.sample()
 @pytest.mark.parametrize(
     ("engine", "first", "then", "tied"),
     [

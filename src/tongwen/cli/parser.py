@@ -18,6 +18,7 @@ from tongwen.cli import (
     fetch,
     generate,
     init,
+    launch,
     look,
     merge,
     migrate,
@@ -26,6 +27,7 @@ from tongwen.cli import (
     schema,
     serve,
     show,
+    sign,
     tokenizer,
     verify,
     web,
@@ -62,9 +64,9 @@ def command_groups() -> dict[str, dict[str, Command]]:
             run,
             schema,
         ),
-        _("models, adapters and data sets"): (fetch, merge, convert, verify, show),
+        _("models, adapters and data sets"): (fetch, merge, convert, sign, verify, show),
         _("use and score a model"): (chat, generate, evaluate, serve, web),
-        _("tools"): (tokenizer, migrate, doctor),
+        _("tools"): (tokenizer, launch, migrate, doctor),
     }
     return {
         title: {command.__name__.rpartition(".")[2]: command for command in commands}

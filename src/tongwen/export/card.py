@@ -20,7 +20,7 @@ def make_card(title: str, model: Artifact) -> str:
         (one.manifest["parents"]["base"] for one in reversed(stages) if "base" in one.manifest["parents"]), {}
     )
     named = str(base.get("path") or "")
-    licence = _licence(Path(named))
+    licence = licence_of(Path(named))
     head = ["library_name: transformers", "pipeline_tag: text-generation", "language: [zh]", "tags: [tongwen]"]
     head += [f"base_model: {named}"] if named and not Path(named).exists() else []
     head += [f"license: {licence}"] if licence else []
@@ -78,7 +78,7 @@ def _scores(stage: Artifact) -> list[str]:
     ]
 
 
-def _licence(base: Path) -> str:
+def licence_of(base: Path) -> str:
     """Return the licence in the base's own card; "" without one."""
     card = base / "README.md"
     found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None

@@ -21,6 +21,7 @@ from tongwen.core.i18n import _, ngettext
 from tongwen.core.records import Message
 from tongwen.core.safetensors_io import SHARD_BYTES, TensorSource
 from tongwen.export import gguf, gguf_layout, gguf_metadata, hf, pth
+from tongwen.export.bill_of_materials import make_bill_of_materials
 from tongwen.export.card import make_card
 from tongwen.export.gguf_vocab import read_vocabulary
 from tongwen.export.ollama import make_modelfile
@@ -169,6 +170,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
     if (made := artifact.find(source.folder)) is not None:
         (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
+        artifact.write_json(draft.path / "bom.json", make_bill_of_materials(source.title, made))
     lines = tensor_digests(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 

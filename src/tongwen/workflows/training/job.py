@@ -168,11 +168,14 @@ def _begin_phase(
 
 def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None) -> dict[str, Any]:
     """Return the scores of the held-out data, and the answers to the sample prompts."""
-    with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
-        return {
-            "scores": _score(job, model, budget, own) if job.data.held_out_stores else None,
-            "answers": answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts]),
-        }
+    with torch.random.fork_rng():
+        scores = None
+        if job.data.held_out_stores:
+            with console.waiting(_("scoring the held-out data")):
+                scores = _score(job, model, budget, own)
+        with console.waiting(_("answering the sample prompts")):
+            answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
+    return {"scores": scores, "answers": answers}
 
 
 def _score(job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None) -> dict[str, Any]:

@@ -313,18 +313,13 @@ def score_held_out(
 def answer_prompts(prepared: PreparedModel, record_encoder: RecordEncoder, prompts: list[str]) -> list[str]:
     """Return the model's greedy answers to prompts."""
     ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
-    answers = generate(prepared, record_encoder.tokenizer, ids, max_new_tokens=64, rows=1)
+    answers = generate(prepared, record_encoder.tokenizer, ids, max_new_tokens=64)
     decode = _generator(prepared, record_encoder.tokenizer).decode
     return [decode(answer).strip() for answer in answers]
 
 
-def generate(
-    prepared: PreparedModel, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, rows: int = ROWS
-) -> list[list[int]]:
-    """Return the ids of the model's greedy answers, generated with another attention than in training.
-
-    prompts: ids; rows: prompts at once.
-    """
+def generate(prepared: PreparedModel, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Return the ids of the model's greedy answers to prompts (ids), generated with another attention than in training."""
     model, answers = prepared.model, dict[int, list[int]]()
     was_training = model.training
     model.eval()
@@ -332,7 +327,7 @@ def generate(
     try:
         with own, prepared.computing(), checkpointing.uncompiled(model):
             sampling = Sampling(max_new_tokens=max_new_tokens)
-            _generator(prepared, tokenizer).answer_all(prompts, sampling, answers.__setitem__, rows)
+            _generator(prepared, tokenizer).answer_all(prompts, sampling, answers.__setitem__, ROWS)
     finally:
         model.train(was_training)
     return [answers[index] for index in range(len(prompts))]
