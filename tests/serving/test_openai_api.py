@@ -21,10 +21,12 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.cli.main import main
-from tongwen.core.errors import NumbersError, RowRejected
+from tongwen.core.errors import ModelError, NumbersError, RowRejected
+from tongwen.core.tool_parser import ToolParser
 from tongwen.data.encode import Encoder
 from tongwen.data.synthesis.client import SpendingMeter, SynthesisClient
 from tongwen.data.synthesis.generate import SCHEMA
@@ -134,17 +136,22 @@ def speak_slowly(
 def serving(folder: Path, places: int = 2) -> Iterator[Served]:
     """A server whose model is the function above."""
 
-    def chat_ids(messages: list[dict[str, Any]]) -> list[int]:
+    def chat_ids(messages: list[dict[str, Any]], tools: list[dict[str, Any]], begin: str) -> list[int]:
         text = "|".join(turn["content"] for turn in messages)
         if "refuse" in text:
             raise RowRejected("template_refuses", "the template refuses this dialogue")
         return [ord(character) for character in text]
 
-    def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
+    def generate(
+        ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any], *_rest: Any
+    ) -> Iterator[str]:
         return speak_slowly(folder / "steps", ids, on_token, settings)
 
     def ended(ids: Sequence[int]) -> bool:
         return ids[-1] == ord(".")
+
+    def tool_parser() -> ToolParser:
+        raise ModelError("the chat template writes no calls", place="tools")
 
     def check(settings: dict[str, Any]) -> object:
         return Sampling().override(**settings)
@@ -155,6 +162,8 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
         text_ids=lambda text: [ord(character) for character in text],
         generate=generate,
         ended=ended,
+        tool_parser=tool_parser,
+        gives_logprobs=False,
         check=check,
         context=4000,
         settings={"max_new_tokens": 512},
@@ -225,6 +234,33 @@ def test_official_openai_client_works(model: Served) -> None:
         for seed in (1, 1, 2)
     ]
     assert hot[0].choices == hot[1].choices != hot[2].choices
+
+
+def test_logprobs_are_those_of_a_plain_forward_pass(model: Served, chat_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    client = model.client()
+    answer = client.completions.create(model="m", prompt="今天", max_tokens=6, logprobs=2).choices[0]
+    found = answer.logprobs
+    assert found and found.tokens and found.token_logprobs and found.top_logprobs and len(found.tokens) == 6
+    tokenizer, network = AutoTokenizer.from_pretrained(chat_model), AutoModelForCausalLM.from_pretrained(chat_model)
+    ids = tokenizer("今天")["input_ids"]
+    for logprob, top in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        with torch.no_grad():
+            logits = network(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        assert logprob == pytest.approx(float(logits.max()), abs=1e-4)
+        assert sorted(top.values(), reverse=True) == pytest.approx(logits.topk(len(top)).values.tolist(), abs=1e-4)
+        ids.append(int(logits.argmax()))
+    options: dict[str, Any] = {"model": "m", "messages": ASK["messages"], "max_tokens": 6}
+    whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=3).choices[0].logprobs
+    assert whole and whole.content and len(whole.content) == 6
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in whole.content)
+    chunks = client.chat.completions.create(**options, logprobs=True, top_logprobs=3, stream=True)
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content or ()]
+    assert streamed == whole.content
+    assert client.chat.completions.create(**options).choices[0].logprobs is None
+    for fields in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": 1}):
+        assert model.chat(**fields)[0] == 400, fields
 
 
 def test_synthesize_uses_the_local_server(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:

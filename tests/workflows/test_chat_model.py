@@ -19,8 +19,16 @@ import torch
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, type_lines
 from tongwen.cli.main import main
+from tongwen.commands.chat import read_tools
+from tongwen.core.answer_form import find_answer_form
+from tongwen.core.chat_template import Template
 from tongwen.core.errors import DataError, ModelError
+from tongwen.core.records import Origin
+from tongwen.core.tool_parser import ToolParser
+from tongwen.data.formats import read_dialogue
 from tongwen.infer.generation import Sampling, StreamDecoder, TextGenerator
+from tongwen.recipe.data import SourceConfig
+from tongwen.serving.last_turns import last_turns
 from tongwen.serving.stream_split import StreamPart, split_thinking, until
 from tongwen.serving.terminal import TerminalChat, converse, visible
 
@@ -109,9 +117,70 @@ def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch,
     assert "答4" in file.read_text(encoding="utf-8")
 
 
+CALL = '<tool_call>\n{{"name": "{}", "arguments": {{"city": "北京"}}}}\n</tool_call>'
+
+
+def test_user_answers_for_the_called_tools(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, saved = tmp_path / "tools.json", tmp_path / "chat.json"
+    file.write_text(json.dumps([{"name": name} for name in ("weather", "time")]), encoding="utf-8")
+    template = Template.make("chatml", None, {}, ["<|im_start|>", "<|im_end|>"])
+    parser = find_answer_form(template).tools
+    assert isinstance(parser, ToolParser)
+    answers = ["好。\n" + CALL.format("weather"), "\n" + CALL.format("time")], ["晴，八点。"], [CALL.format("time")]
+    requests = conversation(
+        ["/tool x", "问", "晴", "/tool /八点", f"/save {saved}", "再问", "/clear", "新问"],
+        monkeypatch,
+        ScriptedModel(*answers),
+        tools=read_tools(file),
+        parser=parser,
+    ).requests
+    printed = capsys.readouterr().out
+    assert '→ weather {"city": "北京"}' in printed and "<tool_call>" not in printed
+    assert [turn["role"] for turn in requests[1]] == ["user", "assistant", "tool", "tool"]
+    _question, called, weather, clock = requests[1]
+    assert called["content"] == "好。" and [one["function"]["name"] for one in called["tool_calls"]] == [
+        "weather",
+        "time",
+    ]
+    assert [weather["tool_call_id"], clock["tool_call_id"]] == [one["id"] for one in called["tool_calls"]]
+    assert (weather["content"], clock["content"]) == ("晴", "/八点")
+    assert [turn["content"] for turn in requests[3]] == ["新问"], "calls that nobody answered are forgotten"
+    kept = json.loads(saved.read_text(encoding="utf-8"))
+    assert [turn["role"] for turn in kept["messages"]] == ["user", "assistant", "tool", "tool", "assistant"]
+    record = read_dialogue(kept, "messages", SourceConfig(path="x"), {}, Origin("x", 1))
+    assert len(record.tools) == 2 and record.messages[1].tool_calls, "`prepare` reads a saved chat"
+    template.samples(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "not a list of tools"),
+        ('[{"x": 1}]', "0: a tool needs a name"),
+        ('[{"name": "f", "parameters": {"properties": {"x": {"type": "text"}}}}]', "parameters.properties.x.type"),
+    ],
+)
+def test_broken_tools_file_is_refused(tongwen: Any, tmp_path: Path, text: str, rule: str) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(text, encoding="utf-8")
+    code, _out, err = tongwen("chat", tmp_path, "--tools", file)
+    assert code == 2 and rule in err and str(file) in err
+
+
 def test_history_is_cut_by_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=5).requests
     assert [message["content"] for message in requests[2]] == ["s", "问2", "答2", "问3"]
+
+
+def test_history_is_cut_before_a_question_never_between_a_call_and_its_answer() -> None:
+    roles = ["system", "user", "assistant", "tool", "tool", "assistant", "user", "assistant", "user"]
+    messages = [{"role": role} for role in roles]
+    assert [turn["role"] for turn in last_turns(messages, len, 8)] == ["system", "user", "assistant", "user"]
+    assert [turn["role"] for turn in last_turns(messages, len, 1)] == ["system", "user"]
+    assert last_turns(messages, len, 9) == messages
 
 
 def test_oversized_question_leaves_the_history_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:

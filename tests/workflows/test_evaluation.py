@@ -14,6 +14,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ import torch
 
 from tests.conftest import dialogues, write_recipe, write_rows
 from tongwen.cli.main import main
-from tongwen.core.errors import ModelError
+from tongwen.core.answer_form import find_answer_form
+from tongwen.core.chat_template import Template
+from tongwen.core.errors import DataError, ModelError
 from tongwen.infer import entities
 from tongwen.infer.metrics import TEXT, AnsweredPrompt, compare, summarise, without_thinking
 from tongwen.recipe.data import SourceConfig
@@ -285,6 +288,78 @@ def test_two_models_are_compared_in_a_report(chat_model: Path, other_model: Path
     assert {"question", "answer", "wanted", "before"} <= shown[0].keys()
     code, _, err = tongwen(*argv, "--out", out)
     assert code == 2 and "this already exists" in err
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tool_calls_are_compared_as_json_and_checked_by_their_schemas(tmp_path: Path) -> None:
+    def call(arguments: Any, name: str = "weather") -> str:
+        return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+
+    right = {"city": "北京", "days": 1}
+    calls = [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": json.dumps(right)}}]
+    called = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    row = {
+        "messages": [
+            *called,
+            {"role": "tool", "content": "晴", "tool_call_id": "a"},
+            {"role": "assistant", "content": "晴。"},
+        ]
+    }
+    one = {"messages": called, "tools": [WEATHER]}
+    data = write_rows(tmp_path / "rows.jsonl", [{**row, "tools": [WEATHER]}, *[one] * 7, row])
+    task = read_task(TaskConfig(task="tool_calls", data=SourceConfig(path=str(data))))
+    answers = [
+        (call({"days": 1.0, "city": "北京"}), (1, 1, 1, 1)),  # keys in any order, 1 = 1.0
+        ("晴。", (1, 1, 1, 0)),  # no call is wanted
+        (f"<think>{call(right)}</think>" + call(right), (1, 1, 1, 1)),
+        (call({"city": "北京", "days": True}), (0, 1, 0, 1)),
+        (call({"city": "北京", "days": 0}), (0, 1, 0, 1)),
+        (call({"days": 1}), (0, 1, 0, 1)),
+        (call({**right, "x": 1}), (0, 1, 0, 1)),
+        (call(right) + call(right), (0, 0, 1, 1)),
+        (call(right, "clock"), (0, 0, 0, 1)),
+    ]
+    assert len(task) == len(answers)
+    template = Template.make("chatml", None, {}, ["<|im_start|>", "<|im_end|>"])
+    model: Any = SimpleNamespace(tool_parser=find_answer_form(template).tools)
+    scores = task.run(model, lambda questions, progress: [text for text, _counts in answers], lambda done: None)
+    assert [tuple(scores.counts[row][:4]) for row in range(len(answers))] == [counts for _text, counts in answers]
+    assert scores.shown[5]["problem"] == "weather.city: missing" and scores.shown[0]["wanted"].startswith("weather {")
+    assert task.result(scores)["figures"] == {
+        "exact_calls": 3 / 9, "right_tools": 7 / 9, "valid_arguments": 4 / 9, "called": 8 / 9,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}, "no row has tools"),
+        (
+            {
+                "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}],
+                "tools": [{"name": "f", "parameters": {"type": "thing"}}],
+            },
+            "parameters.type: 'thing'",
+        ),
+    ],
+)
+def test_rows_without_usable_tools_are_refused(tmp_path: Path, row: dict[str, Any], rule: str) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=rule):
+        read_task(TaskConfig(task="tool_calls", data=SourceConfig(path=str(data))))
 
 
 @pytest.mark.sample()

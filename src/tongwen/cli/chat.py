@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import model_arguments, shared_arguments
+from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments.add_adapters(parser)
     parser.add_argument("--system", default="", help=_("system message"))
     parser.add_argument("--no-stream", action="store_true", help=_("show each answer only when it is complete"))
+    parser.add_argument("--tools", default="", metavar="FILE", help=_("JSON list of tools that the model may call"))
     parser.add_argument("--web", action="store_true", help=_("in the browser"))
     parser.add_argument(
         "--beside",
@@ -36,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     sampling = model_arguments.sampling(arguments)
     if arguments.web:
+        if arguments.tools:
+            raise RecipeError(_("the page has no tools; chat in the terminal"), place="--tools", remedy="tongwen chat")
         from tongwen.commands import web
 
         return web.run(
@@ -62,4 +66,5 @@ def run(arguments: argparse.Namespace) -> int:
         sampling=sampling,
         system=arguments.system,
         stream=not arguments.no_stream,
+        tools_file=arguments.tools,
     )

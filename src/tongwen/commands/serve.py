@@ -6,14 +6,14 @@ made for that (docs/serve.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen.core import console
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
-from tongwen.infer.generation import Sampling
+from tongwen.infer.generation import Logprobs, Sampling
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
 
 if TYPE_CHECKING:
@@ -59,11 +59,24 @@ def make_backend(chat_model: ChatModel, name: str, settings: dict[str, Any]) -> 
     """Return a model as the server uses it. settings: defaults for options that a request leaves out."""
     from tongwen.serving.openai_api import Backend
 
+    def generate(
+        ids: list[int],
+        on_token: Callable[[int], None],
+        options: dict[str, Any],
+        begin: str,
+        top: int | None,
+        on_logprob: Callable[[dict[str, Any]], None],
+    ) -> Iterator[str]:
+        wanted = None if top is None else Logprobs(top, lambda token: on_logprob(chat_model.describe(token)))
+        return chat_model.continue_ids(ids, on_token, begin, wanted, **options)
+
     return Backend(
         name=name,
         chat_ids=chat_model.prompt_ids,
+        tool_parser=lambda: chat_model.tool_parser,
         text_ids=chat_model.text_ids,
-        generate=lambda ids, on_token, options: chat_model.continue_ids(ids, on_token, **options),
+        generate=generate,
+        gives_logprobs=chat_model.generator.gives_logprobs,
         ended=chat_model.ended,
         check=lambda options: Sampling().override(**options),
         context=chat_model.context,

@@ -41,6 +41,7 @@ from tongwen.core.message_layout import (
     apply_layout,
     layouts,
     one_call_each,
+    read_arguments,
 )
 from tongwen.core.records import Dialogue, Message, Span
 from tongwen.core.render_proof import (
@@ -307,6 +308,11 @@ class Template:
             return {"default": self.source, "tool_use": self.tool_use.source}
         return self.source
 
+    @property
+    def for_calls(self) -> Template:
+        """The template that writes calls: the model's second one, where it has one that can be used."""
+        return self.tool_use if isinstance(self.tool_use, Template) else self
+
     def _for_tools(self, tools: Tools) -> Template:
         """Return the template that renders rows with or without tools. Raises RowRejected where it cannot be used."""
         if not tools or self.tool_use is None:
@@ -318,18 +324,17 @@ class Template:
 
     # -- rendering ------------------------------------------------------------------------------------------------
 
+    def answer(self, turns: list[Turn], tools: Tools = ()) -> RenderedTurn:
+        """Return the last answer as the template writes it behind its prompt. Raises RowRejected when a part is lost."""
+        template = self._for_tools(tools)
+        return template._render_turns(turns, Offered.of(tools), (len(turns) - 1,))[0]
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool = False) -> str:
         """Return the text up to the answer: the input of inference, and the prompt of training. Control tokens in message
         texts are separated, for `Encoder.encode_prompt`. Raises RowRejected when the prompt cannot show all parts."""
         template = self._for_tools(tools)
-        turns = [
-            replace(
-                message,
-                content=separate_control_tokens(message.content, self.special),
-                thinking=message.thinking and separate_control_tokens(message.thinking, self.special),
-            ).to_dict()
-            for message in messages
-        ]
+        turns = [_apart(message.to_dict(), self.special) for message in messages]
+        tools = [_apart(tool, self.special) for tool in tools]
         turns, layout = template._choose_prompt_layout(turns, tools)
         return template._render(turns, tools, layout, thinking, add_generation_prompt=True)
 
@@ -893,6 +898,20 @@ def _names_used(source: str) -> frozenset[str]:
 
 def _turn_of(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
+
+
+def _apart(value: Any, special: tuple[str, ...]) -> Any:
+    """Return a message or a tool with the control tokens in its texts separated, also in the arguments of calls."""
+    if isinstance(value, str):
+        return separate_control_tokens(value, special)
+    if isinstance(value, (list, tuple)):
+        return [_apart(one, special) for one in value]
+    if isinstance(value, dict):
+        return {
+            _apart(key, special): _apart(read_arguments(one) if key == "arguments" else one, special)
+            for key, one in value.items()
+        }
+    return value
 
 
 def _trims(text: str) -> tuple[str, ...]:

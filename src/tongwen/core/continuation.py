@@ -56,7 +56,7 @@ def _after_empty_block(prompt: str, whole: str, thinking: str) -> str | None:
     an answer lacks, such as Gemma's `<|channel>thought`."""
     if thinking:
         return None
-    shared = prompt[: _shared(prompt, whole)]
+    shared = prompt[: shared_length(prompt, whole)]
     opened = max(shared.rfind("<"), shared.rfind("["))
     if opened > max(shared.rfind(">"), shared.rfind("]")):
         shared = shared[:opened]
@@ -70,11 +70,11 @@ def after_opener(prompt: str, begin: str, whole: str, question: str) -> tuple[st
     if rest is None or not prompt.startswith(begin):
         return None
     opener = prompt[len(begin) :]
-    shared = _shared(opener, rest)
+    shared = shared_length(opener, rest)
     return opener[shared:], rest[shared:]
 
 
-def _shared(one: str, other: str) -> int:
+def shared_length(one: str, other: str) -> int:
     """Return the length of the beginning that both texts share."""
     differ = (at for at, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return next(differ, min(len(one), len(other)))

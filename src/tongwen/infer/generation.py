@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from queue import Queue
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -86,16 +86,35 @@ OnAnswer = Callable[[int, list[int]], None]
 """called with the index of a prompt and its new ids"""
 
 
+class TokenLogprob(NamedTuple):
+    """A token of an answer, its log probability before temperature and top_p, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """A request for log probabilities. top: how many of the likeliest tokens; put: called with every token of the answer."""
+
+    top: int
+    put: Callable[[TokenLogprob], None]
+
+
 @dataclass(frozen=True)
 class TextGenerator:
     """A model that generates. stop_ids: end an answer; context: maximum number of tokens; paged: answer many prompts from one
-    paged cache, in which the next prompt takes the blocks of a finished answer."""
+    paged cache, in which the next prompt takes the blocks of a finished answer; shown: control tokens that are part of the
+    text of an answer, such as the marks of a tool call."""
 
     model: Any
     tokenizer: Any
     stop_ids: tuple[int, ...]
     context: int
     paged: bool = False
+    shown: frozenset[int] = frozenset()
+    gives_logprobs: ClassVar[bool] = True
 
     def answer_all(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
@@ -170,17 +189,25 @@ class TextGenerator:
         return [self._until_stop(row) for row in out]
 
     def stream(
-        self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None] = lambda index: None
-    ) -> Iterator[str]:
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        on_token: Callable[[int], None] = lambda index: None,
+        logprobs: Logprobs | None = None,
+    ) -> Generator[str, None, None]:
         """Yield the answer's text in pieces; together they are exactly the decoded answer. on_token: called with every new
         token, including the stop token; an exception that it raises ends the answer."""
         self._check_fits(prompt, sampling)
+        if logprobs and not self.gives_logprobs:
+            raise ModelError(_("this engine gives no log probabilities"), remedy="--engine batched")
         if sampling.beams > 1:
             raise ModelError(_("beam search cannot stream its output"), remedy="--beams 1")
-        with closing(self._new_ids(prompt, sampling)) as ids:
+        with closing(self._new_ids(prompt, sampling, *([logprobs] if logprobs else []))) as ids:
             yield from self._postprocessed(self._pieces(ids, on_token))
 
-    def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+    def _new_ids(
+        self, prompt: list[int], sampling: Sampling, logprobs: Logprobs | None = None
+    ) -> Generator[int, None, None]:
         """Yield the answer's tokens one by one, including the stop token; closing the generator ends the answer."""
         ids = torch.tensor([prompt], device=self.model.device)
         queue: Queue[Any] = Queue()
@@ -188,9 +215,9 @@ class TextGenerator:
 
         def work() -> None:
             try:
-                self._generate(
-                    ids, torch.ones_like(ids), sampling, streamer=_ToQueue(queue, len(prompt)), cancel=cancel
-                )
+                likelihoods = _Likelihoods(logprobs, self.stop_ids) if logprobs else None
+                streamer = _ToQueue(queue, len(prompt), likelihoods)
+                self._generate(ids, torch.ones_like(ids), sampling, streamer=streamer, cancel=cancel)
                 queue.put(None)
             except BaseException as error:  # passed to the reader, which raises it
                 queue.put(error)
@@ -207,7 +234,7 @@ class TextGenerator:
             thread.join()
 
     def _pieces(self, ids: Iterator[int], on_token: Callable[[int], None]) -> Iterator[str]:
-        text = StreamDecoder(self.tokenizer)
+        text = StreamDecoder(self.tokenizer, self.shown)
         for index in ids:
             on_token(index)
             if index in self.stop_ids:
@@ -232,7 +259,7 @@ class TextGenerator:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of an answer, without a last character that max_new_tokens cut in the middle."""
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = decode(self.tokenizer, ids, self.shown)
         return self.postprocess(text.rstrip("\ufffd")) if self.postprocess else text.rstrip("\ufffd")
 
     def _generate(
@@ -249,7 +276,7 @@ class TextGenerator:
                 attention_mask=mask,
                 generation_config=self._config(sampling),
                 streamer=streamer,
-                logits_processor=[_finite],
+                logits_processor=[_finite, *([streamer.likelihoods] if streamer and streamer.likelihoods else [])],
                 stopping_criteria=StoppingCriteriaList([_Cancelled(cancel)]) if cancel else None,
             )
 
@@ -323,8 +350,8 @@ class StreamDecoder:
     again with each new token, and the difference is returned.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, shown: frozenset[int] = frozenset()) -> None:
+        self.tokenizer, self.shown = tokenizer, shown
         self.ids: list[int] = []
         self.emitted = 0  # number of ids whose text has been returned
         self.tail = 0  # start of the ids before `emitted` that give the decoder its context
@@ -353,7 +380,21 @@ class StreamDecoder:
         return self._decode(self.ids[self.tail :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, ids, self.shown)
+
+
+def decode(tokenizer: Any, ids: Sequence[int], shown: frozenset[int]) -> str:
+    """Return the text of these ids without control tokens, except those that are shown."""
+    if shown:
+        hidden = _control_ids(tokenizer) - shown
+        ids = [index for index in ids if index not in hidden]
+    return str(tokenizer.decode(ids, skip_special_tokens=not shown, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=8)
+def _control_ids(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(index for index, token in added.items() if token.special) | frozenset(tokenizer.all_special_ids)
 
 
 @lru_cache(maxsize=8)
@@ -363,17 +404,38 @@ def _byte_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(vocabulary[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in vocabulary)
 
 
+class _Likelihoods:
+    """transformers' processor interface: keeps the log probabilities of a step until its token is chosen."""
+
+    def __init__(self, wanted: Logprobs, stop_ids: tuple[int, ...]) -> None:
+        self.wanted, self.stop_ids = wanted, stop_ids
+        self.last = torch.empty(0)  # (V)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.last = torch.log_softmax(scores[0].float(), dim=-1)
+        return scores
+
+    def choose(self, index: int) -> None:
+        if index in self.stop_ids:
+            return
+        values, ids = self.last.topk(min(self.wanted.top, len(self.last)))
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        self.wanted.put(TokenLogprob(index, float(self.last[index]), top))
+
+
 class _ToQueue:
     """transformers' streamer interface: the prompt comes first, then one token at a time."""
 
-    def __init__(self, queue: Queue[Any], skip: int) -> None:
-        self.queue, self.skip = queue, skip
+    def __init__(self, queue: Queue[Any], skip: int, likelihoods: _Likelihoods | None = None) -> None:
+        self.queue, self.skip, self.likelihoods = queue, skip, likelihoods
 
     def put(self, value: torch.Tensor) -> None:
         for index in value.flatten().tolist():
             if self.skip:
                 self.skip -= 1
             else:
+                if self.likelihoods:
+                    self.likelihoods.choose(index)
                 self.queue.put(index)
 
     def end(self) -> None:

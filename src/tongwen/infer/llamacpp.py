@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from threading import BoundedSemaphore
-from typing import Any
+from typing import Any, ClassVar
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
-from tongwen.infer.generation import OnAnswer, Sampling, TextGenerator, cache_bytes
+from tongwen.infer.generation import Logprobs, OnAnswer, Sampling, TextGenerator, cache_bytes
 
 SLOTS = 8  # maximum number of prompts at a time
 CACHE = 2 << 30  # bytes for keys and values; llama.cpp allocates all of them when it opens a file
@@ -31,6 +31,7 @@ MIN_CONTEXT = 4096  # tokens of context for a prompt, even if they need more mem
 class LlamaCppBackend(TextGenerator):
     """A generator whose model is a llama.cpp server. slots: number of prompts that it answers at a time."""
 
+    gives_logprobs: ClassVar[bool] = False
     key: str = ""
     slots: int = 1
     free_slots: BoundedSemaphore = field(default_factory=BoundedSemaphore)
@@ -51,7 +52,9 @@ class LlamaCppBackend(TextGenerator):
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+    def _new_ids(
+        self, prompt: list[int], sampling: Sampling, logprobs: Logprobs | None = None
+    ) -> Generator[int, None, None]:
         """Request one token at a time: llama.cpp's own stream omits the ids of an incomplete character. The slot keeps the
         cache of the earlier tokens, so only new ones are computed. Each answer holds a slot to itself, so that no other
         answer takes it between two tokens."""

@@ -188,6 +188,13 @@ def score_of(sums: np.ndarray) -> dict[str, float]:
     return _share("score", sums)
 
 
+def tool_calls_of(sums: np.ndarray) -> dict[str, float]:
+    """Return the shares of answers with exactly the calls of the data, with the right tools, with valid arguments, and with a
+    call."""
+    names = ("exact_calls", "right_tools", "valid_arguments", "called")
+    return {name: float(count / max(sums[-1], 1)) for name, count in zip(names, sums, strict=False)}
+
+
 TEXT = {
     "exact_match": Metric(_is_same, partial(_share, "exact_match")),
     "bleu": Metric(_bleu_counts, _bleu_of),

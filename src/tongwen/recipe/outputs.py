@@ -39,6 +39,7 @@ TaskName = Literal[
     "rouge_words",
     "entity_f1",
     "spans",
+    "tool_calls",
     "multiple_choice",
     "lm_eval",
 ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,10 +25,15 @@ from starlette.routing import Route
 from tongwen.core import console
 from tongwen.core.errors import TongwenError, is_out_of_memory
 from tongwen.core.i18n import _
+from tongwen.core.json_schema import schema_problem
+from tongwen.core.tool_parser import ToolCall, ToolParser
 from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, error_response
 from tongwen.serving.request_queue import QueuedResponse, QueueFull, RequestQueue
-from tongwen.serving.stream_split import StreamPart, split_thinking, until
+from tongwen.serving.stream_split import StreamPart, split_calls, split_thinking, until
 
+NO_PARAMETERS = {"type": "object", "properties": {}}
+ARGUMENTS_PIECE = 64  # characters of a call's arguments in one event of a stream
+TOP = 20  # likeliest tokens that a request may ask for
 TURNS = 1000  # of a conversation, at most
 BYTES_PER_TOKEN = 32  # of a request's body; a token of JSON-escaped Chinese has up to 24
 MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are still read, so that its sender receives the error
@@ -39,6 +44,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 # Values of words that no field knows, with which they ask for nothing; and words that never change an answer.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto",),
+    "function_call": ("auto",),
     "parallel_tool_calls": (True,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
@@ -77,15 +83,93 @@ class TextPart(StrictModel):
     text: str
 
 
+class CalledFunction(StrictModel):
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _check_object(cls, text: str) -> str:
+        try:
+            if isinstance(json.loads(text), dict):
+                return text
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError(_("not the JSON text of an object"))
+
+
+class RequestCall(StrictModel):
+    id: Annotated[str, Field(min_length=1)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class RequestMessage(StrictModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     reasoning_content: str | None = None
+    tool_calls: list[RequestCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> RequestMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError(_("content is missing"))
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(_("only an assistant has tool_calls"))
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError(_("a message of a tool, and no other, names the call that it answers: tool_call_id"))
+        return self
 
     def to_dict(self) -> dict[str, Any]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
+        text = self.content or ""
+        text = text if isinstance(text, str) else "".join(part.text for part in text)
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            for call in message["tool_calls"]:
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+            message |= {"name": self.name} if self.name else {}
+        return message
+
+
+class FunctionDefinition(StrictModel):
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema and schema.get("type", "object") != "object":
+            raise ValueError(_("the parameters of a function are an object: type"))
+        if problem := schema_problem(schema or {}, "parameters"):
+            raise ValueError(problem)
+        return schema
+
+
+class ToolDefinition(StrictModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def to_dict(self) -> dict[str, Any]:
+        function = self.function.model_dump(exclude_none=True)
+        return {"type": "function", "function": {"description": "", "parameters": NO_PARAMETERS, **function}}
+
+
+class FunctionName(StrictModel):
+    name: str
+
+
+class NamedTool(StrictModel):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class StreamOptions(StrictModel):
@@ -115,6 +199,11 @@ class CompletionRequest(StrictModel):
     frequency_penalty: Zero | None = None
 
     @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens to give for each token; None for no log probabilities."""
+        return None
+
+    @property
     def stops(self) -> list[str]:
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
@@ -131,6 +220,48 @@ class ChatRequest(CompletionRequest):
     messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=TURNS)]
     max_completion_tokens: int | None = None
     response_format: TextFormat | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(_("top_logprobs needs logprobs: true"))
+        names = [tool.function.name for tool in self.tools or ()]
+        if len({*names}) < len(names):
+            raise ValueError(_("tools: two have the same name"))
+        if self.tool_choice == "required" and not names:
+            raise ValueError(_("tool_choice: there are no tools"))
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(_("tool_choice: no tool is called {name!r}").format(name=self.tool_choice.function.name))
+        called: set[str] = set()
+        for number, message in enumerate(self.messages):
+            called |= {call.id for call in message.tool_calls or ()}
+            if message.role == "tool" and message.tool_call_id not in called:
+                raise ValueError(
+                    _("messages.{number}: no call before it has the id {id!r}").format(
+                        number=number, id=message.tool_call_id
+                    )
+                )
+        return self
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model sees: none with `tool_choice: none`, so that it cannot call any."""
+        return [] if self.tool_choice == "none" else [tool.to_dict() for tool in self.tools or ()]
+
+    def begin(self, parser: ToolParser) -> str:
+        """Return what the answer begins with: with `required` or a named function, a call."""
+        if isinstance(self.tool_choice, NamedTool):
+            return parser.forced(self.tool_choice.function.name)
+        return parser.forced(None) if self.tool_choice == "required" else ""
 
     def _length(self) -> dict[str, int]:
         length = self.max_completion_tokens
@@ -139,14 +270,22 @@ class ChatRequest(CompletionRequest):
 
 class TextRequest(CompletionRequest):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=TOP)] | Literal[False] | None = None
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs if type(self.logprobs) is int else None
 
 
 @dataclass(frozen=True)
 class Backend:
     """A model as the server uses it.
 
-    chat_ids, text_ids: a conversation or a text -> ids; raise TongwenError if it cannot be rendered
-    generate: (ids, callback for each new token, settings) -> the answer in pieces
+    chat_ids: (conversation, tools, beginning of the answer) -> ids; raises TongwenError if it cannot be rendered
+    text_ids: a text -> ids; raises TongwenError
+    generate: (ids, callback for each new token, settings, beginning of the answer, how many of the likeliest tokens or None
+              for no log probabilities, callback for those) -> the answer in pieces, with that beginning
+    tool_parser: returns the parser of the model's tool calls; raises TongwenError if it has none
     ended:    whether an answer of these tokens ended on a stop token
     check:    raises RecipeError for invalid settings
     context:  maximum number of tokens, prompt and answer together
@@ -154,13 +293,18 @@ class Backend:
     """
 
     name: str
-    chat_ids: Callable[[list[dict[str, Any]]], list[int]]
+    chat_ids: Callable[[list[dict[str, Any]], list[dict[str, Any]], str], list[int]]
     text_ids: Callable[[str], list[int]]
-    generate: Callable[[list[int], Callable[[int], None], dict[str, Any]], Iterator[str]]
+    generate: Callable[
+        [list[int], Callable[[int], None], dict[str, Any], str, int | None, Callable[[dict[str, Any]], None]],
+        Iterator[str],
+    ]
+    tool_parser: Callable[[], ToolParser]
     ended: Callable[[Sequence[int]], bool]
     check: Callable[[dict[str, Any]], object]
     context: int
     settings: dict[str, Any]
+    gives_logprobs: bool = True
 
 
 class RequestError(Exception):
@@ -181,8 +325,11 @@ class CompletionResponse:
         prompt_tokens: int,
         max_tokens: int,
         ended: Callable[[Sequence[int]], bool],
+        logprobs: list[dict[str, Any]],
     ) -> None:
         self.answer, self.prompt_tokens, self.max_tokens, self.ended = answer, prompt_tokens, max_tokens, ended
+        self.calls = 0
+        self.logprobs, self.told, self.characters = logprobs, 0 if request.top is not None else -1, 0
         self.chat = isinstance(request, ChatRequest)
         self.shows_usage = bool(request.stream_options and request.stream_options.include_usage)
         name = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
@@ -197,11 +344,14 @@ class CompletionResponse:
         text, thought = (
             "".join(part.text for part in parts if part.thinking is is_thinking) for is_thinking in (False, True)
         )
+        calls = [part.call.to_dict(_call_id()) for part in parts if part.call]
+        self.calls = len(calls)
         content: dict[str, Any] = {"text": text}
         if self.chat:
-            thinking = {"reasoning_content": thought} if thought else {}
-            content = {"message": {"role": "assistant", "content": text, **thinking}}
-        choice = {"index": 0, **content, "finish_reason": self._finish(), "logprobs": None}
+            message = {"role": "assistant", "content": text or (None if calls else "")}
+            message |= {"reasoning_content": thought} if thought else {}
+            content = {"message": message | ({"tool_calls": calls} if calls else {})}
+        choice = {"index": 0, **content, "finish_reason": self._finish(), "logprobs": self._new_logprobs()}
         return JSONResponse({**self._head(""), "choices": [choice], "usage": self._usage()})
 
     async def events(self) -> AsyncIterator[str]:
@@ -212,6 +362,10 @@ class CompletionResponse:
                 if part.text:
                     delta = {"reasoning_content" if part.thinking else "content": part.text}
                     yield self._event(delta if self.chat else part.text)
+                if part.call:
+                    for delta in _call_deltas(part.call, self.calls):
+                        yield self._event({"tool_calls": [delta]})
+                    self.calls += 1
         except Exception as error:
             yield f"data: {bytes(_failure_response(error).body).decode()}\n\n"
             return
@@ -221,8 +375,28 @@ class CompletionResponse:
         yield "data: [DONE]\n\n"
 
     def _event(self, content: Any, finish: str | None = None) -> str:
-        choice = {"index": 0, "delta" if self.chat else "text": content, "finish_reason": finish, "logprobs": None}
+        choice = {"index": 0, "delta" if self.chat else "text": content, "finish_reason": finish}
+        choice["logprobs"] = self._new_logprobs()
         return _data({**self._head(".chunk"), "choices": [choice]})
+
+    def _new_logprobs(self) -> dict[str, Any] | None:
+        """Return the log probabilities of the tokens since the last event; None if the request did not ask for any."""
+        if self.told < 0:
+            return None
+        new = self.logprobs[self.told :]
+        self.told += len(new)
+        if self.chat:
+            return {"content": new, "refusal": None}
+        offsets = []
+        for token in new:
+            offsets.append(self.characters)
+            self.characters += len(token["token"])
+        return {
+            "tokens": [token["token"] for token in new],
+            "token_logprobs": [token["logprob"] for token in new],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in new],
+            "text_offset": offsets,
+        }
 
     def _head(self, chunk: str) -> dict[str, Any]:
         return {**self.head, "object": f"chat.completion{chunk}" if self.chat else "text_completion"}
@@ -237,7 +411,9 @@ class CompletionResponse:
 
     def _finish(self) -> str:
         tokens = self.answer.tokens
-        return "length" if len(tokens) >= self.max_tokens and not self.ended(tokens) else "stop"
+        if len(tokens) >= self.max_tokens and not self.ended(tokens):
+            return "length"
+        return "tool_calls" if self.calls else "stop"
 
 
 class EventStream(StreamingResponse):
@@ -297,13 +473,15 @@ class ApiServer:
 
     async def answer(self, request_type: type[CompletionRequest], raw_request: Request) -> Response:
         body = await self._read(raw_request)
-        request, ids, settings = await asyncio.to_thread(self._parse, request_type, body)
+        request, ids, settings, begin = await asyncio.to_thread(self._parse, request_type, body)
         try:
-            answer = self.queue.submit(partial(self._generate, request, ids, settings))
+            logprobs: list[dict[str, Any]] = []
+            answer = self.queue.submit(partial(self._generate, request, ids, settings, begin, logprobs))
         except QueueFull as busy:
             message = _("too many requests are waiting")
             raise RequestError(429, "busy", message, retry_after=str(busy.retry_after)) from None
-        response = CompletionResponse(request, answer, len(ids), settings["max_new_tokens"], self.backend.ended)
+        longest = settings["max_new_tokens"]
+        response = CompletionResponse(request, answer, len(ids), longest, self.backend.ended, logprobs)
         return EventStream(response) if request.stream else await _unless_disconnected(raw_request, response)
 
     async def _read(self, raw_request: Request) -> bytes:
@@ -333,19 +511,27 @@ class ApiServer:
 
     def _parse(
         self, request_type: type[CompletionRequest], body: bytes
-    ) -> tuple[CompletionRequest, list[int], dict[str, Any]]:
-        """Return the request, its prompt as ids, and its settings. Raises RequestError if it is invalid."""
+    ) -> tuple[CompletionRequest, list[int], dict[str, Any], str]:
+        """Return the request, its prompt as ids, its settings, and what the answer begins with. Raises RequestError if it is
+        invalid."""
+        begin = ""
         try:
             request = request_type.model_validate_json(body)
         except ValidationError as error:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if request.model != self.backend.name:
             raise self._no_model(request.model)
+        if request.top is not None and not self.backend.gives_logprobs:
+            message = "logprobs: " + _("this engine gives no log probabilities")
+            raise RequestError(400, "invalid_request_error", message)
         try:
             settings = self.backend.settings | request.sampling()
             self.backend.check(settings)
             if isinstance(request, ChatRequest):
-                ids = self.backend.chat_ids([message.to_dict() for message in request.messages])
+                if request.offered:
+                    begin = request.begin(self.backend.tool_parser())
+                messages = [message.to_dict() for message in request.messages]
+                ids = self.backend.chat_ids(messages, request.offered, begin)
             else:
                 assert isinstance(request, TextRequest)
                 ids = self.backend.text_ids(request.prompt if isinstance(request.prompt, str) else request.prompt[0])
@@ -357,16 +543,28 @@ class ApiServer:
                 count=len(ids), context=self.backend.context - 1
             )
             raise RequestError(400, "context_length_exceeded" if ids else "invalid_request_error", message)
-        return request, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], available)}
+        return request, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], available)}, begin
 
     def _generate(
-        self, request: CompletionRequest, ids: list[int], settings: dict[str, Any], on_token: Callable[[int], None]
+        self,
+        request: CompletionRequest,
+        ids: list[int],
+        settings: dict[str, Any],
+        begin: str,
+        logprobs: list[dict[str, Any]],
+        on_token: Callable[[int], None],
     ) -> Iterator[StreamPart]:
         """Yield the parts of the answer. Runs in the queue's thread."""
-        pieces = self.backend.generate(ids, on_token, settings)
+        pieces = self.backend.generate(ids, on_token, settings, begin, request.top, logprobs.append)
         if request.stops:
             pieces = until(pieces, request.stops)
-        return split_thinking(pieces) if isinstance(request, ChatRequest) else map(StreamPart, pieces)
+        if not isinstance(request, ChatRequest):
+            return map(StreamPart, pieces)
+        parts = split_thinking(pieces)
+        if not request.offered:
+            return parts
+        one = request.parallel_tool_calls is False or isinstance(request.tool_choice, NamedTool)
+        return split_calls(parts, self.backend.tool_parser(), request.offered, not one)
 
 
 async def _unless_disconnected(raw_request: Request, response: CompletionResponse) -> Response:
@@ -380,6 +578,19 @@ async def _unless_disconnected(raw_request: Request, response: CompletionRespons
         response.answer.cancel()
         answering.cancel()
         disconnect.cancel()
+
+
+def _call_id() -> str:
+    """Return an id of the form that the strictest chat templates ask for (Mistral's: nine letters and digits)."""
+    return uuid.uuid4().hex[:9]
+
+
+def _call_deltas(call: ToolCall, index: int) -> Iterator[dict[str, Any]]:
+    """Yield a call as a stream gives it: its name first, then its arguments in pieces."""
+    head = call._replace(arguments="").to_dict(_call_id())
+    yield {"index": index, **head}
+    for at in range(0, len(call.arguments), ARGUMENTS_PIECE):
+        yield {"index": index, "function": {"arguments": call.arguments[at : at + ARGUMENTS_PIECE]}}
 
 
 def _data(value: dict[str, Any]) -> str:
@@ -402,7 +613,8 @@ def _failure_response(error: Exception) -> Response:
 def _problem(error: ValidationError) -> str:
     """Describe the first invalid field of a request."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
+
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}".lstrip(": ")
 
 
 def _route_error(request: Request, error: Exception) -> Response:

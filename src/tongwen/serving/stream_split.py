@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from tongwen.core.message_layout import Tools
+from tongwen.core.tool_parser import ToolCall, ToolParser, schemas_of
+
+EAGER = 2000  # characters of calls up to which every piece is looked at
 OPEN, CLOSE = "<think>", "</think>"
 
 
 class StreamPart(NamedTuple):
-    """A piece of text, and whether it is thinking."""
+    """A piece of text, and whether it is thinking; or a whole tool call."""
 
     text: str
     thinking: bool = False
+    call: ToolCall | None = None
 
 
 def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
@@ -44,6 +49,44 @@ def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
         text = more.lstrip()
     yield StreamPart(text)
     yield from map(StreamPart, pieces)
+
+
+def split_calls(
+    parts: Iterator[StreamPart], parser: ToolParser, tools: Tools, parallel: bool = True
+) -> Iterator[StreamPart]:
+    """Separate tool calls from the answer: each is yielded once it is whole. What turns out to be no call, because it is
+    cut off or broken, is text. parallel: whether the answer goes on after its first call."""
+    schemas, text, done, opened, next_read = schemas_of(tools), "", 0, False, 0
+    for part in parts:
+        if part.thinking:
+            yield part
+            continue
+        text += part.text
+        if not opened:
+            at = parser.find(text)
+            opened = at >= 0
+            before = at if opened else (0 if parser.anchored and parser.holds_back(text) else _undecided(text, parser))
+            yield StreamPart(text[:before].rstrip() if opened else text[:before])
+            text = text[before:]
+            if not opened and parser.anchored and text == "" and before:
+                yield from parts
+                return
+        if opened and len(text) >= next_read:
+            next_read = len(text) + max(len(text) - EAGER, 0) // 8  # so that reading a long answer takes linear time
+            calls, _rest = parser.read(text, schemas)
+            yield from (StreamPart("", call=call) for call in calls[done : None if parallel else 1])
+            done = len(calls)
+            if done and not parallel:
+                return
+    calls, rest = parser.read(text, schemas) if opened else ([], text)
+    yield from (StreamPart("", call=call) for call in calls[done : None if parallel else 1])
+    yield StreamPart(rest)
+
+
+def _undecided(text: str, parser: ToolParser) -> int:
+    """Return where the end of a text begins that could belong to a call: blanks, and the beginning of a mark."""
+    kept = text[: len(text) - _partial_mark_length(text, (parser.mark,))] if not parser.anchored else text
+    return len(kept.rstrip())
 
 
 def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:

@@ -21,11 +21,12 @@ from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
 from tongwen.core.stop_signals import StopSignal
 from tongwen.core.terminal_text import visible
+from tongwen.core.tool_parser import ToolParser
 from tongwen.serving.last_turns import last_turns
-from tongwen.serving.stream_split import StreamPart, split_thinking
+from tongwen.serving.stream_split import StreamPart, split_calls, split_thinking
 
 Messages = list[dict[str, Any]]
-COMMANDS = N_("/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VALUE  /exit")
+COMMANDS = N_("/clear  /system TEXT  /retry  /save FILE  /thinking  /tool ANSWER  /set NAME VALUE  /exit")
 
 
 @dataclass
@@ -38,6 +39,7 @@ class TerminalChat:
     context:  maximum number of tokens, prompt and answer together
     settings: max_new_tokens, temperature, …
     saved:    file that `/save` wrote -> its hash
+    tools:    that the model may call; parser: of its calls
     """
 
     reply: Callable[[Messages, dict[str, Any], Callable[[int], None]], Iterator[str]]
@@ -48,7 +50,35 @@ class TerminalChat:
     stream: bool = True
     messages: Messages = field(default_factory=list)
     thought: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
     saved: dict[Path, str] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    parser: ToolParser | None = None
+
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """The calls of the last answer that nobody has answered yet."""
+        answered = 0
+        while answered < len(self.messages) and self.messages[-1 - answered]["role"] == "tool":
+            answered += 1
+        last = self.messages[-1 - answered] if answered < len(self.messages) else {}
+        return list(last.get("tool_calls", ()))[answered:]
+
+    def read(self, line: str) -> None:
+        """Take a line as the answer of a called tool, or as a question."""
+        if not (calls := self.open_calls):
+            self.ask(line)
+            return
+        called = {"tool_call_id": calls[0]["id"], "name": calls[0]["function"]["name"]}
+        self.messages.append({"role": "tool", "content": line, **called})
+        if len(calls) == 1:
+            self.answer()
+        else:
+            self._ask_for_tool()
+
+    def _ask_for_tool(self) -> None:
+        if calls := self.open_calls:
+            console.info(_("the answer of {name}?").format(name=calls[0]["function"]["name"]))
 
     def start(self, system: str) -> None:
         self.messages = [{"role": "system", "content": system}] if system else []
@@ -67,15 +97,22 @@ class TerminalChat:
             console.error(error.text())
             self.messages.pop()
             return
-        if text or self.thought:
-            thinking = {"reasoning_content": self.thought.strip()} if self.thought else {}
-            self.messages.append({"role": "assistant", "content": text, **thinking})
+        if text or self.thought or self.calls:
+            extra: dict[str, Any] = {"reasoning_content": self.thought.strip()} if self.thought else {}
+            if self.calls:
+                extra["tool_calls"] = self.calls
+            self.messages.append({"role": "assistant", "content": text, **extra})
+            self._ask_for_tool()
         else:
             self.messages.pop()
 
+    def _parts(self, on_token: Callable[[int], None]) -> Iterator[StreamPart]:
+        parts = split_thinking(self.reply(list(self.messages), self.settings, on_token))
+        return split_calls(parts, self.parser, self.tools) if self.parser else parts
+
     def _show(self) -> str:
-        """Print the answer, its thinking folded into one line. Returns the answer without its thinking."""
-        self.thought, text, tokens = "", "", 0
+        """Print the answer, its thinking folded into one line, and its calls. Returns the answer without its thinking."""
+        self.thought, self.calls, text, tokens = "", [], "", 0
         start = time.monotonic()
 
         def on_token(index: int) -> None:
@@ -84,9 +121,12 @@ class TerminalChat:
 
         with closing(_AnswerDisplay(self.stream)) as display:
             try:
-                for part in split_thinking(self.reply(list(self.messages), self.settings, on_token)):
+                for part in self._parts(on_token):
                     display.add(part)
-                    if part.thinking:
+                    if part.call:
+                        call = part.call.to_dict(f"call{len(self.messages):04}{len(self.calls)}")
+                        self.calls.append(call)
+                    elif part.thinking:
                         self.thought += part.text
                     else:
                         text += part.text
@@ -107,7 +147,9 @@ class TerminalChat:
         that is too long even alone."""
         max_tokens = self.context - self.settings["max_new_tokens"]
         messages = last_turns(self.messages, self.count, max_tokens)
-        dropped = (len(self.messages) - len(messages)) // 2
+        dropped = sum(turn["role"] == "user" for turn in self.messages) - sum(
+            turn["role"] == "user" for turn in messages
+        )
         if dropped and self.count(messages) < self.context:
             self.messages = messages
             console.notice(_("the {dropped} oldest turns no longer fit and are forgotten").format(dropped=dropped))
@@ -124,6 +166,11 @@ class TerminalChat:
         elif name == "/system":
             self.start(argument)
             console.success(_("started a new conversation with this system message"))
+        elif name == "/tool":
+            if self.open_calls:
+                self.read(argument)
+            else:
+                console.info(_("no tool was called"))
         elif name == "/retry":
             self._retry()
         elif name == "/save":
@@ -145,7 +192,7 @@ class TerminalChat:
 
     def _save(self, file: Path) -> None:
         """Write the conversation to a new file, or to the one that it was saved to before."""
-        text = artifact.as_json({"messages": self.messages})
+        text = artifact.as_json({"messages": self.messages, **({"tools": self.tools} if self.tools else {})})
         try:
             if file in self.saved and file.is_file() and artifact.hash_file(file) == self.saved[file]:
                 artifact.write_text(file, text)
@@ -191,7 +238,7 @@ def converse(chat: TerminalChat, *, name: str, system: str) -> int:
             if not chat.command(line):
                 return 0
         elif line:
-            chat.ask(line)
+            chat.read(line)
 
 
 class _AnswerDisplay:
@@ -207,12 +254,13 @@ class _AnswerDisplay:
             if sys.stdout.isatty():
                 self._grey("\r")
             return
-        if part.text and self.thought:
+        text = f"\n→ {part.call.name} {part.call.arguments}" if part.call else part.text
+        if text and self.thought:
             self._unfold()
         if self.stream:
-            print(visible(part.text), end="", flush=True)
+            print(visible(text), end="", flush=True)
         else:
-            self.buffer += part.text
+            self.buffer += text
 
     def close(self) -> None:
         if self.thought:

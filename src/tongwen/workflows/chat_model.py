@@ -7,24 +7,26 @@ that the model learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
+from tongwen.core.answer_form import THINK, AnswerForm, find_answer_form
 from tongwen.core.chat_template import Template, separate_control_tokens
 from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Message
+from tongwen.core.tool_parser import ToolParser
 from tongwen.data.encode import Encoder
 from tongwen.infer import llamacpp, vllm
-from tongwen.infer.generation import ROWS, Sampling, TextGenerator
+from tongwen.infer.generation import ROWS, Logprobs, Sampling, TextGenerator, TokenLogprob
 from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.loading import chat_setup, device_map, load
 from tongwen.model.loading.special_tokens import fix_stop_tokens
-
-THINK = "<think>"
 
 
 @dataclass
@@ -49,27 +51,62 @@ class ChatModel:
         """
         answers: dict[int, list[int]] = {}
         self.generator.answer_all([self.prompt_ids(messages)], self._sampling(options), answers.__setitem__)
-        return self.generator.decode(answers[0])
+        return self._text(answers[0])
 
     def stream(
         self,
         messages: Sequence[dict[str, Any]],
         on_token: Callable[[int], None] = lambda index: None,
+        tools: Sequence[dict[str, Any]] = (),
         **options: Any,
     ) -> Iterator[str]:
         """Yield the answer in pieces of whole characters. on_token: called with the id of each new token."""
-        return self.continue_ids(self.prompt_ids(messages), on_token, **options)
+        return self.continue_ids(self.prompt_ids(messages, tools), on_token, **options)
 
-    def continue_ids(self, ids: list[int], on_token: Callable[[int], None], **options: Any) -> Iterator[str]:
-        """Yield the continuation of these ids in pieces of whole characters. If the prompt itself ends with `<think>`,
-        the first piece is `<think>`."""
-        if self.encoder.backend.decode(ids[-8:], skip_special_tokens=False).rstrip().endswith(THINK):
-            yield THINK
+    def continue_ids(
+        self,
+        ids: list[int],
+        on_token: Callable[[int], None],
+        begin: str = "",
+        logprobs: Logprobs | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yield the continuation of these ids in pieces of whole characters, its thinking between `<think>` and `</think>`. If
+        the prompt itself opens the thinking, the first piece is `<think>`. begin: the beginning of the answer that these ids
+        end with."""
+        end = self.encoder.backend.decode(ids[-16:], skip_special_tokens=False).rstrip()
+        opening = next((mark for mark in (THINK, self.form.thinking[0]) if not begin and end.endswith(mark)), begin)
         sampling = self._sampling(options)
         left = max(self.context - len(ids), 1)
-        yield from self.generator.stream(
-            ids, sampling.override(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
-        )
+        sampling = sampling.override(max_new_tokens=min(sampling.max_new_tokens, left))
+        with closing(self.generator.stream(ids, sampling, on_token, logprobs)) as pieces:
+            yield from self.form.plain(chain([opening] if opening else [], pieces))
+
+    @property
+    def form(self) -> AnswerForm:
+        """How answers are written: by the chat template."""
+        return AnswerForm() if self.template is None else find_answer_form(self.template.for_calls)
+
+    @property
+    def tool_parser(self) -> ToolParser:
+        """The parser of tool calls. Raises ModelError when the chat template writes none, or none that can be read back."""
+        found = self.form.tools or _("a text that is continued has no place for tools")
+        if isinstance(found, str):
+            raise ModelError(found, place="tools", remedy="--template chatml | plain")
+        return found
+
+    def describe(self, token: TokenLogprob) -> dict[str, Any]:
+        """Return a token with its log probability in OpenAI's form."""
+
+        def entry(index: int, logprob: float) -> dict[str, Any]:
+            text = str(self.generator.tokenizer.decode([index], skip_special_tokens=False))
+            whole = "\ufffd" not in text  # part of a character has no text, and its bytes are not known
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+        return entry(*token[:2]) | {"top_logprobs": [entry(*one) for one in token.top]}
+
+    def _text(self, ids: list[int]) -> str:
+        return "".join(self.form.plain(iter([self.generator.decode(ids)])))
 
     def ended(self, ids: Sequence[int]) -> bool:
         """Return whether an answer with these tokens ended on a stop token; otherwise it was cut off."""
@@ -99,21 +136,26 @@ class ChatModel:
             self.generator.answer_all(
                 ids,
                 self._sampling(options),
-                lambda index, answer: on_answer(index, self.generator.decode(answer)),
+                lambda index, answer: on_answer(index, self._text(answer)),
                 batch_size,
             )
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Return the ids of the conversation, up to where the model's answer begins."""
-        text = self.prompt_text(messages, tools)
+    def prompt_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = (), begin: str = ""
+    ) -> list[int]:
+        """Return the ids of the conversation, up to where the model's answer begins. begin: what the answer begins with; it
+        has no thinking then."""
+        text = self.prompt_text(messages, tools, begin)
         return self.text_ids(text) if self.template is None else self.encoder.encode_prompt(text)
 
-    def prompt_text(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def prompt_text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] = (), begin: str = ""
+    ) -> str:
         """Return the conversation as text, up to where the model's answer begins. Raises RowRejected for tools without a
         template."""
         turns = [Message.from_dict(turn) for turn in messages]
         if self.template is not None:
-            return self.template.prompt(turns, tools, thinking=self.thinking)
+            return self.template.prompt(turns, tools, thinking=self.thinking and not begin) + begin
         if tools:
             raise RowRejected("part_lost", _("a text that is continued has no place for the tools of its row"))
         return "".join(turn.content for turn in turns)
@@ -184,6 +226,9 @@ def open_chat_model(
         generator = TextGenerator(
             network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged"
         )
+    if chat_template is not None:
+        marks = find_answer_form(chat_template.for_calls).marks
+        generator = replace(generator, shown=frozenset(map(int, tokenizer.convert_tokens_to_ids(sorted(marks)))))
     return ChatModel(model, generator, encoder, chat_template, thinking == "on")
 
 

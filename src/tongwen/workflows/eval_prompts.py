@@ -54,6 +54,14 @@ class EvalPrompt:
         return str(self.messages[-1]["content"])
 
 
+@dataclass(frozen=True)
+class ToolQuestion:
+    """A conversation whose answer may call tools. calls: of the answer in the data, none where it is text alone."""
+
+    prompt: EvalPrompt
+    calls: tuple[dict[str, Any], ...]
+
+
 def read_questions(source: SourceConfig) -> list[EvalPrompt]:
     """Return all rows of a file, folder or glob; a notice names their unread fields. Raises DataError at the first row
     without a question."""
@@ -72,6 +80,27 @@ def read_records(source: SourceConfig) -> list[Document | Dialogue]:
     records = [_record(row, source) for row in answered]
     _report_unread(records, source.path)
     return records
+
+
+def read_tool_questions(source: SourceConfig) -> list[ToolQuestion]:
+    """Return a question for each answer of the rows with tools, and how many rows have none as a notice."""
+    rows = list(_rows(source))
+    records = [record for row in rows if isinstance(record := _record(row, source), Dialogue) and record.tools]
+    if len(records) < len(rows):
+        console.notice(
+            _("{path}: {count} rows without tools are not scored").format(
+                path=source.path, count=len(rows) - len(records)
+            )
+        )
+    out = []
+    for record in records:
+        turns = [message.to_dict() for message in record.messages]
+        for at, turn in enumerate(turns):
+            if at and turn["role"] == "assistant":
+                prompt = EvalPrompt(turns[:at], turn["content"], str(record.origin), record.tools, record.unread)
+                out.append(ToolQuestion(prompt, tuple(turn.get("tool_calls") or ())))
+    _report_unread([one.prompt for one in out], source.path)
+    return out
 
 
 def report_unanswered(count: int, path: str) -> None:

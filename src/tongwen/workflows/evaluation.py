@@ -6,6 +6,7 @@ of them could not be scored on some rows.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from tongwen.core import console
 from tongwen.core.errors import DataError, MissingPackage, ModelError, NumbersError, RecipeError
 from tongwen.core.i18n import _
+from tongwen.core.json_schema import same_json, schema_problem, unchecked_words, value_problem
+from tongwen.core.message_layout import body_of, read_arguments
 from tongwen.core.records import Dialogue, Document
+from tongwen.core.tool_parser import schemas_of
 from tongwen.data.files import find_files
 from tongwen.infer import metrics, multiple_choice
 from tongwen.infer.multiple_choice import MultipleChoiceQuestion
 from tongwen.recipe.outputs import TaskConfig
 from tongwen.workflows.chat_model import ChatModel
-from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, report_unanswered
+from tongwen.workflows.eval_prompts import (
+    EvalPrompt,
+    ToolQuestion,
+    read_questions,
+    read_records,
+    read_tool_questions,
+    report_unanswered,
+)
 from tongwen.workflows.likelihood import Likelihood
 
 Figures = Callable[[np.ndarray], dict[str, float]]
@@ -94,6 +106,8 @@ def read_task(task: TaskConfig) -> EvalTask:
     assert task.data
     if task.task == "multiple_choice":
         return _read_choices(task)
+    if task.task == "tool_calls":
+        return _read_tool_calls(task)
     if task.task in metrics.TEXT:
         return GenerationTask(task, _first(task, _answered(task, read_questions(task.data))))
     return LikelihoodTask(task, _first(task, read_records(task.data)))
@@ -143,6 +157,85 @@ class GenerationTask(EvalTask):
             prompt = metrics.AnsweredPrompt(question.last, metrics.without_thinking(answer), str(question.reference))
             scores.put(row, measure.count(prompt), prompt._asdict())
         return scores
+
+
+@dataclass(frozen=True)
+class ToolCallTask(EvalTask):
+    """Answers that may call tools: compared with the calls in the data as JSON, and checked by the schemas of the row's tools."""
+
+    questions: list[ToolQuestion]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def figures(self) -> Figures:
+        return metrics.tool_calls_of
+
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        parser, scores = chat_model.tool_parser, Scores()
+        answers = ask([one.prompt for one in self.questions], progress)
+        for row, (question, answer) in enumerate(zip(self.questions, answers, strict=True)):
+            tools = question.prompt.tools
+            made, _text = parser.read(metrics.without_thinking(answer), schemas_of(tools))
+            calls = [(call.name, json.loads(call.arguments)) for call in made]
+            inner = [body_of(call) for call in question.calls]
+            wanted = [(one["name"], read_arguments(one.get("arguments") or {})) for one in inner]
+            problems = [problem for call in calls if (problem := _call_problem(*call, tools))]
+            shown = {"question": question.prompt.last, "answer": answer, "wanted": _as_lines(wanted)}
+            counts = (
+                _are_same(calls, wanted),
+                sorted(name for name, _arguments in calls) == sorted(name for name, _arguments in wanted),
+                not problems,
+                bool(calls),
+                1,
+            )
+            scores.put(row, list(map(float, counts)), shown | ({"problem": problems[0]} if problems else {}))
+        return scores
+
+
+def _read_tool_calls(task: TaskConfig) -> ToolCallTask:
+    assert task.data
+    questions = read_tool_questions(task.data)
+    if not questions:
+        raise DataError(
+            _("no row has tools"), place=task.data.path, remedy='{"messages": […], "tools": [{"type": "function", …}]}'
+        )
+    unchecked: set[str] = set()
+    for one in questions:
+        for tool in one.prompt.tools:
+            schema = body_of(tool).get("parameters") or {}
+            if problem := schema_problem(schema, "parameters"):
+                raise DataError(problem, place=one.prompt.place)
+            unchecked |= unchecked_words(schema)
+    if unchecked:
+        console.notice(
+            _("these words of the tools' schemas are not checked: {words}").format(words=", ".join(sorted(unchecked)))
+        )
+    return ToolCallTask(task, _first(task, questions))
+
+
+def _call_problem(name: str, arguments: dict[str, Any], tools: Sequence[dict[str, Any]]) -> str:
+    """Return what is wrong with a call by the schema of its tool, "" if nothing is."""
+    schemas = {body_of(tool).get("name"): body_of(tool).get("parameters") or {} for tool in tools}
+    if name not in schemas:
+        return _("there is no tool {name!r}").format(name=name)
+    return value_problem(arguments, schemas[name], name)
+
+
+def _are_same(calls: Sequence[tuple[str, Any]], wanted: Sequence[tuple[str, Any]]) -> bool:
+    """Whether two answers make the same calls, in any order."""
+    left = list(wanted)
+    for name, arguments in calls:
+        found = next((at for at, one in enumerate(left) if one[0] == name and same_json(one[1], arguments)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
+
+
+def _as_lines(calls: Sequence[tuple[str, Any]]) -> str:
+    return "\n".join(f"{name} {json.dumps(arguments, ensure_ascii=False)}" for name, arguments in calls)
 
 
 # -- options -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tongwen.core.answer_form import find_answer_form
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import _
@@ -54,10 +55,13 @@ def special_texts(tokenizer: Any) -> list[str]:
 
 
 def stop_ids(tokenizer: Any, template: Template | None, generation_config: Any) -> tuple[int, ...]:
-    """Return the ids that end an answer: the template's stop first, then the model's own stop tokens."""
+    """Return the ids that end an answer: the template's stop first, that of a call, then the model's own stop tokens."""
     ids: list[int] = []
     if template is not None:
         ids.append(int(tokenizer.convert_tokens_to_ids(template.stop)))
+        calls = find_answer_form(template.for_calls).tools
+        if not isinstance(calls, str) and calls.stop in set(template.special) - {template.stop}:
+            ids.append(int(tokenizer.convert_tokens_to_ids(calls.stop)))
     known = getattr(generation_config, "eos_token_id", None)
     for index in [*(known if isinstance(known, (list, tuple)) else [known]), tokenizer.eos_token_id]:
         if index is not None and index not in ids:
