@@ -6,13 +6,16 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.conftest import save_fast, tiny_llama
+from tests.conftest import byte_level_tokenizer, dialogues, save_fast, tensors, tiny_llama, write_rows
+from tongwen.vocab import matched
 
 # No two share the second or the third byte: see `bigram_model`.
 CHARACTERS = [bytes([0xE5 + place % 4, 0x80 + place, 0xA0 + place]).decode() for place in range(12)]
@@ -95,3 +98,122 @@ def test_a_grown_model_says_what_the_base_says(bigram_model: Path, tmp_path: Pat
     code, _, err = tongwen("run", write(tmp_path, bigram_model, "subtoken_mean"), "--again")
     assert code == 0, err
     assert nats(tmp_path / "out" / "vocab", texts) > base + 0.3 * entropy
+
+
+CHINESE = [
+    "机器学习使用数据训练模型，模型从数据中学习规律。",
+    "语言模型根据上文预测下一个词，预测越准，模型越好。",
+] * 40
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    base = tmp_path / "base"
+    tiny_llama(base, len(byte_level_tokenizer(base)))
+    return base
+
+
+def test_a_tied_head_is_untied_and_every_later_stage_takes_it(tied: Path, tmp_path: Path, tongwen: Any) -> None:
+    rows = write_rows(tmp_path / "data.jsonl", dialogues(24))
+    later = """pretrain:
+  phases: [{train: new_rows, stop_after: 2 steps}, {train: lora, stop_after: 1 steps}]
+  adapter: {rank: 4}
+  max_length: 64
+  learning_rate: 1e-2
+  precision: fp32
+sft: {template: chatml, adapter: {rank: 4}, max_length: 256, stop_after: 1 steps, samples: 0, precision: fp32}
+merge: {}
+export: {formats: [gguf], quantize: f32}
+"""
+    texts = [f"{one}{place}" for place, one in enumerate(CHINESE)]
+    recipe = write(tmp_path, tied, "matched, words: [Kubernetes], measure_bits: false", later, texts)
+    recipe.write_text(recipe.read_text().replace("prepare: {", f"prepare: {{dialogues: {rows}, "))
+    code, planned, err = tongwen("plan", recipe)
+    assert code == 0 and "unties the head" in planned, err
+    code, out, err = tongwen("run", recipe)
+    assert code == 0 and "unties the head" in out + err, err
+    grown, old = tensors(tmp_path / "out" / "vocab"), tensors(tied)
+    merged = tensors(tmp_path / "out" / "merge")
+    first = json.loads((tmp_path / "out" / "vocab" / "new_rows.json").read_text())[0]
+    assert HEAD not in old and (grown[EMBEDDING][:first] == old[EMBEDDING]).all()
+    moved = (grown[HEAD][:first] != old[EMBEDDING]).any(dim=1).nonzero()[:, 0].tolist()
+    spelled = byte_level_tokenizer(tmp_path / "again").convert_ids_to_tokens(moved)
+    assert moved and not any(one.isascii() for one in spelled), spelled
+    assert (merged[EMBEDDING][:first] == grown[EMBEDDING][:first]).all()
+    assert (merged[HEAD][first:] != grown[HEAD][first:]).any()
+    for folder in ("vocab", "merge"):
+        assert json.loads((tmp_path / "out" / folder / "config.json").read_text())["tie_word_embeddings"] is False
+        assert tongwen("verify", tmp_path / "out" / folder)[0] == 0
+    from gguf import GGUFReader
+
+    (file,) = (tmp_path / "out" / "export" / "gguf").glob("*.gguf")
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(str(file)).tensors}
+
+
+def test_the_same_seed_gives_the_same_rows(tied: Path, tmp_path: Path, tongwen: Any) -> None:
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        texts = [f"{one}{place}" for place, one in enumerate(CHINESE)]
+        assert tongwen("run", write(tmp_path / name, tied, "matched, measure_bits: false", "", texts))[0] == 0
+        found.append(json.loads((tmp_path / name / "out" / "vocab" / "manifest.json").read_text())["fingerprint"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [("no text", "no text to match"), ("softcap", "changes what its head says"), ("memory", "not fit")],
+)
+def test_rows_that_cannot_be_matched_are_the_mean_and_that_is_said(
+    tied: Path, tmp_path: Path, tongwen: Any, base: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write(tmp_path, tied, "matched", "", [f"{one}{place}" for place, one in enumerate(CHINESE)])
+    if base == "no text":
+        lines = [line for line in recipe.read_text().splitlines() if not line.startswith(("prepare", "vocab"))]
+        recipe.write_text("\n".join([*lines, "vocab: {pieces: 0, words: [机器学习], new_rows: matched}"]))
+    elif base == "softcap":
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        count = len(byte_level_tokenizer(tied))
+        Gemma2ForCausalLM(Gemma2Config(vocab_size=count, head_dim=8, num_key_value_heads=2, **sizes)).save_pretrained(
+            tied
+        )
+    else:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    code, out, err = tongwen("run", recipe)
+    assert code == 0 and said in out + err and "subtoken_mean" in out + err, err
+    config = json.loads((tmp_path / "out" / "vocab" / "config.json").read_text())
+    assert config.get("tie_word_embeddings", True) and HEAD not in tensors(tmp_path / "out" / "vocab")
+    part = tongwen_parts(tmp_path / "out" / "vocab", tied)
+    rows = tensors(tmp_path / "out" / "vocab")[EMBEDDING]
+    for index, old in part.items():
+        assert torch.allclose(rows[index], rows[old].mean(0), atol=1e-6)
+
+
+def tongwen_parts(grown: Path, base: Path) -> dict[int, list[int]]:
+    """Return the old ids of each new piece that is whole text."""
+    from transformers import AutoTokenizer
+
+    new, old = AutoTokenizer.from_pretrained(grown), AutoTokenizer.from_pretrained(base)
+    spelled = {index: new.decode([index]) for index in json.loads((grown / "new_rows.json").read_text())}
+    return {index: old(one)["input_ids"] for index, one in spelled.items() if "\ufffd" not in one}
+
+
+def test_shares_of_a_first_token_sum_to_one() -> None:
+    """The head says a piece with the first token's probability times its share; the rest and all others stay."""
+    torch.manual_seed(0)
+    states = torch.cat([torch.ones(200, 1), torch.randn(200, 7)], dim=1)
+    bias = matched.bias_direction(states)
+    head, parts = torch.randn(10, 8), [[3, 4], [3, 5], [7, 1]]
+    counts = torch.tensor([5.0] * 10 + [20.0, 3.0, 0.0])
+    shares, stays = matched.log_shares(counts, parts, 10)
+    old = head.clone()
+    for index, less in stays.items():
+        old[index] += less * bias
+    new = head[[3, 3, 7]] + shares[:, None] * bias
+    before = torch.log_softmax(states @ head.T, dim=1).exp()
+    after = torch.log_softmax(states @ torch.cat([old, new]).T, dim=1).exp()
+    assert (after[:, [0, 1, 2, 4, 5, 6, 8, 9]] - before[:, [0, 1, 2, 4, 5, 6, 8, 9]]).abs().max() < 2e-3
+    assert (after[:, [3, 10, 11]].sum(1) - before[:, 3]).abs().max() < 2e-3
+    assert (after[:, 10] / after[:, 3] - 20.5 / 5.5).abs().max() < 0.05

@@ -8,7 +8,6 @@ model folder; `new_rows.json` lists the rows that have to be trained.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import TensorSource, row_bytes
+from tongwen.core.safetensors_io import ITEM_BYTES, TensorSource
 from tongwen.data.prepare_steps import load_records
 from tongwen.model.adapters.read import HEADS
 from tongwen.model.loading import load
@@ -146,19 +145,21 @@ def _sample(prepared: Path | None) -> list[str]:
 
 
 def _untie(base: TensorSource, config: dict[str, Any], head: str, place: str) -> TensorSource:
-    """Give the model a head of its own, and say what that costs."""
+    """Give the model a head of its own."""
     embedding = resize.matrices_of(base, place)[0]
-    dtype, shape = base.facts[embedding]
+    dtype, (rows, width) = base.facts[embedding]
     untie(config)
+    say_untied(rows, width, ITEM_BYTES[dtype])
+    return base if head in base.facts else resize.with_separate_head(base, head, embedding)
+
+
+def say_untied(rows: int, width: int, itemsize: int) -> None:
+    """Say what a head of its own costs."""
     console.notice(
         _(
             "`new_rows: matched` unties the head from the embedding: {count} more parameters, {size} more on disk and in memory"
-        ).format(
-            count=console.human_count(math.prod(shape)),
-            size=console.human_bytes(row_bytes(dtype, shape) * shape[0]),
-        )
+        ).format(count=console.human_count(rows * width), size=console.human_bytes(rows * width * itemsize))
     )
-    return base if head in base.facts else resize.with_separate_head(base, head, embedding)
 
 
 def _maker(base: TensorSource, rows: resize.RowPlan, new: vocab_scores.NewRows) -> resize.MakeRows:
