@@ -1,10 +1,15 @@
 """New rows made so that the grown model says what the base says, before any training (`vocab.new_rows: matched`).
 
-Both ends are fitted on text that the pieces were learned from, while all other weights stay as they are: the rows of the
-head in closed form (`vocab.matched`), the rows of the input by one pass of gradient descent. After a piece, the state in
-the lower layers, which put bytes and characters together to words, must be the one after the piece's old tokens. Only
-these layers run, on both spellings of the text. A row serves one end only, so a head that is the embedding becomes a
-matrix of its own.
+Both ends are fitted on text that the pieces were learned from, while all other weights stay as they are.
+
+Input: after a piece, the state in the lower layers, which put bytes and characters together to words, must be the one after
+the piece's old tokens. Only these layers run, on both spellings of the text, and one pass of gradient descent fits the rows.
+
+Head: the rows start in closed form (`vocab.matched`), and are then fitted to the text itself, on the states that the new
+input rows lead to, which are computed once. Both fits move rows by a map that all pieces share, so that 20,000 tokens are
+enough for thousands of rows.
+
+A row serves one end only, so a head that is the embedding becomes a matrix of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from tongwen.vocab import matched
 from tongwen.vocab.grow import Rows
 from tongwen.workflows.tokenizer_files import ExtendedTokenizer
 
-CHARACTERS = 30_000  # of text that the rows are fitted on
+CHARACTERS = 24_000  # of text that the rows are fitted on
 CHUNK = 300  # characters that are read together
 DEPTH = 0.25  # share of the layers in which the states must agree
 OWN_RATE = 0.037  # of Adam, for a piece's own part of its row, as a share of the old rows' mean square root
@@ -84,8 +89,12 @@ def match_rows(model: Any, extended: ExtendedTokenizer, texts: Sequence[str], st
     inside, seen = _fit_inside(model, embedding, extended, chunks)
     bias = matched.bias_direction(_last_states(model, chunks))
     shares, stays = matched.log_shares(_counts(extended, texts), extended.parts, extended.first_new)
-    rows, spelling = head.weight.float(), extended.files.coder.token_bytes
-    new = rows[[part[0] for part in extended.parts]] + shares[:, None] * bias
+    # A token that begins other text, too, keeps its row, such as `K` for the word `Kubernetes`.
+    spelling = extended.files.coder.token_bytes
+    changed = {at: less for at, less in stays.items() if not spelling[at].isascii()}
+    rows = matched.HeadRows.closed_form(head.weight.float(), extended.parts, extended.new_ids, shares, changed, bias)
+    states, targets = _states_of_text(model, embedding, extended.first_new, inside, chunks)
+    found = matched.fit(rows, head.weight, states, targets)
     report = {
         "old_tokens": sum(chunk.old.shape[1] for chunk in chunks),
         "new_tokens": sum(chunk.new.shape[1] for chunk in chunks),
@@ -94,9 +103,8 @@ def match_rows(model: Any, extended: ExtendedTokenizer, texts: Sequence[str], st
     }
     return MatchedRows(
         inside.numpy(),
-        new.numpy(),
-        # A token that begins other text, too, keeps its row, such as `K` for the word `Kubernetes`.
-        {at: (rows[at] + less * bias).numpy() for at, less in stays.items() if not spelling[at].isascii()},
+        found[len(changed) :].numpy(),
+        {at: row.numpy() for at, row in zip(changed, found, strict=False)},
         _name_of(model, head) if head.weight is embedding.weight else "",
         report,
     )
@@ -207,6 +215,21 @@ def _last_states(model: Any, chunks: list[Chunk]) -> torch.Tensor:
     """Return the states (n, H) that the head gets after each token of about BIAS_TOKENS old tokens."""
     some = chunks[:: max(1, sum(chunk.old.shape[1] for chunk in chunks) // BIAS_TOKENS)]
     return torch.cat([_states(model, None, chunk.old)[0, chunk.ends].float() for chunk in some])
+
+
+def _states_of_text(
+    model: Any, embedding: Any, first_new: int, inside: torch.Tensor, chunks: list[Chunk]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (the states (n, H) that the head of the grown model gets, the id (n,) that follows each)."""
+    states, targets = [], []
+    with console.progress(len(chunks), _("matching rows")) as bar:
+        for done, chunk in enumerate(chunks):
+            bar.update(done)
+            places = chunk.new[0] >= first_new
+            with _rows_at(embedding, places, inside[chunk.new[0, places] - first_new]):
+                states.append(_states(model, None, chunk.new.masked_fill(places, 0))[0, :-1].float())
+            targets.append(chunk.new[0, 1:])
+    return torch.cat(states), torch.cat(targets)
 
 
 @contextmanager
