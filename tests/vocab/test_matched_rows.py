@@ -94,7 +94,8 @@ def test_a_grown_model_says_what_the_base_says(bigram_model: Path, tmp_path: Pat
     assert abs(grown - base) < 0.02 * entropy, (base, grown)
     report = json.loads((tmp_path / "out" / "vocab" / "report.json").read_text())
     before, after, *_english = report["bits_per_byte"].values()
-    assert abs(after / before - 1) < 0.04 and report["matched"]["unseen"] == 12  # the first two bytes of a character
+    assert after / before < 1.01  # the base never saw the line ends that the report scores, too; the rows have
+    assert report["matched"]["unseen"] == 12  # the first two bytes of a character
     code, _, err = tongwen("run", write(tmp_path, bigram_model, "subtoken_mean"), "--again")
     assert code == 0, err
     assert nats(tmp_path / "out" / "vocab", texts) > base + 0.3 * entropy
@@ -164,7 +165,7 @@ def test_the_same_seed_gives_the_same_rows(tied: Path, tmp_path: Path, tongwen: 
     ("base", "said"),
     [("no text", "no text to match"), ("softcap", "changes what its head says"), ("memory", "not fit")],
 )
-def test_rows_that_cannot_be_matched_are_the_mean_and_that_is_said(
+def test_rows_that_cannot_be_matched_are_the_mean_with_a_notice(
     tied: Path, tmp_path: Path, tongwen: Any, base: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, tied, "matched", "", [f"{one}{place}" for place, one in enumerate(CHINESE)])
@@ -217,3 +218,30 @@ def test_shares_of_a_first_token_sum_to_one() -> None:
     assert (after[:, [0, 1, 2, 4, 5, 6, 8, 9]] - before[:, [0, 1, 2, 4, 5, 6, 8, 9]]).abs().max() < 2e-3
     assert (after[:, [3, 10, 11]].sum(1) - before[:, 3]).abs().max() < 2e-3
     assert (after[:, 10] / after[:, 3] - 20.5 / 5.5).abs().max() < 0.05
+
+
+def test_the_head_learns_which_piece_follows_what() -> None:
+    """Two pieces begin with one token; which of them follows is a matter of the state, as the closed form cannot say."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (4000, 1), generator=generator) * 2.0 - 1
+    states = torch.cat([torch.ones(4000, 1), signs, torch.randn(4000, 6, generator=generator)], dim=1)
+    head, parts = torch.randn(10, 8, generator=generator), [[3, 4], [3, 5]]
+    head[4], head[5] = -head[5], head[5]
+    bias = matched.bias_direction(states)
+    shares, stays = matched.log_shares(torch.tensor([1.0] * 10 + [50.0, 50.0]), parts, 10)
+    rows = matched.HeadRows.closed_form(head, parts, range(10, 12), shares, stays, bias)
+    targets = torch.where(signs[:, 0] > 0, 10, 11)
+
+    def right(found: torch.Tensor) -> float:
+        logits = states @ torch.cat([head[:3], found[:1], head[4:], found[1:]]).T
+        return float(-torch.nn.functional.cross_entropy(logits, targets))
+
+    found = matched.fit(rows, head, states, targets)
+    assert right(found) > right(rows.start) + 0.1
+    untold = torch.randint(10, 12, (4000,), generator=generator)
+    nothing = matched.fit(rows, head, states[:40], untold[:40])
+    last = torch.cat([head[:3], nothing[:1], head[4:], nothing[1:]])
+    start = torch.cat([head[:3], rows.start[:1], head[4:], rows.start[1:]])
+    assert torch.nn.functional.cross_entropy(
+        states[36:40] @ last.T, untold[36:40]
+    ) <= torch.nn.functional.cross_entropy(states[36:40] @ start.T, untold[36:40])

@@ -60,6 +60,8 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         sample=_sample(prepared.path if prepared else None) if section.new_rows == vocab_scores.MATCHED else (),
         score=section.measure_bits,
     )
+    if new.matched:
+        _report_matched(new.matched.report, scores.get("bits_per_byte"))
     if new.matched and new.matched.untied:
         base = _untie(base, config, new.matched.untied, place.name)
     names = resize.matrices_of(base, place.name)
@@ -142,6 +144,22 @@ def _sample(prepared: Path | None) -> list[str]:
             kept, step = kept[::2], 2 * step
             size = sum(map(len, kept))
     return kept
+
+
+def _report_matched(found: dict[str, Any], bits: dict[str, float] | None) -> None:
+    """Say what matching took and brought, and which rows no text has shown."""
+    console.info(
+        _(
+            "  · rows matched on {old:,} old and {new:,} new tokens in {seconds:,.0f} CPU seconds; {unseen:,} pieces do not occur there: the map that all pieces share makes their rows"
+        ).format(old=found["old_tokens"], new=found["new_tokens"], seconds=found["cpu_seconds"], unseen=found["unseen"])
+    )
+    if bits:
+        before, after, *_unused = bits.values()
+        console.info(
+            _("  · bits per byte: {before:.3f} of the base, {after:.3f} of the extended, untrained model").format(
+                before=before, after=after
+            )
+        )
 
 
 def _untie(base: TensorSource, config: dict[str, Any], head: str, place: str) -> TensorSource:
