@@ -96,6 +96,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         (draft.path / "report.html").write_text(as_html(title, report), encoding="utf-8")
         draft.fingerprint = combine(lines)
         draft.facts = {"tokens": report["sizes"], "rows": report["rows"], "tensors": lines}
+        draft.facts["changed_head"] = sorted(new.matched.stays) if new.matched else []
         draft.record_files(lambda file: file.suffix != ".safetensors")
     _report_rows(rows, out)
     assert draft.artifact
