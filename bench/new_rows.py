@@ -120,7 +120,11 @@ def add_matched(out: Path, trial: Trial, learned: Any, base: Any, texts: list[st
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers")},
         "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
         ).stdout.strip(),
     }
     whole["matched"] = {"machine": machine, **found}
