@@ -2,7 +2,8 @@
 
     python bench/new_rows.py --model SMOLLM2_FOLDER --text zh_docs.txt --out bench/results/new_rows.json
 
-2,000 pieces are learned from nine tenths of the text. tongwen's own methods come first, then candidates from the literature:
+2,000 pieces are learned from nine tenths of the text. With `--matched` only `new_rows: matched` is measured, with 2,000 and
+500 pieces beside `subtoken_mean`, and added to the file. Otherwise tongwen's other methods come first, then candidates:
 means with other weights, a learned composition (ridge regression of the
 base's own merges: row of ab from rows of a and b), and distillation: new rows moved so that the hidden state after a
 piece, four layers up, matches the one after its old tokens (the idea of AweDist), in all directions or only in those that
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import random
+import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from torch.nn.functional import cross_entropy, embedding
 from tongwen.model.loading import load
 from tongwen.vocab.script import Script
 from tongwen.workflows import tokenizer_files
+from tongwen.workflows.matched_rows import match_rows
 
 PIECES, LAYERS, CHUNK = 2000, 4, 300
 
@@ -35,6 +40,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--distil-characters", type=int, default=15_000)
+    parser.add_argument("--matched", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     base = tokenizer_files.open_tokenizer_files(args.model)
@@ -48,6 +54,9 @@ def main() -> None:
     trial = Trial(model, old, made, held_out)
     found = {"base": trial.score(base, old)}
     print("base", found["base"], flush=True)
+    if args.matched:
+        add_matched(Path(args.out), trial, learned, base, rest, found["base"])
+        return
     for name, rows in candidates(trial, learned, made.parts):
         found[name] = trial.with_rows(rows)
         print(f"{name:40s} {found[name]:.4f}", flush=True)
@@ -67,16 +76,64 @@ class Trial:
     def with_rows(self, rows: torch.Tensor) -> float:
         return self.score(self.made.files, torch.cat([self.old, rows]))
 
-    def score(self, one: Any, matrix: torch.Tensor) -> float:
-        """Bits per byte, each text by itself behind the token that begins one."""
+    def score(self, one: Any, matrix: torch.Tensor, head: torch.Tensor | None = None) -> float:
+        """Bits per byte, each text by itself behind the token that begins one. head: the matrix, if there is no other."""
+        head = matrix if head is None else head
         nats = size = 0.0
         with torch.no_grad():
             for text, ids in zip(self.held_out, one.encode_fast(self.held_out), strict=True):
                 whole = torch.tensor([[0, *ids]])
                 states = self.model.model(inputs_embeds=embedding(whole, matrix), use_cache=False).last_hidden_state
-                nats += float(cross_entropy(states[0, :-1] @ matrix.T, whole[0, 1:], reduction="sum"))
+                nats += float(cross_entropy(states[0, :-1] @ head.T, whole[0, 1:], reduction="sum"))
                 size += len(text.encode())
         return nats / size / math.log(2)
+
+
+def add_matched(out: Path, trial: Trial, learned: Any, base: Any, texts: list[str], untouched: float) -> None:
+    """Measure matched rows, and write them into the file beside what it holds."""
+    whole = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    sample, old, found = tokenizer_files.sample_texts(texts), trial.old, {}
+    for pieces in (PIECES, 500):
+        made = learned.extended(pieces)
+        middle = torch.stack([old[part].mean(0) for part in made.parts])
+        rows = match_rows(trial.model, made, sample, 0)
+        assert rows
+        head = torch.cat([old, torch.from_numpy(rows.head)])
+        for index, row in rows.stays.items():
+            head[index] = torch.from_numpy(row)
+        inside = torch.cat([old, torch.from_numpy(rows.inside)])
+        found[f"{pieces} pieces"] = {
+            "base": untouched,
+            "subtoken_mean": trial.score(made.files, torch.cat([old, middle])),
+            "matched": trial.score(made.files, inside, head),
+            "took": rows.report,
+            "tokens_of_held_out_text": {
+                "base": sum(map(len, base.encode_fast(trial.held_out))),
+                "grown": sum(map(len, made.files.encode_fast(trial.held_out))),
+            },
+        }
+        print(found, flush=True)
+    machine = {
+        "processor": processor(),
+        "precision": "fp32",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip(),
+    }
+    whole["matched"] = {"machine": machine, **found}
+    out.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def candidates(trial: Trial, learned: Any, parts: list[list[int]]) -> Any:

@@ -26,7 +26,7 @@ from tongwen.recipe.training import Pretrain, Sft, Training, parts_of
 from tongwen.train.memory import SHARDED_PURPOSES, STREAMED, flops_per_token, own_memory, token_budget
 from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharding_plan
-from tongwen.workflows import tokenizer_files
+from tongwen.workflows import tokenizer_files, vocab_extension
 from tongwen.workflows.pipeline import Stages, check_ahead
 from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
@@ -70,12 +70,16 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
         import peft  # noqa: F401 (with all that it compiles, as in training; the estimate alone would import less)
     check_ahead(recipe, recipe.stages, stages)
     if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
-        _unused, new = _config(recipe, recipe.base)
+        config, new = _config(recipe, recipe.base)
         console.notice(
             _(
                 "vocab has not run yet: the plan counts at most {new:,} new rows, and the tokens of the base's tokenizer, which makes more"
             ).format(new=new)
         )
+        if _unties(recipe, load.load_config(load.locate(recipe.base))):
+            text = config.get_text_config()
+            itemsize = (text.dtype or config.dtype or torch.float32).itemsize
+            vocab_extension.say_untied(text.vocab_size, text.hidden_size, itemsize)
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
     console.emit({**last, "stages": {**found, **_later_stages(recipe)}})
@@ -164,7 +168,15 @@ def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
         new = len(tokenizer_files.extended_by(tokenizer_files.open_tokenizer_files(base), section.tokenizer).parts)
     ids = range(used_ids, used_ids + new)
     text.vocab_size = plan_rows(used_ids, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
+    if _unties(recipe, config):
+        config.tie_word_embeddings = text.tie_word_embeddings = False
     return config, new
+
+
+def _unties(recipe: Recipe, config: Any) -> bool:
+    """Whether the vocabulary stage will give the head a matrix of its own."""
+    tied = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
+    return bool(tied and recipe.vocab and recipe.vocab.new_rows == "matched")
 
 
 def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:

@@ -143,7 +143,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
             )
         else:
             model_ref, result = load.ensure_local(load.locate(base)), learned.extended(advice.pieces)
-            found |= vocab_scores.bits_before_training(model_ref, opened, result, "subtoken_mean", 0, rest)
+            found |= vocab_scores.make_and_score(model_ref, opened, result, "subtoken_mean", 0, rest)[1]
             advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
     found["summary"] = f"{base} {'→ ' + other if other else ''} · {', '.join(texts)}"

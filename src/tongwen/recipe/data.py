@@ -261,9 +261,9 @@ class Vocab(Section):
     )
     words: list[str] = setting([], "domain words, one piece each, in any script")
     special_tokens: list[str] = setting([], "special tokens, such as <|call|>")
-    new_rows: Literal["subtoken_mean", "mean", "normal"] = setting(
+    new_rows: Literal["subtoken_mean", "matched", "mean", "normal"] = setting(
         "subtoken_mean",
-        "initial values of new rows: mean of the old pieces' rows; mean of all rows; random (as in 2023)",
+        "initial values of new rows: mean of the old pieces' rows; fitted to what the base says with the old pieces (unties the head); mean of all rows; random (as in 2023)",
     )
     pad_to_multiple: Count = setting(64, "pad the rows of embedding and head to a multiple of this", ge=1, le=1 << 16)
     shrink: bool = setting(False, "drop rows without a token")

@@ -91,6 +91,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if bits := report.get("bits_per_byte"):
         base, grown = list(bits.values())[:2]
         out.append((f"{base:.2f} → {grown:.2f}", _("bits per byte, untrained")))
+    if matched := report.get("matched"):
+        out.append((f"{matched['unseen']:,}", _("pieces that the text for matching does not show")))
     return out
 
 

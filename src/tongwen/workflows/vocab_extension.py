@@ -15,12 +15,14 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import TensorSource
+from tongwen.core.safetensors_io import ITEM_BYTES, TensorSource
 from tongwen.data.prepare_steps import load_records
+from tongwen.model.adapters.read import HEADS
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import combine, tensor_digests
 from tongwen.model.loading.tensors import open_model, read_fp32
 from tongwen.model.merging import resize
+from tongwen.model.merging.merge import grow, untie
 from tongwen.recipe.data import Vocab
 from tongwen.recipe.schema import Recipe
 from tongwen.vocab import measure
@@ -48,19 +50,30 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         extended = tokenizer_files.extended_by(old, str(section.tokenizer))
 
     base, config = open_model(place)
+    new, scores = vocab_scores.make_and_score(
+        place,
+        old,
+        extended,
+        section.new_rows,
+        recipe.seed,
+        rest,
+        sample=_sample(prepared.path if prepared else None) if section.new_rows == vocab_scores.MATCHED else (),
+        score=section.measure_bits,
+    )
+    if new.matched:
+        _report_matched(new.matched.report, scores.get("bits_per_byte"))
+    if new.matched and new.matched.untied:
+        base = _untie(base, config, new.matched.untied, place.name)
     names = resize.matrices_of(base, place.name)
     rows = resize.plan_rows(
         extended.first_new, extended.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
     report = measure.survey(old.coder, extended.files.coder, {_("held out"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
-    if section.measure_bits:
-        report |= vocab_scores.bits_before_training(place, old, extended, section.new_rows, recipe.seed, rest)
+    report |= scores
     if learned is not None and section.pieces:
         report |= _advise(learned, rest, recipe.base, section, report.get("bits_per_byte"))
-    report["summary"] = (
-        f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(extended.parts))} · {section.new_rows}"
-    )
+    report["summary"] = f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(extended.parts))} · {new.kind}"
 
     base_digests = tensor_digests(place)
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_digests)}}
@@ -71,9 +84,11 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         tokenizer_files.save(extended.files, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             known = {} if place.gguf else base_digests  # a GGUF file names its tensors otherwise
-            make = _maker(base, extended, rows, recipe)
-            lines = resize.resize_vocabulary(base, known, names, rows, make, draft.path, bar.update)
-        artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
+            make = _maker(base, rows, new)
+            replaced = {names[-1]: new.matched.stays} if new.matched else {}
+            lines = resize.resize_vocabulary(base, known, names, rows, make, draft.path, bar.update, replaced)
+        grow(config, rows.wanted)
+        artifact.write_json(draft.path / "config.json", config)
         _copy_generation_config(place, draft.path)
         artifact.write_json(draft.path / NEW_ROWS, list(extended.new_ids))
         artifact.write_json(draft.path / "report.json", report)
@@ -81,6 +96,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         (draft.path / "report.html").write_text(as_html(title, report), encoding="utf-8")
         draft.fingerprint = combine(lines)
         draft.facts = {"tokens": report["sizes"], "rows": report["rows"], "tensors": lines}
+        draft.facts["changed_head"] = sorted(new.matched.stays) if new.matched else []
         draft.record_files(lambda file: file.suffix != ".safetensors")
     _report_rows(rows, out)
     assert draft.artifact
@@ -116,18 +132,58 @@ def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: V
     return learned
 
 
-def _maker(
-    base: TensorSource, extended: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
-) -> resize.MakeRows:
-    """Return a function from a matrix's name to its new rows: those of the new tokens, then the padding."""
-    kind = recipe.vocab.new_rows if recipe.vocab else ""
+def _sample(prepared: Path | None) -> list[str]:
+    """Return texts of those that pieces are learned from, spread evenly, without holding all of them."""
+    kept: list[str] = []
+    step, size = 1, 0
+    for number, text in enumerate(_texts(prepared)[0]):
+        if number % step:
+            continue
+        kept.append(text)
+        size += len(text)
+        if size > tokenizer_files.SAMPLE_CHARACTERS and len(kept) > 1:
+            kept, step = kept[::2], 2 * step
+            size = sum(map(len, kept))
+    return kept
 
-    def make(name: str) -> Iterator[Any]:
-        return vocab_scores.iter_rows(
-            kind, extended, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end)
+
+def _report_matched(found: dict[str, Any], bits: dict[str, float] | None) -> None:
+    """Say what matching took and brought, and which rows no text has shown."""
+    console.info(
+        _(
+            "  · rows matched on {old:,} old and {new:,} new tokens in {seconds:,.0f} CPU seconds; {unseen:,} pieces do not occur there: the map that all pieces share makes their rows"
+        ).format(old=found["old_tokens"], new=found["new_tokens"], seconds=found["cpu_seconds"], unseen=found["unseen"])
+    )
+    if bits:
+        before, after, *_unused = bits.values()
+        console.info(
+            _("  · bits per byte: {before:.3f} of the base, {after:.3f} of the extended, untrained model").format(
+                before=before, after=after
+            )
         )
 
-    return make
+
+def _untie(base: TensorSource, config: dict[str, Any], head: str, place: str) -> TensorSource:
+    """Give the model a head of its own."""
+    embedding = resize.matrices_of(base, place)[0]
+    dtype, (rows, width) = base.facts[embedding]
+    untie(config)
+    say_untied(rows, width, ITEM_BYTES[dtype])
+    return base if head in base.facts else resize.with_separate_head(base, head, embedding)
+
+
+def say_untied(rows: int, width: int, itemsize: int) -> None:
+    """Say what a head of its own costs."""
+    console.notice(
+        _(
+            "`new_rows: matched` unties the head from the embedding: {count} more parameters, {size} more on disk and in memory"
+        ).format(count=console.human_count(rows * width), size=console.human_bytes(rows * width * itemsize))
+    )
+
+
+def _maker(base: TensorSource, rows: resize.RowPlan, new: vocab_scores.NewRows) -> resize.MakeRows:
+    """Return a function from a matrix's name to its new rows: those of the new tokens, then the padding."""
+    return lambda name: new.blocks(rows, name.endswith(HEADS), lambda begin, end: read_fp32(base, name, begin, end))
 
 
 def _advise(

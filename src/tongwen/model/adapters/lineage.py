@@ -16,7 +16,7 @@ from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 from tongwen.core.rowless_tokens import read_rowless
 from tongwen.core.safetensors_io import TensorSource
-from tongwen.model.adapters.read import Adapter, whole_rows
+from tongwen.model.adapters.read import HEADS, Adapter, whole_rows
 from tongwen.model.loading.fingerprint import combine, digests_of, fingerprint_chain, order_that_fits
 
 
@@ -107,7 +107,8 @@ class ModelBelow:
         """Whether an adapter that was trained on the model of this fingerprint stands on this one.
 
         It also does where tongwen made its base of this one, as the manifest beside that base says: by a merge of this base
-        and the adapters so far; or by a larger vocabulary, whose rows the adapter brings in full.
+        and the adapters so far; or by a larger vocabulary, whose rows the adapter brings in full,
+        those of the head, too, where the vocabulary stage changed old ones.
         """
         if recorded in self.same:
             return True
@@ -120,7 +121,9 @@ class ModelBelow:
         parents = made.manifest["parents"]
         own = parents.get("base", {}).get("fingerprint")
         if made.kind == "vocab":
-            return own in self.same and bool(whole_rows(folder))
+            brought = whole_rows(folder)
+            lacks_head = made.manifest.get("changed_head") and not any(name.endswith(HEADS) for name in brought)
+            return own in self.same and bool(brought) and not lacks_head
         roles = sorted((role for role in parents if role.startswith("adapter")), key=_place_of_role)
         merged = [parents[role].get("fingerprint") for role in roles]
         return made.kind == "model" and own == self.base and bool(merged) and merged == self.adapters

@@ -24,7 +24,7 @@ from tongwen.core.safetensors_io import (
 )
 from tongwen.model.adapters.read import EMBEDDINGS, HEADS
 from tongwen.model.loading.fingerprint import digest_of
-from tongwen.model.loading.tensors import Array, FileTensors, from_fp32, is_finite
+from tongwen.model.loading.tensors import Array, FileTensors, TorchTensors, from_fp32, is_finite
 
 MakeRows = Callable[[str], Iterator[Array]]  # tensor's name -> blocks of its new rows, in fp32
 
@@ -97,12 +97,14 @@ def resize_vocabulary(
     make: MakeRows,
     out: Path,
     progress: Callable[[int], None],
+    replaced: Mapping[str, Mapping[int, Array]] | None = None,
 ) -> dict[str, str]:
     """Write the enlarged model to `out` as safetensors; returns the lines of its fingerprint.
 
     base_lines: the base's known lines, so that copied tensors need not be hashed again
     names:      the tensors that get the rows; a head's bias (one number per row) grows by zeros
     make:       returns the rows of the new tokens in order, then those of the padding
+    replaced:   name -> {id: row in fp32} of old rows that change
     """
     grown = {*names, *(_bias_of(name) for name in names if _bias_of(name) in base.facts)}
     facts = {
@@ -115,6 +117,7 @@ def resize_vocabulary(
         _copy_rows(base, name, held, place)
         if name in names:
             _write_rows(name, rows, make(name), place)
+            _replace_rows((replaced or {}).get(name, {}), place)
         progress(done)
     return {
         name: base_digests[name] if name in base_digests and name not in grown else digest_of(place)
@@ -122,20 +125,45 @@ def resize_vocabulary(
     }
 
 
-def widen_in_memory(model: Any, rows: RowPlan, make: Callable[[Callable[[int, int], Array]], Iterator[Array]]) -> None:
-    """Like `widen`, for a model in memory. make: takes a reader of a matrix's rows and returns its new rows."""
+def with_separate_head(base: TensorSource, name: str, embedding: str) -> TensorSource:
+    """Return the tensors with a head of its own under this name: a copy of the embedding."""
+    if isinstance(base, FileTensors):
+        return FileTensors({**base.stored, name: base.stored[embedding]})
+    assert isinstance(base, TorchTensors)
+    return TorchTensors({**base.state, name: base.state[embedding]})
+
+
+def widen_in_memory(
+    model: Any,
+    rows: RowPlan,
+    make: Callable[[bool, Callable[[int, int], Array]], Iterator[Array]],
+    *,
+    untie: bool = False,
+    replaced: Mapping[int, Array] | None = None,
+) -> None:
+    """Like `resize_vocabulary`, for a model in memory.
+
+    make:     takes whether a matrix is the head alone, and a reader of its rows; returns its new rows
+    untie:    give a head that is the embedding a matrix of its own
+    replaced: {id: row in fp32} of old rows of the head that change
+    """
     import torch
 
     model.resize_token_embeddings(rows.wanted, mean_resizing=False)
-    matrices = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for weight in matrices.values():
+    inside, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if untie:
+        head.weight = torch.nn.Parameter(inside.weight.detach().clone(), requires_grad=False)
+    for weight in {id(part.weight): part.weight for part in (inside, head)}.values():
         held, at = weight.detach().clone(), rows.new.start
+        is_head = weight is not inside.weight
         with torch.no_grad():
-            for block in make(lambda begin, end, held=held: held[begin:end].float().numpy()):  # type: ignore[misc]
+            for block in make(is_head, lambda begin, end, held=held: held[begin:end].float().numpy()):  # type: ignore[misc]
                 if at == rows.new.stop:
                     at = max(at, rows.held)
                 weight[at : at + len(block)] = torch.from_numpy(block).to(weight.dtype)
                 at += len(block)
+            for index, row in (replaced or {}).items() if is_head else ():
+                weight[index] = torch.from_numpy(row).to(weight.dtype)
 
 
 def _bias_of(name: str) -> str:
@@ -167,3 +195,14 @@ def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: TensorLoc
             stream.write(memoryview(from_fp32(block, place.dtype)))
             at += len(block)
     assert at >= rows.new.stop and (at == rows.wanted or not rows.padding)
+
+
+def _replace_rows(replaced: Mapping[int, Array], place: TensorLocation) -> None:
+    """Write old rows that change. Raises ModelError on NaN or Inf."""
+    size = row_bytes(place.dtype, place.shape)
+    with place.file.open("r+b") as stream:
+        for index, row in replaced.items():
+            if not is_finite(row):
+                raise ModelError(_("a new row contains NaN or Inf"), place=place.name)
+            stream.seek(place.begin + index * size)
+            stream.write(memoryview(from_fp32(row, place.dtype)))
