@@ -31,7 +31,8 @@ def read_preference(raw: RawRow, source: SourceConfig, fill: Mapping[str, str]) 
     origin = Origin(raw.file, raw.row)
     if not isinstance(raw.value, dict):
         raise RowRejected("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(raw.value)))
-    row = with_columns(raw.value, source)
+    mapped = {*source.columns.values()} - {*source.columns}
+    row = {key: value for key, value in with_columns(raw.value, source).items() if key not in mapped}
     plain = source.model_copy(update={"columns": {}}) if source.columns else source
     chosen_key, rejected_key = find_pair(row)
     if rejected_key or chosen_key:

@@ -144,11 +144,11 @@ class PreferenceTrainer(PlannedTrainer):
 
     def arguments_of_base(self) -> dict[str, Any]:
         job = self.job
-        stand_in = _AsItIs.from_dict({"prompt": [""], "chosen": [""], "rejected": [""], "label": [True]})
+        placeholder = _AsItIs.from_dict({"prompt": [""], "chosen": [""], "rejected": [""], "label": [True]})
         return {
             "model": job.model,
             "args": training_arguments(job, self.config, **self.settings),
-            "train_dataset": stand_in,
+            "train_dataset": placeholder,
             "processing_class": copy.deepcopy(job.tokenizer),  # TRL sets its pad token
         }
 

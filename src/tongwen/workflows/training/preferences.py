@@ -27,7 +27,7 @@ from tongwen.workflows.tokenized_data import PreferenceEncoder, encode_prepared,
 from tongwen.workflows.training.dialogues import make_prompts
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
-MOSTLY_LONGER = 0.7  # share of the pairs whose preferred answer is the longer one, from which it is said
+MOSTLY_LONGER = 0.7  # share of the pairs whose preferred answer is the longer one, from which a notice says so
 
 
 def make_preference_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
