@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from tests.data.test_preference import BAD, PAIRS
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.records import Preference, from_dict
 from tongwen.data.clean import Cleaner, RejectedText
+from tongwen.data.dataset_info import entry_source
 from tongwen.data.preference_rows import read_preference
 from tongwen.data.row import RawRow
 from tongwen.recipe.data import Clean, SourceConfig
@@ -76,6 +79,31 @@ def test_columns_are_mapped_and_other_fields_reported() -> None:
     row = {"q": "QUESTION", "win": "ANSWER", "lose": "REJECTED", "score": 4}
     found = read(row, columns={"prompt": "q", "chosen": "win", "rejected": "lose"})
     assert texts(found)[2] == [("assistant", "REJECTED")] and found.unread == ("score",)
+
+
+def test_ranking_entry_of_dataset_info(tmp_path: Path) -> None:
+    """LLaMA-Factory's `dpo_zh_demo`, with names of its own."""
+    row = {
+        "talk": [{"role": "USER", "content": "QUESTION"}],
+        "better": {"role": "BOT", "content": "ANSWER"},
+        "worse": {"role": "BOT", "content": "REJECTED"},
+    }
+    entry = {
+        "file_name": "x.json",
+        "ranking": True,
+        "formatting": "sharegpt",
+        "columns": {"messages": "talk", "chosen": "better", "rejected": "worse"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "USER", "assistant_tag": "BOT"},
+    }
+    (tmp_path / "x.json").write_text(json.dumps([row]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    named = SourceConfig(path=str(tmp_path), entry="x")
+    (source,) = entry_source(named, of_preferences=True)
+    found = read(row, **source.model_dump(include={"columns", "roles"}))
+    assert texts(found) == [[("user", "QUESTION")], [("assistant", "ANSWER")], [("assistant", "REJECTED")]]
+    with pytest.raises(DataError, match="ranking: True") as caught:
+        entry_source(named)
+    assert "prepare.preferences" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def list_parts(
     def add(kind: str, role: str, number: int, source: SourceConfig) -> None:
         try:
             formats.check_source(source)
-            for one in dataset_info.entry_source(source) if source.entry else [source]:
+            of_preferences = kind == "preferences"
+            for one in dataset_info.entry_source(source, of_preferences=of_preferences) if source.entry else [source]:
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": download(one.path, notify)})
                 for file in find_files(one.path):

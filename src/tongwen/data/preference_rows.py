@@ -17,11 +17,11 @@ from tongwen.data.formats import TURNS, read_dialogue, recognise, with_columns
 from tongwen.data.preference import find_pair, find_verdict, is_true
 from tongwen.data.row import RawRow, kind
 from tongwen.data.texts import keys_of
+from tongwen.data.turns import IN_TURNS, ROLES
 from tongwen.recipe.data import SourceConfig
 
 _QUESTIONS = ("prompt", "instruction", "question", "query")
 _ANSWERS = ("output", "completion", "response", "answer")
-_ASKED_BY = ("user", "human", "system")
 
 Row = dict[str, Any]
 
@@ -33,15 +33,16 @@ def read_preference(raw: RawRow, source: SourceConfig, fill: Mapping[str, str]) 
         raise RowRejected("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(raw.value)))
     mapped = {*source.columns.values()} - {*source.columns}
     row = {key: value for key, value in with_columns(raw.value, source).items() if key not in mapped}
-    plain = source.model_copy(update={"columns": {}}) if source.columns else source
+    in_turns = {ours: theirs for ours, theirs in source.columns.items() if ours in IN_TURNS}
+    plain = source.model_copy(update={"columns": in_turns}) if source.columns else source
     chosen_key, rejected_key = find_pair(row)
     if rejected_key or chosen_key:
         rest = {key: value for key, value in row.items() if key not in (chosen_key, rejected_key)}
         own = row[chosen_key] if chosen_key else None
-        chosen = _read(_with_answer(rest, own, chosen_key) if chosen_key else rest, plain, fill, origin)
+        chosen = _read(_with_answer(rest, own, chosen_key, plain) if chosen_key else rest, plain, fill, origin)
         if not rejected_key:
             raise RowRejected("unpaired", _("there is {chosen}, but no rejected answer").format(chosen=chosen_key))
-        rejected = _read(_with_answer(rest, row[rejected_key], rejected_key), plain, fill, origin)
+        rejected = _read(_with_answer(rest, row[rejected_key], rejected_key, plain), plain, fill, origin)
         return _pair(chosen, rejected)
     verdict = find_verdict(row)
     if verdict:
@@ -68,7 +69,7 @@ def _unknown(raw: RawRow) -> DataError | RowRejected:
     )
 
 
-def _with_answer(rest: Row, answer: Any, key: str) -> Row:
+def _with_answer(rest: Row, answer: Any, key: str, source: SourceConfig) -> Row:
     """Return a row of the usual shape: the rest of a preference row with this answer, in place of its own if it has one."""
     if isinstance(answer, dict):
         answer = [answer]
@@ -83,11 +84,11 @@ def _with_answer(rest: Row, answer: Any, key: str) -> Row:
         rest = {**{name: value for name, value in rest.items() if name != "input"}, **asked}
     turns = next((name for name in TURNS if not is_empty(rest.get(name))), "")
     question = next((name for name in _QUESTIONS if not is_empty(rest.get(name))), "")
-    if isinstance(answer, list) and _speaker(answer[0]) in _ASKED_BY:  # it repeats the prompt
+    if isinstance(answer, list) and _role(answer[0], source) in ("user", "system"):  # it repeats the prompt
         return {**{name: value for name, value in rest.items() if name not in (turns, question)}, "messages": answer}
     if turns and isinstance(rest[turns], list):
         before = rest[turns]
-        if _speaker(before[-1]) not in ("user", "human", "tool", "observation"):
+        if _role(before[-1], source) == "assistant":
             before = before[:-1]
         return {**rest, turns: [*before, *_as_turns(answer, before)]}
     if not question:
@@ -101,8 +102,11 @@ def _with_answer(rest: Row, answer: Any, key: str) -> Row:
     return {**others, "query": rest[question], "response": text}
 
 
-def _speaker(turn: Any) -> str:
-    return str(turn.get("role", turn.get("from", ""))).lower() if isinstance(turn, dict) else ""
+def _role(turn: Any, source: SourceConfig) -> str:
+    """Return our name of a turn's role; "" for one that is unknown."""
+    keys = ("role", "from", *(source.columns[ours] for ours in ("role", "from") if ours in source.columns))
+    name = next((str(turn[key]) for key in keys if key in turn), "") if isinstance(turn, dict) else ""
+    return source.roles.get(name) or ROLES.get(name.lower(), "")
 
 
 def _as_turns(answer: str | list[Row], before: Sequence[Any]) -> list[Row]:

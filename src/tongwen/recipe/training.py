@@ -411,8 +411,10 @@ class Sft(Training):
 
 
 class Prefer(Training):
-    """Learn from preferences which of two answers is the better one. A new adapter is trained on the model so far, which
-    is the reference when the adapter is off."""
+    """Learning from preferences which of two answers is the better one.
+
+    A new adapter is trained on the model of the stages before, which is the reference when the adapter is off.
+    """
 
     method: Literal["dpo", "kto", "orpo", "simpo"] = setting(
         "dpo",
