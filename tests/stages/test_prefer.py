@@ -130,6 +130,23 @@ def test_files_ledger_and_scores_of_a_finished_run(finished: Path, chat_model: P
         assert scored[state] == pytest.approx(nats / size / 0.693147, abs=1e-4)
 
 
+def test_prepare_accounts_for_every_row(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Duplicates, contamination and bad pairs are lost with a reason; labels and pairs share a file."""
+    good, aside = pairs(7), write_rows(tmp_path / "aside.jsonl", pairs(9)[8:])
+    labelled = [{"prompt": "问", "completion": "答", "label": label} for label in (True, False)]
+    bad = [{**good[0], "rejected": good[0]["chosen"]}, {**good[1], "rejected": " "}]
+    recipe = recipe_of(tmp_path, chat_model, "method: kto", [*good, good[2], *pairs(9)[8:], *labelled, *bad])
+    recipe.write_text(recipe.read_text().replace("held_out: 4", f"held_out: {aside}, max_bad: 2"))
+    code, _, err = tongwen("run", recipe, "--only", "prepare")
+    assert code == 0, err
+    table = manifest(tmp_path / "out" / "prepare")["ledger"]["preferences"]
+    assert (table["in"]["rows"], table["kept"]["rows"], table["held_out"]) == (13, 9, 1)
+    lost = {reason: count["rows"] for reason, count in table["lost"].items()}
+    assert lost == {"equal_answers": 1, "empty_answer": 1, "duplicate": 1, "contaminated": 1}
+    rejected = read_lines(tmp_path / "out" / "prepare" / "rejected.jsonl")
+    assert sorted(row["row"] for row in rejected) == [8, 9, 12, 13]
+
+
 def test_merged_model_is_the_live_one(finished: Path, chat_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -233,7 +233,7 @@ def _fullest(plans: list[BatchPlan], data: TokenizedData) -> MicroBatch:
     lengths = data.store.lengths
     parts = [part for plan in plans for step in plan.micro for part in step]
     part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
-    rows = sum(int(np.count_nonzero(data.store.sample(sample)[1])) for sample in part)
+    rows = sum(int(np.count_nonzero(learn)) for _ids, learn in data.store.take(part))
     return MicroBatch(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
 
 

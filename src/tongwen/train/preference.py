@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from tongwen.recipe.training import Prefer
 from tongwen.train.packing import BatchPlan, pad
+from tongwen.train.parallel import trainable_to_fp32
 from tongwen.train.shutdown import ShutdownRequest
 from tongwen.train.trainer import PhaseRun, PlannedTrainer, muon_of, training_arguments
 
@@ -161,6 +162,7 @@ class PreferenceTrainer(PlannedTrainer):
             if config is not None:
                 config.pad_token_id = pad_id
         self.processing_class = job.tokenizer
+        trainable_to_fp32(job.trainable)  # TRL makes them bf16 on a quantised base
         if "ref" in job.model.peft_config:  # a copy of the adapter, which TRL would need if it had been trained before
             job.model.delete_adapter("ref")
         if self.section.optimizer == "muon":
