@@ -146,9 +146,10 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         prepared = replace(prepared, packed=True)
     else:
         packed_attention.restore(prepared.model, prepared.own_attention)
-        console.notice(
-            _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=reason)
-        )
+        if job.trainer is None:  # TRL's trainers never pack
+            console.notice(
+                _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=reason)
+            )
     with prepared.computing():
         batch = (pack if prepared.packed else pad)([job.data.store.sample(0)])
         with _refusing_other_inputs(job.base):
