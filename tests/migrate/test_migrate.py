@@ -449,9 +449,35 @@ def test_llamafactory_yaml_is_migrated(tongwen: Any, tmp_path: Path) -> None:
     assert json.loads(tongwen("migrate", file, "--json")[1])["migrated"][0]["commands"] == [
         ["tongwen", "merge", "--base", "a", "--adapter", "b", "--out", "c"]
     ]
-    file.write_text("model_name_or_path: a\nstage: dpo\n", encoding="utf-8")
+    file.write_text("model_name_or_path: a\nstage: ppo\n", encoding="utf-8")
     code, _, err = tongwen("migrate", file)
-    assert code == 2 and "'dpo' is not one of: sft, pt" in err
+    assert code == 2 and "'ppo' is not one of: sft, pt, dpo, kto" in err
+
+
+@pytest.mark.parametrize(
+    ("keys", "prefer"),
+    [
+        ("stage: dpo\npref_loss: sigmoid\npref_beta: 0.2\npref_ftx: 0.0\n", {"method": "dpo", "beta": 0.2}),
+        ("stage: dpo\npref_loss: simpo\nsimpo_gamma: 0.5\n", {"method": "simpo", "gamma": 0.5}),
+        ("stage: kto\npref_beta: 0.1\n", {"method": "kto", "beta": 0.1}),
+    ],
+)
+def test_llamafactory_preference_stages_become_prefer(
+    tongwen: Any, tmp_path: Path, keys: str, prefer: dict[str, Any]
+) -> None:
+    file = tmp_path / "dpo.yaml"
+    file.write_text(
+        f"model_name_or_path: a\n{keys}finetuning_type: lora\nlora_rank: 4\ndataset: dpo_zh\ntemplate: qwen3\n"
+        "cutoff_len: 512\nlearning_rate: 5.0e-6\nnum_train_epochs: 2\noutput_dir: o\n",
+        encoding="utf-8",
+    )
+    code, out, err = tongwen("migrate", file, "--json")
+    assert code == 0, err
+    made = json.loads(out)["migrated"][0]
+    assert prefer.items() <= made["recipe"]["prefer"].items() and "sft" not in made["recipe"]
+    assert made["recipe"]["prefer"]["template"] == "own" and made["recipe"]["prefer"]["adapter"]["rank"] == 4
+    assert made["recipe"]["prepare"] == {"preferences": [{"path": "data/dataset_info.json", "entry": "dpo_zh"}]}
+    assert read(made["text"], "dpo.yaml")[0].prefer
 
 
 def test_command_that_names_a_yaml_is_migrated_as_the_file(tongwen: Any, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from tongwen.core.i18n import _, ngettext
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, pieces, token_kinds
-from tongwen.workflows.stage_inputs import base_of_stage
+from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
 from tongwen.workflows.tokenized_data import (
     RecordEncoder,
     describe_mask,
     encode_in_memory,
     make_dialogue_encoder,
     make_document_encoder,
+    make_preference_encoder,
 )
 
 
@@ -32,17 +33,23 @@ def run(recipe: Recipe, count: int, page: str) -> int:
             remedy="sft: {}",
         )
     found = {}
-    pretrain_page = str(Path(page).with_suffix(".pretrain.html")) if page and recipe.sft else page
-    for name in {page, pretrain_page if recipe.pretrain else ""} - {""}:
+    names = [name for name in TRAINING if name in recipe.stages]
+    own = "sft" if recipe.sft else names[0]  # the stage whose page has the given name
+    pages = {name: str(Path(page).with_suffix(f".{name}.html")) if page and name != own else page for name in names}
+    for name in {*pages.values()} - {""}:
         originals.check_sealed(Path(name))
     if recipe.pretrain:
         reader = make_document_encoder(base_of_stage(recipe, "pretrain", finished=True), recipe.pretrain)
-        found["pretrain"] = _show(recipe, reader, reader.end, "", count, pretrain_page)
+        found["pretrain"] = _show(recipe, reader, reader.end, "", count, pages["pretrain"])
     if recipe.sft:
         base = base_of_stage(recipe, "sft", finished=True)
         dialogues = make_dialogue_encoder(base, recipe.sft)
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
-        found["sft"] = _show(recipe, dialogues, stop, recipe.sft.template, count, page)
+        found["sft"] = _show(recipe, dialogues, stop, recipe.sft.template, count, pages["sft"])
+    if recipe.prefer:
+        preferences = make_preference_encoder(base_of_stage(recipe, "prefer", finished=True), recipe.prefer)
+        stop = int(preferences.tokenizer.convert_tokens_to_ids(preferences.template.stop))
+        found["prefer"] = _show(recipe, preferences, stop, recipe.prefer.template, count, pages["prefer"])
     console.emit({**list(found.values())[-1], "stages": found})
     return 0
 
@@ -51,7 +58,7 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
     """Show one stage's samples. stop: the id that ends them."""
     tokenizer = reader.tokenizer
     data = encode_in_memory(recipe, reader)
-    store, mask, rejected = data.store, data.mask, data.rejected
+    store, mask, rejected = data.samples, data.mask, data.rejected
     shown = range(min(count, len(store)))
     description = describe_mask(mask)
     if page:

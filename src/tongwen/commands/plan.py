@@ -22,19 +22,20 @@ from tongwen.model.merging.resize import plan_rows
 from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.recipe.phases import training_phases
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Pretrain, Sft, Training, parts_of
+from tongwen.recipe.training import Prefer, Pretrain, Sft, Training, parts_of
 from tongwen.train.memory import SHARDED_PURPOSES, STREAMED, flops_per_token, own_memory, token_budget
 from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharding_plan
 from tongwen.workflows import tokenizer_files, vocab_extension
 from tongwen.workflows.pipeline import Stages, check_ahead
-from tongwen.workflows.stage_inputs import base_of_stage
+from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
 from tongwen.workflows.tokenized_data import (
     TokenizedData,
     are_rows_untrained,
     encode_in_memory,
     make_dialogue_encoder,
     make_document_encoder,
+    make_preference_encoder,
     new_rows_of,
 )
 from tongwen.workflows.training import memory_estimate
@@ -80,7 +81,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
             text = config.get_text_config()
             itemsize = (text.dtype or config.dtype or torch.float32).itemsize
             vocab_extension.say_untied(text.vocab_size, text.hidden_size, itemsize)
-    found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
+    found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in TRAINING}
     last = list(found.values())[-1]
     console.emit({**last, "stages": {**found, **_later_stages(recipe)}})
     return 0
@@ -206,6 +207,8 @@ def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[in
 def _encode(recipe: Recipe, section: Training, base: str) -> TokenizedData:
     if isinstance(section, Sft):
         return encode_in_memory(recipe, make_dialogue_encoder(base, section))
+    if isinstance(section, Prefer):
+        return encode_in_memory(recipe, make_preference_encoder(base, section))
     assert isinstance(section, Pretrain)
     return encode_in_memory(recipe, make_document_encoder(base, section))
 
@@ -242,7 +245,7 @@ def _fullest(plans: list[BatchPlan], data: TokenizedData) -> MicroBatch:
     lengths = data.store.lengths
     parts = [part for plan in plans for step in plan.micro for part in step]
     part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
-    rows = sum(int(np.count_nonzero(data.store.sample(sample)[1])) for sample in part)
+    rows = sum(int(np.count_nonzero(learn)) for _ids, learn in data.store.take(part))
     return MicroBatch(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
 
 

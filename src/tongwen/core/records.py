@@ -1,10 +1,10 @@
-"""Records that all stages share: Document, Dialogue with its Messages, and the Spans of a rendered text."""
+"""Records that all stages share: Document, Dialogue with its Messages, Preference, and the Spans of a rendered text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,67 @@ class Dialogue:
         return out
 
 
-def from_dict(row: dict[str, Any]) -> Document | Dialogue:
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with the answer that people preferred and one that they did not. Unpaired data (KTO) have only one of them."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[str, ...] = field(default=(), compare=False)  # fields of its row that nothing reads; not written
+
+    @property
+    def is_pair(self) -> bool:
+        return bool(self.chosen and self.rejected)
+
+    @property
+    def dialogues(self) -> list[Dialogue]:
+        """The prompt with the chosen answer, then with the rejected one, as far as they exist; only the answer is learned."""
+        asked = tuple(
+            replace(message, learn=False) if message.role == "assistant" else message for message in self.prompt
+        )
+        answers = (answer for answer in (self.chosen, self.rejected) if answer)
+        return [Dialogue((*asked, *answer), self.origin, self.tools) for answer in answers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the dictionary in TRL's conversational form."""
+        parts: dict[str, Any] = {"prompt": self.prompt}
+        if self.is_pair:
+            parts |= {"chosen": self.chosen, "rejected": self.rejected}
+        else:
+            parts["completion"] = self.chosen or self.rejected
+        out: dict[str, Any] = {name: [message.to_dict() for message in part] for name, part in parts.items()}
+        if not self.is_pair:
+            out["label"] = bool(self.chosen)
+        if self.tools:
+            out["tools"] = list(self.tools)
+        out["origin"] = {"file": self.origin.file, "row": self.origin.row}
+        return out
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Preference:
+        """Return the record from the output of `to_dict`."""
+        if "completion" in row:
+            row = {**row, "chosen" if row["label"] else "rejected": row["completion"]}
+        prompt, chosen, rejected = (
+            tuple(map(Message.from_dict, row.get(name, ()))) for name in ("prompt", "chosen", "rejected")
+        )
+        origin = Origin(row["origin"]["file"], row["origin"]["row"])
+        return cls(prompt, chosen, rejected, origin, tuple(row.get("tools", ())))
+
+
+Record: TypeAlias = Document | Dialogue | Preference
+
+
+def from_dict(row: dict[str, Any]) -> Record:
     """Return the record from the output of `to_dict`."""
     origin = Origin(row["origin"]["file"], row["origin"]["row"])
     if "text" in row:
         return Document(row["text"], origin)
+    if "prompt" in row:
+        return Preference.from_dict(row)
     messages = tuple(map(Message.from_dict, row["messages"]))
     return Dialogue(messages, origin, tuple(row.get("tools", ())), row.get("meta", {}))
 

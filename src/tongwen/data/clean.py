@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue, Document, Message
+from tongwen.core.records import Dialogue, Document, Message, Preference, Record
 from tongwen.recipe.data import Clean
 
 
@@ -35,8 +35,8 @@ Filter = Callable[[str], "str | RejectedText"]
 class Cleaner:
     """The rules of a recipe, and how many texts each of them changed.
 
-    kind: `documents` or `dialogues`. Markup in a web page may be the subject of an answer, so the rules for HTML, wrapped
-    lines and repetition are not applied to dialogues.
+    kind: `documents`, `dialogues` or `preferences`. Markup in a web page may be the subject of an answer, so the rules for HTML, wrapped
+    lines and repetition are applied to documents only.
     """
 
     def __init__(self, section: Clean, kind: str) -> None:
@@ -44,9 +44,11 @@ class Cleaner:
         self.checks: list[tuple[str, Filter]] = list(_check_rules(section, kind))
         self.changed: Counter[str] = Counter()
 
-    def clean(self, record: Document | Dialogue) -> Document | Dialogue | RejectedText:
+    def clean(self, record: Record) -> Record | RejectedText:
         """Return the record with repaired texts, or why it is dropped."""
-        return self._document(record) if isinstance(record, Document) else self._dialogue(record)
+        if isinstance(record, Document):
+            return self._document(record)
+        return self._preference(record) if isinstance(record, Preference) else self._dialogue(record)
 
     def _document(self, record: Document) -> Document | RejectedText:
         text = self._repair(record.text)
@@ -55,8 +57,37 @@ class Cleaner:
         return self._check(text) or (record if text is record.text else replace(record, text=text))
 
     def _dialogue(self, record: Dialogue) -> Dialogue | RejectedText:
+        messages = self._messages(record.messages)
+        if isinstance(messages, RejectedText):
+            return messages
+        return record if messages is record.messages else replace(record, messages=messages)
+
+    def _preference(self, record: Preference) -> Preference | RejectedText:
+        """Each answer must pass the checks with its prompt; cleaned, the two must still differ."""
+        cleaned = []
+        for part in (record.prompt, record.chosen, record.rejected):
+            found = self._repaired(part)
+            if isinstance(found, RejectedText):
+                return found
+            cleaned.append(found)
+        prompt, chosen, rejected = cleaned
+        for answer in (chosen, rejected):
+            if answer and (refused := self._check("\n".join(message.content for message in (*prompt, *answer)))):
+                return refused
+        if chosen == rejected:
+            return RejectedText("equal_answers", _("after cleaning, the chosen and the rejected answer are the same"))
+        return replace(record, prompt=prompt, chosen=chosen, rejected=rejected)
+
+    def _messages(self, old: tuple[Message, ...]) -> tuple[Message, ...] | RejectedText:
+        """Return repaired messages that pass the checks; the same object when nothing changes."""
+        messages = self._repaired(old)
+        if isinstance(messages, RejectedText):
+            return messages
+        return self._check("\n".join(message.content for message in messages)) or messages
+
+    def _repaired(self, old: tuple[Message, ...]) -> tuple[Message, ...] | RejectedText:
         messages: list[Message] = []
-        for message in record.messages:
+        for message in old:
             content = self._repair(message.content) if message.content else message.content
             thinking = self._repair(message.thinking) if message.thinking else message.thinking
             if isinstance(content, RejectedText):
@@ -65,10 +96,7 @@ class Cleaner:
                 return thinking
             same = content is message.content and thinking is message.thinking
             messages.append(message if same else replace(message, content=content, thinking=thinking))
-        if refused := self._check("\n".join(message.content for message in messages)):
-            return refused
-        same = all(new is old for new, old in zip(messages, record.messages, strict=True))
-        return record if same else replace(record, messages=tuple(messages))
+        return old if all(new is same for new, same in zip(messages, old, strict=True)) else tuple(messages)
 
     def _repair(self, text: str) -> str | RejectedText:
         before = text

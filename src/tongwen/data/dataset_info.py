@@ -40,17 +40,21 @@ _ROLE_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
+_PREFERENCE = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}  # `ranking: true`, or of KTO
 # LLaMA-Factory does not compare the file_sha1 of older entries either.
 _KNOWN = {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "split", "file_sha1"}
 
 
-def entry_source(source: SourceConfig) -> list[SourceConfig]:
-    """Return the sources of one entry. Settings of the recipe's source override those of the entry."""
+def entry_source(source: SourceConfig, *, of_preferences: bool = False) -> list[SourceConfig]:
+    """Return the sources of one entry. Settings of the recipe's source override those of the entry.
+
+    of_preferences: the entry may be of preference data (`ranking: true`).
+    """
     file = Path(source.path)
     file = file / "dataset_info.json" if file.is_dir() else file
     place = f"{printable(file)}: {source.entry}"
     entry = _entry(file, source.entry or "")
-    _check_known(entry, place)
+    _check_known(entry, place, _KNOWN | {"ranking"} if of_preferences else _KNOWN)
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FORMATS:
         raise DataError(
@@ -96,9 +100,9 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
     return dict(entries[name])
 
 
-def _check_known(entry: dict[str, Any], place: str) -> None:
+def _check_known(entry: dict[str, Any], place: str, known: set[str]) -> None:
     """Raise DataError for unsupported options of the entry."""
-    foreign = [key for key, value in entry.items() if key not in _KNOWN and value not in (None, False)]
+    foreign = [key for key, value in entry.items() if key not in known and value not in (None, False)]
     if entry.get("split") not in (None, "train"):
         foreign.append("split")
     if foreign:
@@ -107,7 +111,9 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
                 names=_(", ").join(f"{key}: {entry[key]!r}" for key in foreign)
             ),
             place=place,
-            remedy=_("name the file itself in the recipe: {path: …, format: …, columns: {…}}"),
+            remedy=_("list it under prepare.preferences, for a `prefer` section")
+            if foreign == ["ranking"]
+            else _("name the file itself in the recipe: {path: …, format: …, columns: {…}}"),
         )
     for key in ("columns", "tags"):
         if not isinstance(entry.get(key, {}), dict) or not all(
@@ -118,7 +124,7 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
 
 def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return (columns, roles) in our names. Raises DataError for columns that we do not read."""
-    ours_of = {key: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for key, ours in part.items()}  # fmt: skip
+    ours_of = {key: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {}), _PREFERENCE) for key, ours in part.items()}  # fmt: skip
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
     for key, theirs in {**entry.get("columns", {}), **entry.get("tags", {})}.items():

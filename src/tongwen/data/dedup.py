@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.core.records import Dialogue, Document, Message
+from tongwen.core.records import Document, Message, Preference, Record
 
 # 1 - (1 - J^ROWS)^BANDS: 0.97 of the pairs with Jaccard 0.6 become candidates, 0.997 of those with 0.7, half of those
 # with 0.4. With 5 % of the characters of a text changed, the similarity is about 0.72.
@@ -46,12 +46,21 @@ def fold(text: str) -> str:
     return _NOISE.sub("", unicodedata.normalize("NFKC", text).lower()) or "".join(text.split())
 
 
-def text_of(record: Document | Dialogue) -> str:
-    """Return the text of a document, or all messages of a dialogue with roles and tool calls. The ids of calls, which
+def text_of(record: Record) -> str:
+    """Return the text of a document, or all messages of other records with roles and tool calls. The ids of calls, which
     differ whenever a dialogue is made again, are left out."""
     if isinstance(record, Document):
         return record.text
-    return "\n".join(f"{message.role}\n{message.content}\n{_calls(message) or ''}" for message in record.messages)
+    if isinstance(record, Preference):
+        parts = (record.prompt, record.chosen, record.rejected)
+        return "\n".join(
+            f"{name}\n{_joined(part)}" for name, part in zip(("prompt", "chosen", "rejected"), parts, strict=True)
+        )
+    return _joined(record.messages)
+
+
+def _joined(messages: Iterable[Message]) -> str:
+    return "\n".join(f"{message.role}\n{message.content}\n{_calls(message) or ''}" for message in messages)
 
 
 def _calls(message: Message) -> list[dict[str, Any]]:
@@ -208,7 +217,7 @@ class ContaminationIndex:
         self.hashes, self.owners, self.sizes, self.exact = hashes, owners, sizes, exact
 
     @classmethod
-    def from_records(cls, records: Iterable[Document | Dialogue]) -> ContaminationIndex:
+    def from_records(cls, records: Iterable[Record]) -> ContaminationIndex:
         """Index the questions of dialogues and the whole text of documents."""
         parts: list[np.ndarray] = []
         exact = set()
@@ -237,7 +246,7 @@ class ContaminationIndex:
             parts = frozenset(exact[place : place + 16] for place in range(0, len(exact), 16))
             return cls(found["hashes"], found["owners"], found["sizes"], parts)
 
-    def match(self, record: Document | Dialogue, own_digest: bytes) -> str:
+    def match(self, record: Record, own_digest: bytes) -> str:
         """Return `same` when the record equals a text of the index, `covers` when it contains one, else ""."""
         if own_digest in self.exact:
             return "same"
@@ -257,7 +266,8 @@ class ContaminationIndex:
         return "covers" if bool(np.any(counts >= COVERED * np.maximum(MIN_GRAMS, self.sizes[owners]))) else ""
 
 
-def _question_of(record: Document | Dialogue) -> str:
+def _question_of(record: Record) -> str:
     if isinstance(record, Document):
         return record.text
-    return "\n".join(message.content for message in record.messages if message.role in ("user", "tool"))
+    messages = record.prompt if isinstance(record, Preference) else record.messages
+    return "\n".join(message.content for message in messages if message.role in ("user", "tool"))

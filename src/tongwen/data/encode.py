@@ -21,7 +21,7 @@ from tongwen.core import console
 from tongwen.core.chat_template import APART, RenderedSample, Template
 from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue, Document, Message, Span
+from tongwen.core.records import Dialogue, Document, Message, Preference, Span
 from tongwen.data.ledger import Ledger, RejectedRow
 from tongwen.data.tiktoken_encoder import TiktokenEncoder, make_tiktoken_encoder
 from tongwen.data.token_store import Batch, TokenStore, spans_of
@@ -343,6 +343,82 @@ def _shorten(
         else:
             most = middle
     return best or sample, "prompt_cut"
+
+
+def encode_preferences(
+    preferences: Iterable[Preference],
+    template: Template,
+    encoder: Encoder,
+    section: Sft,
+    paired: bool,
+    ledger: Ledger,
+    reject: Callable[[RejectedRow], None],
+) -> Iterator[Batch]:
+    """Yield the samples of the preferences, in batches: of a pair the chosen one, then the rejected one. Both are kept, or
+    neither is. paired: reject answers with a label, which have no partner."""
+    stream = iter(preferences)
+    while chunk := list(islice(stream, BATCH)):
+        dialogues = [dialogue for preference in chunk for dialogue in preference.dialogues]
+        rendered = template.samples_of_each(dialogues, section.learn, section.thinking)
+        encoded = iter(encoder.encode([each.spans for found in rendered if isinstance(found, list) for each in found]))
+        kept: list[_Sample] = []
+        number = 0
+        for preference in chunk:
+            samples, reason, rule = list[_Sample](), "", ""
+            for place in range(number, number + len(preference.dialogues)):
+                found = rendered[place]
+                if isinstance(found, RowRejected):
+                    reason, rule = found.reason, found.rule
+                    continue
+                for each in found:
+                    pieces = next(encoded)
+                    if any(piece.learn for piece in pieces):
+                        size = sum(len(piece.ids) for piece in pieces)
+                        samples.append(_Sample(place, pieces, each.learns_to_stop, size))
+            number += len(preference.dialogues)
+            size = sum(sample.size for sample in samples)
+            ledger.enter(size)
+            if not reason:
+                reason, rule = _reason_unfit_preference(preference, samples, section.max_length, paired)
+            if reason:
+                ledger.lose(reason, size)
+                reject(RejectedRow(preference.origin, reason, rule, preference.to_dict()))
+            else:
+                ledger.keep(size)
+                kept += samples
+        yield replace(_batch(kept, dialogues), rows=len(chunk))
+
+
+def _reason_unfit_preference(
+    preference: Preference, samples: list[_Sample], max_length: int, paired: bool
+) -> tuple[str, str]:
+    """Return (reason, rule) why a preference cannot be trained on: "" if it can."""
+    if paired and not preference.is_pair:
+        return "unpaired", _("this answer has a label and no partner; only `method: kto` learns from it")
+    for sample in samples:
+        if (unfit := _reason_unfit(sample, max_length))[0]:
+            return unfit
+    if len(samples) != len(preference.dialogues):
+        return "answer_split", _("the template renders the turns of this answer apart from each other")
+    if len({tuple(int(index) for index in _prompt_ids(sample)) for sample in samples}) > 1:
+        return "prompts_differ", _("the template renders the prompt differently for the two answers")
+    if preference.is_pair and _all_ids(samples[0]) == _all_ids(samples[1]):
+        return "equal_answers", _("both answers have the same tokens")
+    return "", ""
+
+
+def _prompt_ids(sample: _Sample) -> list[int]:
+    """Return the ids ahead of the first learned one."""
+    ids: list[int] = []
+    for piece in sample.pieces:
+        if piece.learn:
+            break
+        ids += piece.ids
+    return ids
+
+
+def _all_ids(sample: _Sample) -> list[int]:
+    return [int(index) for piece in sample.pieces for index in piece.ids]
 
 
 def encode_documents(

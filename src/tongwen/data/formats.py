@@ -52,7 +52,7 @@ _FLAGS = {"on", "off", "yes", "no", "true", "false", "enabled", "disabled"}
 # All keys that the readers use; `columns` can map each of them.
 NAMES = tuple(dict.fromkeys((
     "instruction", "input", "output", "target", "history", "system", "tools", "functions", *TURNS, "instruct",
-    *QUESTIONS, *ANSWERS, "std_answer", "q", "a", "context", "text", "session_id", *IN_TURNS,
+    *QUESTIONS, *ANSWERS, "chosen", "rejected", "label", "std_answer", "q", "a", "context", "text", "session_id", *IN_TURNS,
 )))  # fmt: skip
 
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)

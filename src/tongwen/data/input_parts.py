@@ -14,16 +14,17 @@ from tongwen.core.i18n import _
 from tongwen.data import dataset_info, formats
 from tongwen.data.files import find_files, printable
 from tongwen.data.message_log import names_of_log
+from tongwen.data.preference import is_preference
 from tongwen.data.reader import read_rows
 from tongwen.recipe.data import Prepare, SourceConfig
 
 Notify = Callable[[str], None]
-KINDS = ("documents", "dialogues")
+KINDS = ("documents", "dialogues", "preferences")
 
 
 @dataclass(frozen=True)
 class InputPart:
-    """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
+    """One file of one source. index: among all files; kind: one of KINDS; role: `train`, `held_out` (a file
     of the recipe) or `evaluation`; number: index of its source among those of its kind."""
 
     index: int
@@ -56,11 +57,13 @@ def list_parts(
     def add(kind: str, role: str, number: int, source: SourceConfig) -> None:
         try:
             formats.check_source(source)
-            for one in dataset_info.entry_source(source) if source.entry else [source]:
+            of_preferences = kind == "preferences"
+            for one in dataset_info.entry_source(source, of_preferences=of_preferences) if source.entry else [source]:
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": download(one.path, notify)})
                 for file in find_files(one.path):
-                    part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
+                    is_of = kind or kind_of(file, one, may_be_preferences=bool(section.preferences))
+                    part = InputPart(len(out), is_of, role, number, one, file)
                     _check_held_out(part, section)
                     out.append(part)
         except (DataError, RecipeError) as error:
@@ -91,9 +94,11 @@ def _check_held_out(part: InputPart, section: Prepare) -> None:
         )
 
 
-def kind_of(file: Path, source: SourceConfig) -> str:
-    """Return `documents` or `dialogues`, by the first row."""
+def kind_of(file: Path, source: SourceConfig, *, may_be_preferences: bool = False) -> str:
+    """Return one of KINDS, by the first row."""
     row = next(read_rows(file, source)).value
+    if may_be_preferences and is_preference(row):
+        return "preferences"
     if names_of_log(row, source):
         return "dialogues"
     row = formats.with_columns(row, source) if isinstance(row, dict) else row

@@ -1,6 +1,7 @@
 """Recognise preference data: pairs of a chosen and a rejected answer, and answers with a verdict (KTO).
 
-Fine-tuning would learn the answer that people disliked as well as the other, so these rows are refused by name.
+`prepare.preferences` takes them. As dialogues they are refused by name: fine-tuning would learn the answer that people
+disliked as well as the other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from tongwen.core.errors import DataError
+from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.data.fields import is_empty
 from tongwen.recipe.data import SourceConfig
@@ -44,11 +45,10 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
     ]
     if found and not mapped & set(found):
         raise DataError(
-            _("this is preference data ({names}); this kind of training does not use it").format(
-                names=", ".join(found)
-            ),
+            _("this is preference data ({names}), and not a dialogue").format(names=", ".join(found)),
             place=place,
-            remedy=_remedy(row, found),
+            remedy=_("to train on both answers: prepare: {preferences: [FILE]} and a `prefer` section; ")
+            + _remedy(row, found),
         )
     for key in verdict_keys:
         if key not in mapped and key not in source.ignore and _is_bad(key, row):
@@ -57,7 +57,8 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
                     key=key, value=row[key]
                 ),
                 place=place,
-                remedy=_(
+                remedy=_("to train on them: prepare: {preferences: [FILE]} and prefer: {method: kto}; ")
+                + _(
                     "keep only the rows whose {key} is true; or, if it means something else: {{path: …, ignore: [{key}]}}"
                 ).format(key=key),
             )
@@ -72,6 +73,48 @@ def _suspects(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def says_true(value: Any) -> bool:
     """Whether a verdict is one, and good: such a row is an ordinary one."""
     return value is True or (isinstance(value, str) and value.strip().lower() == "true")
+
+
+def find_pair(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the keys of the chosen and the rejected answer; "" for one that a row does not have.
+
+    Raises RowRejected when several keys mean the same answer.
+    """
+    keys = [key for key in _suspects(tuple(row))[0] if not isinstance(row[key], bool) and not is_empty(row[key])]
+    liked = [key for key in keys if _is_liked(key)]
+    disliked = [key for key in keys if key not in liked]
+    for same in (liked, disliked):
+        if len(same) > 1:
+            raise RowRejected("ambiguous", _("{one} and {other} mean the same").format(one=same[0], other=same[1]))
+    return liked[0] if liked else "", disliked[0] if disliked else ""
+
+
+def find_verdict(row: Mapping[str, Any]) -> str:
+    """Return the key of a row's verdict on its answer; "" without one. Raises RowRejected for one that is neither."""
+    found = [key for key in _suspects(tuple(row))[1] if row[key] is not None]
+    if not found:
+        return ""
+    key = found[0]
+    if is_true(row[key]) == _is_false(row[key]):
+        raise RowRejected("bad_label", _("{key}: {value!r} is neither true nor false").format(key=key, value=row[key]))
+    return key
+
+
+def is_preference(row: Any) -> bool:
+    """Whether a row is a pair or has a verdict."""
+    try:
+        return isinstance(row, dict) and bool(any(find_pair(row)) or find_verdict(row))
+    except RowRejected:
+        return False
+
+
+def is_true(value: Any) -> bool:
+    return says_true(value) or (isinstance(value, (int, float)) and value == 1)
+
+
+def _is_false(value: Any) -> bool:
+    said = isinstance(value, str) and value.strip().lower() == "false"
+    return value is False or said or (isinstance(value, (int, float)) and value == 0)
 
 
 def verdicts(row: Mapping[str, Any]) -> list[str]:

@@ -22,8 +22,8 @@ import numpy as np
 from tongwen.core import artifact
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue, Document, Origin, from_dict
-from tongwen.data import dedup, formats
+from tongwen.core.records import Origin, Record, from_dict
+from tongwen.data import dedup, formats, preference_rows
 from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.input_parts import KINDS, InputPart, Notify
 from tongwen.data.ledger import Ledger, RejectedRow
@@ -51,7 +51,7 @@ def raw_rows(part: InputPart, notify: Notify) -> Iterator[RawRow]:
 
 def iter_rows(
     part: InputPart, section: Prepare, cleaner: Cleaner, notify: Notify
-) -> Iterator[tuple[RawRow, Document | Dialogue | RejectedText | RowRejected]]:
+) -> Iterator[tuple[RawRow, Record | RejectedText | RowRejected]]:
     """Yield every row of a file with its record, or with the reason why it has none."""
     known = part.source.format
     for raw in raw_rows(part, notify):
@@ -59,9 +59,11 @@ def iter_rows(
         try:
             if raw.problem:
                 raise RowRejected(raw.reason, raw.problem)
-            record: Document | Dialogue
+            record: Record
             if part.kind == "documents":
                 record = formats.read_document(raw.value, part.source, origin)
+            elif part.kind == "preferences":
+                record = preference_rows.read_preference(raw, part.source, section.fill)
             else:
                 format_ = known or formats.recognise_row(raw, part.source)
                 record = formats.read_dialogue(raw.value, format_, part.source, section.fill, origin)
@@ -75,7 +77,7 @@ def iter_rows(
 
 def iter_records(
     parts: Sequence[InputPart], section: Prepare, kind: str, notify: Notify, counts: ScanCounts
-) -> Iterator[Document | Dialogue]:
+) -> Iterator[Record]:
     """Yield the readable, cleaned training records of a kind before deduplication, for previews; count all rows."""
     for part in parts:
         if part.kind == kind and part.role == "train":
@@ -95,7 +97,7 @@ class ScanCounts:
     first_bad: list[tuple[str, str]] = field(default_factory=list)
     unread: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def count(self, raw: RawRow, record: Document | Dialogue | RejectedText | RowRejected) -> None:
+    def count(self, raw: RawRow, record: Record | RejectedText | RowRejected) -> None:
         self.ledger.enter(raw.size)
         if not isinstance(record, (RejectedText, RowRejected)):
             self.ledger.keep(raw.size)
@@ -160,15 +162,15 @@ def scan(part: InputPart, section: Prepare, out: Path, notify: Notify) -> None:
     artifact.write_json(folder / "scan.json", facts)
 
 
-def as_line(record: Document | Dialogue) -> bytes:
+def as_line(record: Record) -> bytes:
     return json.dumps(record.to_dict(), ensure_ascii=False).encode() + b"\n"
 
 
-def from_line(line: bytes) -> Document | Dialogue:
+def from_line(line: bytes) -> Record:
     return from_dict(json.loads(line))
 
 
-def load_records(file: Path) -> Iterator[Document | Dialogue]:
+def load_records(file: Path) -> Iterator[Record]:
     """Yield the records of a file that `scan`, `settle` or `join` wrote."""
     with file.open("rb") as stream:
         yield from map(from_line, stream)
@@ -204,7 +206,7 @@ def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], 
             sum(scan["bad"] for scan in chosen),
             [(place, rule) for scan in chosen for place, rule in scan["first_bad"]][:FIRST],
             max_bad,
-            {"documents": _("documents"), "dialogues": _("dialogues")}[kind],
+            {"documents": _("documents"), "dialogues": _("dialogues"), "preferences": _("preferences")}[kind],
         )
 
 
@@ -278,7 +280,7 @@ class RecordIndex:
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         return part, number - int(self.starts[part])
 
-    def read(self, number: int) -> Document | Dialogue:
+    def read(self, number: int) -> Record:
         part, row = self.place(number)
         folder = self.parts[part].folder(self.out)
         with (folder / "index.bin").open("rb") as index, (folder / "records.jsonl").open("rb") as records:
@@ -296,7 +298,7 @@ def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) 
     """
     if (out / "parts" / "compare.json").is_file():
         return
-    forbidden: list[Document | Dialogue] = []
+    forbidden: list[Record] = []
     for kind in KINDS:
         chosen = [part for part in parts if part.kind == kind and part.role == "train"]
         if not chosen:

@@ -74,6 +74,11 @@ class TokenStore:
         return np.diff(self.offsets)
 
     @property
+    def longest(self) -> int:
+        """Return the tokens of the longest sample."""
+        return int(self.lengths.max())
+
+    @property
     def stops(self) -> np.ndarray:
         return np.asarray(self.samples["stop"])
 
@@ -90,9 +95,22 @@ class TokenStore:
             learn[start:stop] = True
         return self.ids[begin:end], learn
 
+    def take(self, indices: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (ids, learn) of some samples."""
+        return [self.sample(index) for index in indices]
+
     def origin(self, index: int) -> Origin:
         sample = self.samples[index]
         return Origin(self.files[sample["file"]], int(sample["row"]))
+
+
+def subset(store: TokenStore, indices: Sequence[int]) -> TokenStore:
+    """Return some samples as a store in memory."""
+    samples = store.take(indices)
+    ids = np.concatenate([np.zeros(0, np.uint32), *(ids for ids, _ in samples)])
+    learn = np.concatenate([np.zeros(0, bool), *(learn for _, learn in samples)])
+    ends = np.cumsum([0, *(len(ids) for ids, _ in samples)])
+    return TokenStore(ids, ends, spans_of(learn), store.samples[list(indices)], store.files)
 
 
 def spans_of(learn: np.ndarray) -> np.ndarray:

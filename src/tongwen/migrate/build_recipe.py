@@ -15,9 +15,9 @@ from tongwen.migrate.tables import OldProgram
 from tongwen.recipe.data import Synthesize
 from tongwen.recipe.fields import Section
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Pretrain, Sft
+from tongwen.recipe.training import Prefer, Pretrain, Sft
 
-SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pretrain, "sft": Sft}
+SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pretrain, "sft": Sft, "prefer": Prefer}
 POSITIONAL = ("MODEL", "SRC")
 
 
@@ -28,6 +28,8 @@ def build_recipe(reader: FlagReader, place: str) -> dict[str, Any]:
     _multiply_batch(reader, settings, place)
     _name_method(settings, section)
     _list_entries(settings, section)
+    if section == "prefer":
+        _render_as_sft(reader, settings)
     if settings.get("vocab.tokenizer") == settings.get("base"):
         settings.pop("vocab.tokenizer", None)
     if reader.context.lengths:
@@ -120,10 +122,20 @@ def _name_method(settings: dict[str, Any], section: str) -> None:
             del settings[key]
 
 
+def _render_as_sft(reader: FlagReader, settings: dict[str, Any]) -> None:
+    """Give `prefer` the settings of `sft` about rendering that it shares; it has no others of them."""
+    for key in [key for key in settings if key.startswith("sft.")]:
+        value, name = settings.pop(key), key.replace("sft.", "prefer.")
+        if name.removeprefix("prefer.") in Prefer.model_fields:
+            settings[name] = value
+            for verdict in reader.verdicts:
+                verdict.becomes = name if verdict.becomes == key else verdict.becomes
+
+
 def _list_entries(settings: dict[str, Any], section: str) -> None:
     """Name LLaMA-Factory's data sets by their entries in dataset_info.json."""
     folder, names = settings.pop("dataset_dir", ""), settings.pop("dataset", [])
-    kind = "documents" if section == "pretrain" else "dialogues"
+    kind = {"pretrain": "documents", "prefer": "preferences"}.get(section, "dialogues")
     if names:
         settings[f"prepare.{kind}"] = [{"path": f"{folder}/dataset_info.json", "entry": name} for name in names]
 

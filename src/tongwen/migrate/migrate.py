@@ -25,6 +25,9 @@ CONFIGURATIONS = (".json", ".yaml", ".yml")
 SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama-65b"}
 
 
+SECTIONS_OF_STAGES = {"pt": "pretrain", "dpo": "prefer", "kto": "prefer"}  # LLaMA-Factory's
+
+
 @dataclass
 class MigrationResult:
     """The replacement of an old command. recipe: empty if commands replace it; commands: without the leading `tongwen`;
@@ -77,7 +80,9 @@ def migrate_files(
         data = _read_data(path) | dict(overrides or {})
         program = named or _recognise(data, path)
         project = project or program.project
-        reader.section = reader.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")
+        reader.section = reader.section or SECTIONS_OF_STAGES.get(str(data.get("stage")), program.section or "sft")
+        if data.get("stage") == "kto":
+            reader.set_value("prefer.method", "stage", "kto", path)
         _read_keys(reader, program, data, path)
         if program.command:
             commands = build_recipe.build_commands(reader, program)

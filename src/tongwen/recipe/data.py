@@ -178,12 +178,21 @@ class Dedup(Section):
     threshold: Number = setting(0.6, "Jaccard threshold of near duplicates", gt=0.3, lt=1)
     min_chars: Count = setting(100, "shorter texts are only compared exactly", ge=3)
 
+    @property
+    def preferences(self) -> str:
+        """Preferences are compared as dialogues are."""
+        return self.dialogues
+
 
 class Prepare(Section):
     """Read, clean, deduplicate, check and split the data."""
 
     documents: SourceConfigs = setting([], "plain text for continued pre-training")
     dialogues: SourceConfigs = setting([], "conversations for fine-tuning")
+    preferences: SourceConfigs = setting(
+        [],
+        "chosen and rejected answers, or answers with a label (KTO), for `prefer`; cleaned and deduplicated as dialogues",
+    )
     clean: Clean = setting(Clean(), "cleaning rules")
     dedup: Dedup = setting(Dedup(), "deduplication")
     held_out: ShareOrCount | str = setting(
@@ -214,10 +223,20 @@ class Prepare(Section):
 
     def rules(self) -> Rules:
         yield (
-            not self.documents and not self.dialogues,
-            _("`prepare` needs `documents` or `dialogues`; for example `dialogues: data/alpaca_zh.json`"),
+            not self.documents and not self.dialogues and not self.preferences,
+            _(
+                "`prepare` needs `documents`, `dialogues` or `preferences`; for example `dialogues: data/alpaca_zh.json`"
+            ),
         )
-        for name, sources in (("documents", self.documents), ("dialogues", self.dialogues)):
+        yield (
+            any(source.format for source in self.preferences),
+            _("`preferences` takes no `format`: each row's keys say what it is; `columns` names other keys"),
+        )
+        for name, sources in (
+            ("documents", self.documents),
+            ("dialogues", self.dialogues),
+            ("preferences", self.preferences),
+        ):
             shares = [source.share for source in sources if source.share is not None]
             total, all_have_shares = sum(shares), bool(shares) and len(shares) == len(sources)
             yield (
@@ -226,6 +245,14 @@ class Prepare(Section):
                     "{name}: the shares sum to {total:g}; they must leave room for the other sources or sum to exactly 1"
                 ).format(name=name, total=total),
             )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_preferences(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out empty `preferences`: results of versions before they came have the same settings."""
+        settings: dict[str, Any] = dump(self)
+        if not settings.get("preferences"):
+            settings.pop("preferences", None)
+        return settings
 
 
 class Vocab(Section):

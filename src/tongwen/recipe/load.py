@@ -13,7 +13,7 @@ from tongwen.core.i18n import _
 from tongwen.recipe.effects import unused_adapter_settings, unused_because_of, unused_settings
 from tongwen.recipe.fields import read_list
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Pretrain, Sft, Training
+from tongwen.recipe.training import Prefer, Pretrain, Sft, Training
 from tongwen.recipe.translate import translate_section
 from tongwen.recipe.validation import validate
 from tongwen.recipe.yaml_reader import RecipeReader, apply_override, parse
@@ -50,7 +50,7 @@ def read(
     data = parse(text, reader)
     for override in overrides:
         apply_override(data, override, reader)
-    for section, model in (("pretrain", Pretrain), ("sft", Sft)):
+    for section, model in (("pretrain", Pretrain), ("sft", Sft), ("prefer", Prefer)):
         if isinstance(data.get(section), dict):
             data[section] = translate_section(data[section], (section,), model, data.get("devices", 1), reader)
     _add_synthesized(data)
@@ -69,7 +69,7 @@ def from_options(data: Mapping[str, Any], command: str) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, from which a run is resumed. Defaults that have an effect are filled in;
     sections that do not run are left out."""
-    sections = {"pretrain": recipe.pretrain, "sft": recipe.sft}
+    sections = {"pretrain": recipe.pretrain, "sft": recipe.sft, "prefer": recipe.prefer}
     unused: Any = {
         name: {**dict.fromkeys(unused_settings(section), True), "adapter": unused_adapter_settings(section)}
         for name, section in sections.items()

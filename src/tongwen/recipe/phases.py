@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tongwen.recipe.training import ROWS_ONLY, PhaseConfig, Pretrain, TrainedPart, Training, parts_of
+from tongwen.recipe.training import ROWS_ONLY, PhaseConfig, Prefer, Pretrain, TrainedPart, Training, parts_of
 
 
 class TrainingPhase(NamedTuple):
@@ -33,7 +33,7 @@ def training_phases(section: Training) -> list[TrainingPhase]:
 
 def learning_rates(section: Training, train: str) -> tuple[float, float]:
     """Return the peak learning rates of (weights, embeddings) when training `train`."""
-    default = 2e-5 if train == "full" else 2e-4
+    default = 5e-6 if isinstance(section, Prefer) else 2e-5 if train == "full" else 2e-4
     rate = section.learning_rate if section.learning_rate is not None else default
     if not isinstance(section, Pretrain):
         return rate, rate

@@ -14,10 +14,10 @@ from tongwen.core.i18n import _
 from tongwen.recipe.data import Prepare, Synthesize, Vocab
 from tongwen.recipe.fields import Count, Rules, Seconds, Section, read_list, setting
 from tongwen.recipe.outputs import Evaluate, Export, Merge
-from tongwen.recipe.training import Pretrain, Sft, Training
+from tongwen.recipe.training import Prefer, Pretrain, Sft, Training
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
+STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "prefer", "merge", "evaluate", "export")
 
 
 TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
@@ -48,6 +48,7 @@ class Recipe(Section):
     vocab: Vocab | None = setting(None, "extend the tokenizer and enlarge the model")
     pretrain: Pretrain | None = setting(None, "continued pre-training")
     sft: Sft | None = setting(None, "supervised fine-tuning")
+    prefer: Prefer | None = setting(None, "preference training: chosen and rejected answers")
     merge: Merge | None = setting(None, "merge the adapter into the base")
     evaluate: Evaluate | None = setting(None, "scores of the model and its base")
     export: Export | None = setting(None, "export the model in the formats of other programs")
@@ -57,6 +58,16 @@ class Recipe(Section):
         yield (
             self.sft and not (self.prepare and self.prepare.dialogues),
             _("`sft` needs `prepare: {dialogues: ...}` for its training data"),
+        )
+        yield (
+            self.prefer and not (self.prepare and self.prepare.preferences),
+            _("`prefer` needs `prepare: {preferences: ...}`: chosen and rejected answers, or answers with a label"),
+        )
+        yield (
+            self.prefer and self.devices > 1,
+            _(
+                "`prefer` trains in one process, but `devices` is {devices}: write it as a second recipe whose `base` is the folder of the stage before"
+            ).format(devices=self.devices),
         )
         yield (
             self.vocab and self.vocab.pieces and not self.vocab.tokenizer and not self.prepare,
@@ -70,12 +81,16 @@ class Recipe(Section):
             self.evaluate and not self.prepare and any(task.needs_data for task in self.evaluate.tasks),
             _("`evaluate` needs `data` for each task, or held-out data from `prepare`"),
         )
-        yield (
-            self.sft and self.sft.adapter.method == "qlora" and self.pretrain and "lora" in self.pretrain.trained_parts,
-            _(
-                "`sft` with `method: qlora` builds on the adapter from `pretrain`, but an adapter cannot be merged into quantised weights: use `method: lora`, or write a second recipe with the merged model as its base"
-            ),
-        )
+        below = ""  # the stage whose adapter the next one builds on
+        for name in ("pretrain", "sft", "prefer"):
+            section: Training | None = getattr(self, name)
+            yield (
+                below and section and section.adapter.method == "qlora",
+                _(
+                    "`{name}` with `method: qlora` builds on the adapter from `{below}`, but an adapter cannot be merged into quantised weights: use `method: lora`, or write a second recipe with the merged model as its base"
+                ).format(name=name, below=below),
+            )
+            below = name if section and "lora" in section.trained_parts else below
         yield (
             self.merge and not leaves_adapter,
             _("`merge` needs a training section with an adapter: otherwise there is nothing to merge"),
@@ -88,7 +103,7 @@ class Recipe(Section):
     @property
     def training(self) -> list[Training]:
         """The training sections, in order."""
-        return [section for section in (self.pretrain, self.sft) if section is not None]
+        return [section for section in (self.pretrain, self.sft, self.prefer) if section is not None]
 
     @property
     def stages(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The training sections, `pretrain` and `sft`, and the settings they share."""
+"""The training sections, `pretrain`, `sft` and `prefer`, and the settings they share."""
 
 from __future__ import annotations
 
@@ -408,3 +408,79 @@ class Sft(Training):
         "train the embedding rows of control tokens that the base never saw; false: refuse such a base",
     )
     min_stop_learned: Number = setting(0.99, "refuse when less than this share of samples learn to stop", ge=0, le=1)
+
+
+class Prefer(Training):
+    """Learning from preferences which of two answers is the better one.
+
+    A new adapter is trained on the model of the stages before, which is the reference when the adapter is off.
+    """
+
+    method: Literal["dpo", "kto", "orpo", "simpo"] = setting(
+        "dpo",
+        "dpo: pairs; kto: answers with a label, or pairs taken apart; orpo and simpo: pairs, without a reference",
+    )
+    beta: Number | None = setting(
+        None,
+        "dpo, kto: how strongly it is held to the reference; orpo: weight of the preference; simpo: sharpness; default 0.1, simpo 2",
+        gt=0,
+    )
+    gamma: Number | None = setting(
+        None, "simpo: margin by which the chosen answer must be likelier per token, default 1", ge=0
+    )
+    template: str = setting(
+        "own",
+        "own (the model's; after `sft` that of `sft`), or another as in `sft`",
+        names="name or file",
+    )
+    thinking: Literal["on", "off", "mixed"] = setting("mixed", "for thinking models, as in `sft`")
+    packing: Literal[False] = setting(False, "pairs are always padded", free=True)
+    learning_rate: Number | None = setting(None, "peak learning rate; default 5e-6", gt=0, le=100)
+    stop_after: Length = setting(Duration(count=1, unit="epochs"), "epochs, steps or tokens")
+
+    def rules(self) -> Rules:
+        yield from super().rules()
+        adapter, given = self.adapter, self.adapter.model_fields_set
+        yield (
+            adapter.method not in ("lora", "qlora"),
+            _(
+                "`prefer` trains an adapter, because the model without it is the reference: `method: lora` or `qlora`, not {method}"
+            ).format(method=adapter.method),
+        )
+        unusable = {
+            "adapter.also_train": adapter.also_train,
+            "adapter.continue_from": adapter.continue_from,
+            "adapter.dropout": adapter.dropout,
+            "batch_tokens": self.batch_tokens,
+            "keep": self.keep,
+            "neftune": self.neftune,
+            "compile": self.compile,
+            "engine": self.engine != "auto",
+            "offload": self.offload,
+        }
+        for name, value in unusable.items():
+            yield value, _("`prefer` does not use `{name}`: leave it out").format(name=name)
+        yield (
+            "targets" in given and "lm_head" in adapter.targets,
+            _("`prefer` takes the probabilities from the head directly, so `targets` must not contain lm_head"),
+        )
+        yield (
+            self.gamma is not None and self.method != "simpo",
+            _("`gamma` is only for `method: simpo`, but the method is {method}: leave it out").format(
+                method=self.method
+            ),
+        )
+        yield (
+            self.method == "kto" and self.batch_size < 2,
+            _("kto compares each answer with those to other prompts in its batch: `batch_size` must be at least 2"),
+        )
+
+    @property
+    def strength(self) -> float:
+        """beta, with its default."""
+        return self.beta if self.beta is not None else 2.0 if self.method == "simpo" else 0.1
+
+    @property
+    def margin(self) -> float:
+        """gamma, with its default."""
+        return self.gamma if self.gamma is not None else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tongwen.stages import evaluate, export, merge, prepare, pretrain, sft, synthesize, vocab
+from tongwen.stages import evaluate, export, merge, prefer, prepare, pretrain, sft, synthesize, vocab
 from tongwen.workflows.pipeline import Stages
 
 STAGES: Stages = {
@@ -11,6 +11,7 @@ STAGES: Stages = {
     "vocab": vocab,
     "pretrain": pretrain,
     "sft": sft,
+    "prefer": prefer,
     "merge": merge,
     "evaluate": evaluate,
     "export": export,

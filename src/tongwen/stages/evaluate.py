@@ -39,11 +39,12 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     if finished != recipe.base:
         model = open_model_before(recipe, "evaluate").as_parent()
     tasks = [read_task(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
-    template = "own" if recipe.sft else "auto"
+    template = "own" if recipe.sft or recipe.prefer else "auto"
     after = EvaluatedModel(model["path"], template=template)
     before = None
     if section.before and finished != recipe.base:
-        base_template = recipe.sft.template if recipe.sft else template
+        taught = recipe.sft or recipe.prefer
+        base_template = taught.template if taught else template
         before = EvaluatedModel(recipe.base, template=base_template, optional=True)
     with keep_answers(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
         draft.facts["scores"] = evaluate_models(tasks, after, before, section, kept, draft.path)

@@ -20,6 +20,9 @@ from tongwen.recipe.training import Forgetting
 from tongwen.train.metrics_file import read_metrics
 from tongwen.train.phase import Phase
 
+# TRL's names of what a preference's step says, and ours
+OF_TRL = {"rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy"}
+FURTHER = ("divergence", "agreement", "preference_accuracy", "preference_margin")  # scores of some evaluations
 FLAT_AFTER = 100  # steps after which a loss should have fallen
 
 
@@ -103,6 +106,7 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": round(speed, 2),
             "seconds": round(self.before + seconds, 3),
             "cpu_seconds": round(time.process_time(), 3),
+            **{ours: logs[trls] for trls, ours in OF_TRL.items() if trls in logs},
             **self.scores,
         }
         if len(set(self.rates)) > 1:  # the embeddings' own group is the last
@@ -119,7 +123,7 @@ class MetricsCallback(TrainerCallback):
         """Keep the scores of a held-out evaluation for the metrics line of its step."""
         self.history.append((step, scores["bits_per_byte"]))
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
-        self.scores |= {name: scores[name] for name in ("divergence", "agreement") if name in scores}
+        self.scores |= {name: scores[name] for name in FURTHER if name in scores}
         self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
 
     def _append(self, line: dict[str, Any]) -> None:

@@ -226,7 +226,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         return len(self.micro)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        samples = [self.store.sample(sample) for sample in self.micro[index]]
+        samples = self.store.take(self.micro[index])
         return (pack if self.packed else pad)(samples) if samples else empty(self.packed)
 
 

@@ -41,7 +41,11 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         title=title,
         summary=report["summary"],
         facts=facts,
-        notices=[*([_own_answers(own)] if (own := held_out.get("own_answers")) else []), *report["notices"]],
+        notices=[
+            *([_own_answers(own)] if (own := held_out.get("own_answers")) else []),
+            *([_preferences(chosen)] if "accuracy" in (chosen := report.get("preferences", {})) else []),
+            *report["notices"],
+        ],
         headings={
             "groups": _("Held-out data by language"),
             "ledger": _("Ledger"),
@@ -102,10 +106,19 @@ def report_result(report: dict[str, Any], out: Path) -> None:
             _report_change(f"  {name}", group["bits_per_byte"])
         if own := held_out.get("own_answers"):
             console.info(_own_answers(own))
+    if (found := report.get("preferences")) and "accuracy" in found:
+        show = console.success if found["accuracy"]["after"] > found["accuracy"]["before"] else console.notice
+        show(_preferences(found))
     console.success(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )
+
+
+def _preferences(found: dict[str, Any]) -> str:
+    return _(
+        "held-out preferences: accuracy {accuracy[before]:.1%} → {accuracy[after]:.1%}, reward margin {margin[before]:.3f} → {margin[after]:.3f}; the chosen answer is the likelier one in {likelier[before]:.1%} → {likelier[after]:.1%}"
+    ).format(**found)
 
 
 def _own_answers(own: dict[str, float]) -> str:

@@ -90,6 +90,7 @@ class PhaseRun:
     evaluations: from the checkpoint's manifest
     tracker:     experiment trackers and their run
     notices:     notices for the report
+    trainer:     makes the Trainer; None: PlannedTrainer
     """
 
     phase: Phase
@@ -113,6 +114,7 @@ class PhaseRun:
     evaluations: Iterable[Sequence[float]] = ()
     tracker: TrackerRun | None = None
     notices: list[str] = field(default_factory=list)
+    trainer: Callable[[PhaseRun, ShutdownRequest], PlannedTrainer] | None = None
 
     @property
     def allocates_ranks(self) -> bool:
@@ -137,7 +139,7 @@ def train_phase(job: PhaseRun) -> int:
     shutdown = ShutdownRequest(job.deadline)
     with on_stop_signals(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
         # Put the Trainer together.
-        trainer = PlannedTrainer(job, shutdown)
+        trainer = (job.trainer or PlannedTrainer)(job, shutdown)
         trainer.remove_callback(PrinterCallback)
         for callback in (job.metrics, EvaluationCallback(job), AllocatorCallback(job), trainer.guard):
             trainer.add_callback(callback)
@@ -226,8 +228,10 @@ def unreached_rate(section: Training, steps: int) -> str:
     ).format(warm=warm, decay=decay, steps=steps)
 
 
-def training_arguments(job: PhaseRun) -> TrainingArguments:
-    """Return the recipe's settings as TrainingArguments; those under `trainer:` are passed unchanged."""
+def training_arguments(
+    job: PhaseRun, kind: type[TrainingArguments] = TrainingArguments, **further: Any
+) -> TrainingArguments:
+    """Return the recipe's settings as TrainingArguments of a kind; those under `trainer:` are passed unchanged."""
     section, plan = job.phase.config, job.phase.plan
     total = len(plan)
     if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
@@ -259,6 +263,7 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
         "log_level": "error",
         "use_cpu": not torch.accelerator.is_available(),  # without it each process of a CPU run under torchrun trains alone
         **(job.tracker.arguments if job.tracker else {"report_to": "none"}),
+        **further,
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
@@ -266,7 +271,7 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
         ours | job.engine.arguments | section.trainer
     )  # the recipe reader has refused keys that the recipe sets itself
     try:
-        arguments = TrainingArguments(**settings)
+        arguments = kind(**settings)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
@@ -291,16 +296,11 @@ class PlannedTrainer(Trainer):
 
     def __init__(self, job: PhaseRun, shutdown: ShutdownRequest) -> None:
         self.job, self.shutdown = job, shutdown
-        self.micro = MicroBatches(job.store, job.phase.plan.flat(), packed=job.packed)
+        self.micro = self.make_micro_batches()
         self._staging: Path | None = None
         self.noise = Neftune(job.model, job.phase.config.neftune) if job.phase.config.neftune else None
-        super().__init__(
-            model=job.model,
-            args=training_arguments(job),
-            train_dataset=self.micro,
-            processing_class=job.tokenizer,
-            optimizer_cls_and_kwargs=_muon(job) if job.phase.config.optimizer == "muon" else None,
-        )
+        super().__init__(**self.arguments_of_base())
+        self.train_dataset = self.micro
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
         self.guard = NanGuard(
             job.phase.plan,
@@ -311,6 +311,21 @@ class PlannedTrainer(Trainer):
             job.metrics.before_steps,
             job.model.config.get_text_config().vocab_size,
         )
+
+    def make_micro_batches(self) -> Any:
+        """Return the micro-batches of the phase, in order."""
+        return MicroBatches(self.job.store, self.job.phase.plan.flat(), packed=self.job.packed)
+
+    def arguments_of_base(self) -> dict[str, Any]:
+        """Return the arguments of the class below."""
+        job = self.job
+        return {
+            "model": job.model,
+            "args": training_arguments(job),
+            "train_dataset": self.micro,
+            "processing_class": job.tokenizer,
+            "optimizer_cls_and_kwargs": muon_of(job) if job.phase.config.optimizer == "muon" else None,
+        }
 
     @property
     def _is_shared_adapter(self) -> bool:
@@ -489,7 +504,7 @@ class PlannedTrainer(Trainer):
             )
 
 
-def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
+def muon_of(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
     """Return torch's Muon, which orthogonalises matrix updates. Raises RecipeError if anything else is trainable."""
     whole = {id(part) for part in job.embeddings}
     for name, part in job.model.named_parameters():

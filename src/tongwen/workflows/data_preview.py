@@ -15,7 +15,7 @@ from tongwen.core import console
 from tongwen.core.errors import RowRejected
 from tongwen.core.html import render
 from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue, Document
+from tongwen.core.records import Record
 from tongwen.data import formats, prepare_steps, token_store
 from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.input_parts import InputPart, kind_of
@@ -40,7 +40,7 @@ class DataPreview:
     format: str
     counts: prepare_steps.ScanCounts
     problems: list[Problem] = field(default_factory=list)
-    records: list[Document | Dialogue] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
 
 
 def inspect(file: Path) -> DataPreview:

@@ -6,7 +6,7 @@ from tongwen.core import artifact, resume
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 
-OF_TENSORS = ("model", "vocab", "sft", "pretrain")  # kinds whose fingerprint is that of their tensors
+OF_TENSORS = ("model", "vocab", "pretrain", "sft", "prefer")  # kinds whose fingerprint is that of their tensors
 
 
 def check_finished(stage: artifact.Artifact, *, digests: bool = False) -> None:

@@ -14,8 +14,8 @@ from tongwen.recipe.effects import deciding_settings
 from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.recipe.training import Pretrain, Training
 
-TRAINING = ("pretrain", "sft")  # stages that run on all devices
-MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each based on the one before
+TRAINING = ("pretrain", "sft", "prefer")  # stages that run on all devices; `prefer` on one
+MODELS = ("vocab", "pretrain", "sft", "prefer", "merge")  # stages that leave a model, each based on the one before
 
 
 def base_of_stage(recipe: Recipe, stage: str, *, finished: bool = False) -> str:

@@ -12,7 +12,8 @@ import re
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -25,13 +26,22 @@ from tongwen.core import artifact, console, distributed
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue, Document, Span
+from tongwen.core.records import Document, Preference, Record, Span
 from tongwen.data import token_store
 from tongwen.data.clean import han_share
-from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
+from tongwen.data.encode import (
+    Encoder,
+    check_round_trip,
+    check_store,
+    describe,
+    encode_dialogues,
+    encode_documents,
+    encode_preferences,
+)
 from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger, RejectedRow, table_rows
 from tongwen.data.legacy_encoder import LegacyEncoder
+from tongwen.data.preference_store import PreferenceStore, Samples, arrange
 from tongwen.data.prepare_steps import ScanCounts, describe_unread, iter_records, load_records
 from tongwen.data.sampling import choose_held_out, draw, passes_of
 from tongwen.data.token_store import Batch, TokenStore
@@ -39,7 +49,7 @@ from tongwen.hub.download import local_copy
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_text, fingerprint_tokenizer
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Pretrain, Sft, Training
+from tongwen.recipe.training import Prefer, Pretrain, Sft, Training
 from tongwen.workflows.prepared_data import find_prepared
 from tongwen.workflows.stage_inputs import inputs
 
@@ -75,6 +85,10 @@ class RecordEncoder(ABC):
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
         """Return statistics of the loss mask. Raises DataError if there is nothing to learn."""
 
+    def arrange(self, store: TokenStore, records: Iterable[Any]) -> Any:
+        """Return the store with the items that training draws. records: those that it was made of."""
+        return store
+
     @abstractmethod
     def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
         """Count the records that do not decode to their own text."""
@@ -107,14 +121,46 @@ class DialogueEncoder(RecordEncoder):
         return check_store(store, self.section, rejected)
 
     def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
-        def render(dialogue: Dialogue) -> list[tuple[Span, ...]]:
-            try:
-                samples = self.template.samples(dialogue, self.section.learn, self.section.thinking)
-            except RowRejected:
-                return []
-            return [sample.spans for sample in samples]
+        def render(record: Any) -> list[tuple[Span, ...]]:
+            found: list[tuple[Span, ...]] = []
+            for dialogue in record.dialogues if isinstance(record, Preference) else [record]:
+                with suppress(RowRejected):
+                    samples = self.template.samples(dialogue, self.section.learn, self.section.thinking)
+                    found += [sample.spans for sample in samples]
+            return found
 
         return check_round_trip(records, count, render, self.encoder)
+
+
+@dataclass(frozen=True)
+class PreferenceEncoder(DialogueEncoder):
+    """Encodes preferences: each answer with its prompt, rendered by a template. paired: only pairs are of use."""
+
+    paired: bool = True
+    kind: ClassVar[str] = "preferences"
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        return {**super().decides, "paired": self.paired}
+
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
+        return encode_preferences(records, self.template, self.encoder, self.section, self.paired, ledger, reject)
+
+    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
+        if not len(store) and rejected and all(bad["reason"] == "unpaired" for bad in rejected):
+            raise DataError(
+                _("none of the {count} preferences is a pair: they are answers with a label").format(
+                    count=len(rejected)
+                ),
+                place=f"{rejected[0]['file']}:{rejected[0]['row']}",
+                remedy="prefer: {method: kto}",
+            )
+        return check_store(store, self.section, rejected)
+
+    def arrange(self, store: TokenStore, records: Iterable[Any]) -> PreferenceStore:
+        if self.paired:
+            return arrange(store, None)
+        return arrange(store, {record.origin: bool(record.chosen) for record in records if not record.is_pair})
 
 
 @dataclass(frozen=True)
@@ -157,16 +203,21 @@ class DocumentEncoder(RecordEncoder):
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """The encoded data: training samples, and held-out samples by language ("" if unknown)."""
+    """The encoded data: what training draws, and held-out samples by language ("" if unknown)."""
 
-    store: TokenStore
+    store: Samples
     mask: dict[str, Any]
     ledger: Ledger
     rejected: list[dict[str, Any]]
     draw: Callable[[int], list[int]]
     held_out: list[Any]
-    held_out_stores: dict[str, TokenStore]
+    held_out_stores: dict[str, Any]
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> TokenStore:
+        """The training samples; of a pair, both."""
+        return self.store.store if isinstance(self.store, PreferenceStore) else self.store
 
 
 def describe_mask(mask: dict[str, Any]) -> str:
@@ -209,6 +260,14 @@ def make_dialogue_encoder(base: str, section: Sft) -> DialogueEncoder:
     return DialogueEncoder(
         tokenizer, encoder, chat_setup.bind_template(section.template, tokenizer, encoder.prefix), section
     )
+
+
+def make_preference_encoder(base: str, section: Prefer) -> PreferenceEncoder:
+    tokenizer = load.load_tokenizer(load.tokenizer_ref(load.locate(base)))  # of the stage before, with its template
+    encoder = Encoder(tokenizer)
+    rendering = Sft(template=section.template, thinking=section.thinking, max_length=section.max_length)
+    template = chat_setup.bind_template(section.template, tokenizer, encoder.prefix)
+    return PreferenceEncoder(tokenizer, encoder, template, rendering, section.method != "kto")
 
 
 def make_document_encoder(base: str, section: Pretrain) -> DocumentEncoder:
@@ -259,9 +318,11 @@ def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> Tokenized
         sources, files = _sources_of(made, record_encoder.kind)
     else:
         rows, sources, files = _read_sources(recipe, record_encoder.kind)
-    store = token_store.in_memory(record_encoder.batches(rows, ledger, rejected.append))
+    records = list(rows) if record_encoder.kind == "preferences" else rows  # their labels are read after the rows
+    samples = token_store.in_memory(record_encoder.batches(iter(records), ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
-    mask = record_encoder.check(store, lost)
+    mask = record_encoder.check(samples, lost)
+    store = record_encoder.arrange(samples, records)
     sampler, missed = _make_sampler(store, sources, files, recipe.seed)
     return TokenizedData(store, mask, ledger, lost, sampler, [], {}, missed)
 
@@ -328,6 +389,7 @@ def encode_prepared(
     mask["round_trip"] = artifact.read_json(store_folder / ROUND_TRIP)
     sources, files = _sources_of(prepared, record_encoder.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
+    store = record_encoder.arrange(store, load_records(prepared.path / f"{record_encoder.kind}.jsonl"))
     held_out, held_out_stores = _encode_held_out(prepared, record_encoder, ledger, languages)
     sampler, missed = _make_sampler(store, sources, files, seed)
     return TokenizedData(store, mask, ledger, rejected, sampler, held_out, held_out_stores, missed)
@@ -379,7 +441,10 @@ def _encode_held_out(
     for record in records:
         groups.setdefault(_language_of(record, languages), []).append(record)
     found = {
-        name: token_store.in_memory(record_encoder.held_out(groups[name], aside, bad.append)) for name in sorted(groups)
+        name: record_encoder.arrange(
+            token_store.in_memory(record_encoder.held_out(groups[name], aside, bad.append)), groups[name]
+        )
+        for name in sorted(groups)
     }
     if prepared.manifest["ledger"][record_encoder.kind]["from_training"]:
         ledger.enter(aside.size_in, items=len(records))
@@ -391,9 +456,9 @@ def _encode_held_out(
     return records, {name: store for name, store in found.items() if len(store)}
 
 
-def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) -> str:
+def _language_of(record: Record, languages: dict[str, str | None]) -> str:
     """Return the source's language, else zh or other by the share of Chinese characters."""
-    if isinstance(record, Dialogue):
+    if not isinstance(record, Document):
         return ""
     return languages.get(record.origin.file) or ("zh" if han_share(record.text) >= MOSTLY_HAN else "other")
 

@@ -20,7 +20,7 @@ from tongwen.core import console
 from tongwen.core.artifact import read_json, write_json
 from tongwen.core.errors import DataError, ModelError, RecipeError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue, Document
+from tongwen.core.records import Dialogue, Document, Preference, Record
 from tongwen.core.tokenizer_json import open_definition
 from tongwen.data.clean import Cleaner
 from tongwen.data.input_parts import kind_of, list_parts
@@ -424,11 +424,12 @@ def iter_texts(paths: Sequence[str], notify: Callable[[str], None] = console.not
             notify(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))
 
 
-def texts_of(record: Document | Dialogue) -> Iterator[str]:
+def texts_of(record: Record) -> Iterator[str]:
     if isinstance(record, Document):
         yield record.text
-    else:
-        yield from (message.content for message in record.messages if message.content)
+        return
+    messages = (*record.prompt, *record.chosen) if isinstance(record, Preference) else record.messages
+    yield from (message.content for message in messages if message.content)
 
 
 def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:

@@ -16,6 +16,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import ITEM_BYTES, TensorSource
+from tongwen.data.input_parts import KINDS
 from tongwen.data.prepare_steps import load_records
 from tongwen.model.adapters.read import HEADS
 from tongwen.model.loading import load
@@ -104,11 +105,11 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
 
 
 def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
-    """Return (texts to learn from, texts to measure on): documents, or dialogues without documents; held-out texts, or
+    """Return (texts to learn from, texts to measure on): documents, else dialogues, else preferences; held-out texts, or
     every tenth text if none were held out."""
     if prepared is None:
         return [], tokenizer_files.shipped_texts()
-    kind = "documents" if (prepared / "documents.jsonl").is_file() else "dialogues"
+    kind = next(kind for kind in KINDS if (prepared / f"{kind}.jsonl").is_file())
     texts = _read(prepared / f"{kind}.jsonl")
     aside = prepared / f"{kind}.held_out.jsonl"
     if aside.is_file():

@@ -102,7 +102,7 @@ def _locate_local(name: str, path: Path) -> ModelRef:
     if path.is_file():
         raise ModelError(_("a model must be a folder or a .gguf file"), place=name)
     stage = artifact.find(path)
-    if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
+    if stage and stage.kind in ("pretrain", "sft", "prefer") and (path / "adapter_config.json").is_file():
         below = locate(str(stage.manifest["parents"].get("base", {}).get("path")))
         return replace(below, name=name, adapters=(*below.adapters, str(path)))
     if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def make_dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path)
         prepared=prepared,
         record_encoder=record_encoder,
         data=data,
-        prompts=_prompts(data.held_out, record_encoder, section.samples),
+        prompts=make_prompts(data.held_out, record_encoder, section.samples),
         find_rows=lambda model: sorted({*_control_rows(model, record_encoder, section), *_new_pieces(base, section)}),
         new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
         template=record_encoder.template,
@@ -79,7 +80,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
     return new_rows_of(base)
 
 
-def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
+def make_prompts(held_out: Sequence[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
     """Return prompts from the first held-out dialogues that end with an answer; the report shows answers to them."""
     prompts: list[SamplePrompt] = []
     for one in held_out:

@@ -79,7 +79,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
             own = make_own_answers(job, model, progress.budget) if job.measures_divergence else None
             way_back = keep.before_training(job, model) if job.section.keep else None
             before = _load_or_make(
-                draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, progress.budget, own)
+                draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, progress.budget, own, None)
             )
 
             # Train each remaining phase, from the newest checkpoint if there is one.
@@ -100,7 +100,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
 
             # Go back towards the base as far as the recipe says. Score again, save, report.
             kept = keep.give_back(job.section.keep, model, own, way_back) if own and way_back else None
-            after = _score_and_answer(job, model, progress.budget, own)
+            after = _score_and_answer(job, model, progress.budget, own, before)
             _check_forgotten(job, before, after)
             whole = gather(model.model, model.adapted.trainable)
             if distributed.is_main_process():
@@ -114,6 +114,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                     "unreached": unreached,
                     "notices": job.data.notices + flat + notices,
                     **({"keep": kept} if kept else {}),
+                    **(job.describe(before["scores"], after["scores"]) if after["scores"] else {}),
                 }
                 write_results(job, draft.path, report)
                 draft.record_files(lambda file: file.suffix != ".safetensors" and file.parent == draft.path)
@@ -166,22 +167,27 @@ def _begin_phase(
     return guarded, audit_phase(model, phase, job.data.store)
 
 
-def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None) -> dict[str, Any]:
-    """Return the scores of the held-out data, and the answers to the sample prompts."""
+def _score_and_answer(
+    job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None, before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the scores of the held-out data, and the answers to the sample prompts. before: the same before training."""
     with torch.random.fork_rng():
         scores = None
         if job.data.held_out_stores:
             with console.waiting(_("scoring the held-out data")):
-                scores = _score(job, model, budget, own)
+                scores = _score(job, model, budget, own, before)
         with console.waiting(_("answering the sample prompts")):
             answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
     return {"scores": scores, "answers": answers}
 
 
-def _score(job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None) -> dict[str, Any]:
+def _score(
+    job: TrainingJob, model: PreparedModel, budget: int, own: OwnAnswers | None, before: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the scores of the held-out data, and how far the model has moved from the base's own answers."""
     sizes = torch.from_numpy(token_bytes(job.record_encoder.tokenizer))
     scores = score_held_out(model, job.data.held_out_stores, budget, sizes)
+    scores |= job.measure(model, budget, before["scores"] if before else None)
     return scores | own.divergence(model) if own else scores
 
 
@@ -198,7 +204,7 @@ def _phase_run(
     folder = metrics.file.parent
 
     def evaluate(step: int) -> dict[str, Any]:
-        scores: dict[str, Any] = broadcast_from_rank0(_score(job, model, progress.budget, own))
+        scores: dict[str, Any] = broadcast_from_rank0(_score(job, model, progress.budget, own, before))
         answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
         save_answers(folder / SAMPLES, step, [prompt.title for prompt in job.prompts], answers)
         check_forgetting(before["scores"]["groups"], scores, job.forgetting)
@@ -227,6 +233,7 @@ def _phase_run(
         deadline=distributed.deadline(job.recipe.stop_before),
         evaluations=progress.evaluations_of(checkpoint),
         tracker=_tracker_run(job, phase, folder, progress, must=not checkpoint),
+        trainer=job.trainer,
     )
 
 

@@ -17,6 +17,7 @@ from tongwen.core import console, distributed
 from tongwen.core.errors import ModelError, NumbersError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
+from tongwen.data.preference_store import Samples
 from tongwen.data.token_store import TokenStore
 from tongwen.infer.generation import ROWS, Sampling, TextGenerator
 from tongwen.model.adapters import attach
@@ -33,7 +34,7 @@ from tongwen.model.merging.carry import restore_unchanged_tensors
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.memory import STATE_BYTES, device_memory, is_estimated_to_fit
-from tongwen.train.packing import BatchPlan, MicroBatches, fill, to_device
+from tongwen.train.packing import BatchPlan, MicroBatches, fill, pack, pad, to_device
 from tongwen.train.parallel import Engine, sharding_plan, trainable_to_fp32
 from tongwen.train.phase import Phase
 from tongwen.train.try_batch import fits
@@ -145,11 +146,12 @@ def _choose_batches(prepared: PreparedModel, job: TrainingJob) -> PreparedModel:
         prepared = replace(prepared, packed=True)
     else:
         packed_attention.restore(prepared.model, prepared.own_attention)
-        console.notice(
-            _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=reason)
-        )
+        if job.trainer is None:  # TRL's trainers never pack
+            console.notice(
+                _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=reason)
+            )
     with prepared.computing():
-        batch = MicroBatches(job.data.store, [(0,)], packed=prepared.packed)[0]
+        batch = (pack if prepared.packed else pad)([job.data.store.sample(0)])
         with _refusing_other_inputs(job.base):
             audit.check_causal(prepared.model, batch, learned_loss)
     return prepared
@@ -170,7 +172,7 @@ def _refusing_other_inputs(base: str) -> Iterator[None]:
         ) from error
 
 
-def _check_packing(prepared: PreparedModel, store: TokenStore) -> None:
+def _check_packing(prepared: PreparedModel, store: Samples) -> None:
     """Raise NumbersError unless documents of a pack keep apart and score as in the model's own attention."""
     samples = [store.sample(0), store.sample(min(1, len(store) - 1))]
     audit.check_isolation(prepared.model, samples, learned_loss)
@@ -204,7 +206,7 @@ def _reason_to_pad(model: Any, job: TrainingJob) -> str:
 def _check_lengths(config: Any, job: TrainingJob) -> None:
     """Raise RecipeError if a sample is longer than the model's table of positions."""
     family, limit = family_of(config.model_type), chat_setup.context_length(config)
-    longest = max(int(store.lengths.max()) for store in (job.data.store, *job.data.held_out_stores.values()))
+    longest = max(store.longest for store in (job.data.store, *job.data.held_out_stores.values()))
     if family and family.table and longest > limit:
         raise RecipeError(
             _("a sample has {longest} tokens, but {model_type} has a table of only {limit} positions").format(
@@ -215,9 +217,9 @@ def _check_lengths(config: Any, job: TrainingJob) -> None:
         )
 
 
-def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
-    """Turn on a phase's memory savers: blockwise logits, activation recomputation. Call this before the audit, which
-    runs a training step."""
+def set_memory_savers(model: PreparedModel, phase: Phase, store: Samples) -> None:
+    """Turn on a phase's memory savers: blockwise logits for our own loss, activation recomputation. Call this before the
+    audit, which runs a training step."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
         # autocast would later reuse casts made here without gradients
         with model.computing(), _refusing_other_inputs(str(model.model.config.name_or_path)):
@@ -225,11 +227,11 @@ def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> 
     _set_checkpointing(model, phase, store)
 
 
-def _first_batch(model: PreparedModel, store: TokenStore, plan: BatchPlan) -> dict[str, Any]:
+def _first_batch(model: PreparedModel, store: Samples, plan: BatchPlan) -> dict[str, Any]:
     return MicroBatches(store, [plan.micro[0][0]], packed=model.packed)[0]
 
 
-def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
+def _set_checkpointing(model: PreparedModel, phase: Phase, store: Samples) -> None:
     """Recompute activations if the recipe asks for it, or if the largest micro-batch would not fit on the GPU."""
     setting = phase.config.activation_checkpointing
     checkpointing.keep_activations(model.model)
@@ -244,7 +246,7 @@ def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) ->
         )
 
 
-def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) -> bool:
+def _fits(model: PreparedModel, phase: Phase, store: Samples, memory: int) -> bool:
     """Return whether the largest micro-batch fits beside the optimizer's memory. memory: bytes of the GPU.
 
     The micro-batch is tried for real. If processes share the model, one that fails would leave the others waiting, so
@@ -265,7 +267,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
         )
 
 
-def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[str]:
+def audit_phase(model: PreparedModel, phase: Phase, store: Samples) -> list[str]:
     """Check on the first micro-batch that each trainable tensor gets a gradient.
 
     Returns the trainable tensors that its tokens did not reach. Raises NumbersError if a check fails.

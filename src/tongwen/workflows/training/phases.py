@@ -13,7 +13,7 @@ import torch
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
-from tongwen.data.token_store import TokenStore
+from tongwen.data.preference_store import Samples
 from tongwen.model.loading import load
 from tongwen.recipe.phases import training_phases
 from tongwen.train.checkpoints import newest_checkpoint, read_manifest, step_of
@@ -49,7 +49,7 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
     return phases
 
 
-def report_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
+def report_plan(phases: list[Phase], store: Samples, counts: dict[str, Any]) -> None:
     """Print steps, tokens and trained parameters, and notices about settings that the plan never reaches."""
     plan = phases[0].plan
     steps = " + ".join(str(len(phase.plan)) for phase in phases)

@@ -40,6 +40,9 @@ class TrainingJob:
     template:       saved with the model, with its stop token
     end:            the id that ends a text, for a base without a stop token for answers
     parents:        further parents of the result, by role; facts: further entries of its manifest
+    trainer:        makes the Trainer; None: the usual one
+    measure:        (model, tokens of a micro-batch, scores before training or None) -> further scores of the held-out data
+    describe:       (scores before, scores after) -> further entries of the report
     """
 
     recipe: Recipe
@@ -54,6 +57,9 @@ class TrainingJob:
     end: int | None = None
     parents: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    trainer: Any = None
+    measure: Callable[[PreparedModel, int, dict[str, Any] | None], dict[str, Any]] = lambda model, budget, before: {}
+    describe: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda before, after: {}
 
     @property
     def section(self) -> Training:
