@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from tongwen.core.chat_template import SHIPPED, Template, shipped_source
+from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.records import Dialogue, Message, Origin
+from tongwen.core.shipped_templates import SHIPPED, shipped_source
 
 ANYWHERE = tuple(name for name in SHIPPED if name != "chatglm")  # that one has tokens of its own: see test_chatglm
 SPECIAL = (

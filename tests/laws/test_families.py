@@ -86,9 +86,10 @@ def test_family_trains_and_merges(family: str, method: str, small_ice: Path, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_default_targets_exist_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
-    from tongwen.model.loading import load
+    from tongwen.model.loading.architecture import build_on_meta, load_config
+    from tongwen.model.loading.locate import locate
 
-    model = load.build_on_meta(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
+    model = build_on_meta(load_config(locate(str(family_folder(tmp_path, family, small_ice)))))
     assert set(FAMILIES[family].targets) <= {name.split(".")[-1] for name, _ in model.named_modules()}
 
 
@@ -97,9 +98,10 @@ def check_merged(base: Path, adapter: Path, merged: Path) -> None:
     from peft import PeftModel
 
     from tongwen.model.loading import load
+    from tongwen.model.loading.locate import locate
 
     ids = torch.tensor([[5, 9, 30, 7, 200, 41]])
-    one, other, untrained = (load.load_model(load.locate(str(place)), torch.float32) for place in (base, merged, base))
+    one, other, untrained = (load.load_model(locate(str(place)), torch.float32) for place in (base, merged, base))
     with torch.no_grad():
         live = PeftModel.from_pretrained(one, str(adapter)).eval()(ids).logits
         torch.testing.assert_close(other.eval()(ids).logits, live, rtol=0, atol=2e-4)

@@ -20,7 +20,8 @@ from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import compile_layers
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, use_blockwise_head
-from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
 from tongwen.train.packing import to_device

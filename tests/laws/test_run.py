@@ -16,7 +16,7 @@ from tests.launching import kill_at_step, run_forked
 from tongwen.cli.main import main
 from tongwen.core.errors import ModelError
 from tongwen.model.loading.fingerprint import fingerprint_model
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.train.trainer import PlannedTrainer
 
 

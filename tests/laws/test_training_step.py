@@ -26,7 +26,8 @@ from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
 from tongwen.model.kernels.fused_projections import FusedProjections, FusedProjectionsFunction
 from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, use_blockwise_head
-from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.fields import Duration
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit

@@ -24,7 +24,7 @@ def run() -> int:
     """Print packages, device, memory, disk and the hubs."""
     import torch
 
-    from tongwen.model.loading.load import compute_device, compute_dtype
+    from tongwen.model.loading.devices import compute_device, compute_dtype
     from tongwen.train.loss_plot import cjk_font, is_installed
 
     console.header(

@@ -195,7 +195,7 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
     check_machine(recipe, stages)
     if recipe.devices == 1 or not set(stages) & set(TRAINING):
         return
-    from tongwen.model.loading.load import count_devices
+    from tongwen.model.loading.devices import count_devices
 
     count = count_devices()
     if count and recipe.devices > count:

@@ -14,7 +14,7 @@ from tests.model.merging.test_in_memory import live_logits
 from tests.model.merging.test_merge import logits, make_adapter
 from tongwen.core.errors import ModelError
 from tongwen.model.adapters.chain import open_adapter_chain
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 
 
 @pytest.mark.parametrize(

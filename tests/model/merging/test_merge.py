@@ -17,7 +17,7 @@ from tongwen.core import safetensors_io
 from tongwen.core.errors import ArtifactError
 from tongwen.core.model_families import FAMILIES
 from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import from_fp32, to_fp32
 
 KINDS: dict[str, dict[str, Any]] = {
