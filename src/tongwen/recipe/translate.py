@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any
 
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
+from tongwen.core.nearest_names import did_you_mean, nearest_names
 from tongwen.recipe import engine_config
 from tongwen.recipe.aliases import LIMITS, NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.training import Training
-from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
+from tongwen.recipe.yaml_reader import RecipeReader, ValuePath
 
 
 def translate_section(
@@ -64,7 +64,7 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
             reader.add_problem(
                 key_path,
                 _("transformers' TrainingArguments has no field {key!r}").format(key=key),
-                did_you_mean(difflib.get_close_matches(key, known, 3)),
+                did_you_mean(nearest_names(key, known)),
             )
         elif known and not _fits(value := trainer[key], known[key]):
             reader.add_problem(
