@@ -86,7 +86,7 @@ class Parser(LocalizedParser):
 
     def reject(self, unknown: Sequence[str]) -> NoReturn:
         """Exit because of arguments that the command does not accept."""
-        problem = _("unrecognized arguments: ") + " ".join(unknown)
+        problem = _("unrecognized arguments: %s") % " ".join(unknown)
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         self.error(f"{problem}\n  → {self._suggestion(options, self._option_string_actions)}")
 

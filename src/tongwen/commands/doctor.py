@@ -64,9 +64,9 @@ def run() -> int:
     )
     if reached["hub"] is None:
         console.notice(
-            _("the hub cannot be reached: ")
-            + "export HF_ENDPOINT=https://hf-mirror.com"
-            + _("   or write   base: modelscope:Qwen/Qwen3-8B")
+            _(
+                "the hub cannot be reached: export HF_ENDPOINT=https://hf-mirror.com   or write   base: modelscope:Qwen/Qwen3-8B"
+            )
         )
     console.emit(
         {

@@ -415,4 +415,4 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     for remedy in facts["cures"]:
         console.info(f"  {remedy['change']}  {console.human_bytes(remedy['peak'])}{' ✓' if remedy['fits'] else ''}")
     if not any(remedy["fits"] for remedy in facts["cures"]):
-        console.info("  " + _("then ") + last_resort(section))
+        console.info("  " + _("then {remedy}").format(remedy=last_resort(section)))

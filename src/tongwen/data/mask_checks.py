@@ -26,13 +26,11 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
     if not len(store):
         too_long = sum(bad["reason"] == "too_long" for bad in rejected)
         first = rejected[0] if rejected else None
+        problem = _(
+            "no sample is left to train on ({too_long} of {count} are longer than max_length {max_length})"
+        ).format(too_long=too_long, count=len(rejected), max_length=section.max_length)
         raise DataError(
-            (
-                _(
-                    "no sample is left to train on ({too_long} of {count} are longer than max_length {max_length})"
-                ).format(too_long=too_long, count=len(rejected), max_length=section.max_length)
-                + (_("; the first: {rule}").format(rule=first["rule"]) if first else "")
-            ),
+            _("{problem}; the first: {rule}").format(problem=problem, rule=first["rule"]) if first else problem,
             place=f"{first['file']}:{first['row']}" if first else "sft",
             remedy=_("; ").join(dict.fromkeys(_remedy(bad["reason"]) for bad in rejected))
             or _("shorten the samples, or raise sft.max_length"),
@@ -44,7 +42,7 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
                 "only {stops:.1%} of the samples learn their stop token; the model would not learn to end its answers"
             ).format(stops=stops),
             place="sft.learn",
-            remedy="sft: {learn: assistant}" + _(", or lower sft.min_stop_learned"),
+            remedy=_("sft: {learn: assistant}, or lower sft.min_stop_learned"),
         )
     return describe(store)
 

@@ -366,7 +366,7 @@ def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
             data=_(", ").join(list(data)[:6])
         ),
         place=path,
-        remedy=_("readable files: ") + ", ".join([*near, "LLaMA-Factory's YAML"]),
+        remedy=_("readable files: {names}").format(names=", ".join([*near, "LLaMA-Factory's YAML"])),
     )
 
 

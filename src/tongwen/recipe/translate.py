@@ -131,8 +131,9 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
     reader.places[batch_size] = reader.places.get(key_path, reader.file)
     reader.add_notice(
         key_path,
-        f"{numbers[0]} x {numbers[1]} x {numbers[2]} → `batch_size: {section['batch_size']}`"
-        + _(" (per device x accumulation x devices)"),
+        _("{product} → `batch_size: {batch_size}` (per device x accumulation x devices)").format(
+            product=" x ".join(map(str, numbers)), batch_size=section["batch_size"]
+        ),
     )
 
 
@@ -154,7 +155,7 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
     if found.dropped:
         reader.add_notice(
             key_path,
-            _("not used; the recipe or tongwen decides: ") + ", ".join(found.dropped),
+            _("not used; the recipe or tongwen decides: {dropped}").format(dropped=", ".join(found.dropped)),
         )
     if section["engine"] != file:
         reader.notices.append(f"{file} → `engine: {section['engine']}`")

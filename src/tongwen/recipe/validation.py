@@ -36,7 +36,7 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
     if kind == "extra_forbidden":
         known = list(_section_at(path[:-1]).model_fields)
         near = nearest_names(key, known, 1 if len(known) > 9 else 3)
-        remedy = did_you_mean(near) or _("available: ") + ", ".join(known)
+        remedy = did_you_mean(near) or _("available: {names}").format(names=", ".join(known))
         reader.add_problem(path, _("no such key: {key!r}").format(key=key), remedy)
     elif kind == "missing":
         reader.add_problem(path, _("the key {key!r} is required").format(key=key), _help_of(path))

@@ -56,4 +56,4 @@ def fingerprint_now(stage: artifact.Artifact) -> tuple[str, str]:
 
 
 def _changed(place: str, rule: str) -> ArtifactError:
-    return ArtifactError(rule, place=place, remedy=_("put it back; or: ") + resume.rerun_hint())
+    return ArtifactError(rule, place=place, remedy=_("put it back; or: {hint}").format(hint=resume.rerun_hint()))

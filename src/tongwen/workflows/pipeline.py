@@ -218,7 +218,7 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
             raise RecipeError(
                 _("this recipe has no stage {name!r}").format(name=name),
                 place=flag,
-                remedy=_("it has: ") + ", ".join(stages),
+                remedy=_("it has: {names}").format(names=", ".join(stages)),
             )
     if only:
         return [only]
@@ -228,7 +228,7 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
         raise RecipeError(
             _("this recipe has no stage to run"),
             place=recipe.name,
-            remedy=_("add a section: ") + ", ".join(STAGES),
+            remedy=_("add a section: {names}").format(names=", ".join(STAGES)),
         )
     return stages[first : last + 1]
 

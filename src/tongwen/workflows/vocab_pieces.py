@@ -127,15 +127,12 @@ def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
         None,
     )
     if differing is not None or len(other.model.pieces) == held:
+        if differing is None:
+            rule = _("it is not an extension of {base}: it has no more pieces")
+        else:
+            rule = _("it is not an extension of {base}: the pieces differ from id {differing} on")
         raise ModelError(
-            (
-                _("it is not an extension of {base}: ").format(base=base.name)
-                + (
-                    _("it has no more pieces")
-                    if differing is None
-                    else _("the pieces differ from id {differing} on").format(differing=differing)
-                )
-            ),
+            rule.format(base=base.name, differing=differing),
             place=f"vocab.tokenizer: {name}",
             remedy="tongwen tokenizer merge --base BASE/tokenizer.model --add CHINESE.model --out DIR",
         )

@@ -45,8 +45,9 @@ class explain_errors:  # noqa: N801
             raise MachineError(
                 _("cannot get this model from the hub: {reason}").format(reason=reason[:160]),
                 place=self.ref.name,
-                remedy="export HF_ENDPOINT=https://hf-mirror.com"
-                + _("   or write   base: modelscope:{place}").format(place=self.ref.name),
+                remedy=_("export HF_ENDPOINT=https://hf-mirror.com   or write   base: modelscope:{place}").format(
+                    place=self.ref.name
+                ),
             ) from None
         if "trust_remote_code" in text:
             raise ModelError(

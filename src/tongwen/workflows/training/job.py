@@ -301,10 +301,9 @@ def _out_of_memory(
     return MachineError(
         _("out of memory: {error}").format(error=first_line(error)[:160]),
         place=job.stage,
-        remedy=_("try in this order, each in addition to the ones before: ")
-        + " ".join(firsts.values())
-        + _("; then ")
-        + last_resort(job.section),
+        remedy=_("try in this order, each in addition to the ones before: {changes}; then {last}").format(
+            changes=" ".join(firsts.values()), last=last_resort(job.section)
+        ),
     )
 
 
