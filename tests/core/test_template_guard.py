@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.core.test_chat_template import SPECIAL, TOKENS, TOOL
+from tests.core.templates import SPECIAL, TOKENS, TOOL
 from tongwen.core import template_guard
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError, RowRejected

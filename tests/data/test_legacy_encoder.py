@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import dialogues, sentencepiece_tokenizer, tiny_llama, write_recipe
-from tests.model.chatglm.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
+from tests.model.chatglm.chatglm_base import chatglm_folder
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import RecipeError
 from tongwen.core.records import Dialogue, Message, Origin
@@ -112,7 +112,7 @@ def test_every_old_script_is_covered() -> None:
 
 
 @pytest.mark.parametrize("length", [1000, 30, 12])
-def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:
     """chinese_llm_sft: ids + `[gMASK]`, then `<sop>`, answer and `<eop>` as the target, cut from the right."""
     tokenizer = load_tokenizer(ModelRef("", str(chatglm_folder(tmp_path, small_ice))))
     template = bind_template("chatglm", tokenizer, Encoder(tokenizer).prefix)
@@ -132,7 +132,7 @@ def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, 
     assert cut == (2 if length == 12 else 0), "where <sop> was cut, the old model crashed; here the sample is rejected"
 
 
-def test_chatglm_legacy_trains_end_to_end(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_chatglm_legacy_trains_end_to_end(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     base = chatglm_folder(tmp_path / "chatglm-6b", small_ice)
     rows = dialogues(10)
     long = {"instruction": "很长的问题" * 80, "input": "", "output": "好"}

@@ -16,9 +16,9 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.adapters import make_adapter
 from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.export.gguf_models import check_greedy, check_refused, convert, make_model
-from tests.model.merging.test_merge import make_adapter
 from tongwen.core import model_families
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.export import kquants

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
-from tests.laws.test_speed import batch_of, gradient
-from tests.laws.test_training_step import random_store
+from tests.laws.packed_batches import batch_of, gradient, random_store
 from tongwen.cli.main import main
 from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention

@@ -17,6 +17,7 @@ import torch
 
 from tests.conftest import (
     byte_level_tokenizer,
+    manifest,
     tensors,
     tiny_llama,
     tiny_moe,
@@ -25,7 +26,6 @@ from tests.conftest import (
     write_rows,
 )
 from tests.launching import kill_at_step, run_forked
-from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.core import artifact
 from tongwen.core.errors import ModelError

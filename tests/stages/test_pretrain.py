@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import dialogues, remade, tensors, write_rows
+from tests.conftest import dialogues, manifest, remade, tensors, write_rows
 from tests.launching import kill_at_step, needs_deepspeed, run_forked, run_ranks
-from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
 from tongwen.model.loading.model_ref import ModelRef

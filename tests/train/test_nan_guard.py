@@ -18,9 +18,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainingArguments
 
-from tests.conftest import remade, tensors, write_recipe, write_rows
+from tests.conftest import manifest, remade, tensors, write_recipe, write_rows
 from tests.launching import run_forked
-from tests.laws.test_run import manifest
 from tongwen.core.errors import ArtifactError, NumbersError
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.nan_guard import ABSURD, SKIPS, NanGuard

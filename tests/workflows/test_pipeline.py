@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.launching import run_ranks
-from tests.recipe.test_engine_config import recipe
+from tests.recipe.engine_files import recipe
 from tongwen.cli import main
 from tongwen.core import distributed
 from tongwen.core.errors import TongwenError

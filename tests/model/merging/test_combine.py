@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.adapters import logits, make_adapter, merged
 from tests.conftest import tensors, tiny_llama
-from tests.model.merging.test_merge import logits, make_adapter, merged
 from tongwen.model.merging.combine import find_cut
 
 UP = "model.layers.1.mlp.up_proj.weight"
