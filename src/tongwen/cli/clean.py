@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("list what finished runs no longer need, and delete it when confirmed")
+    return _("delete what finished runs no longer need; it asks first")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
