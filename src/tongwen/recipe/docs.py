@@ -116,7 +116,7 @@ def _default(field: FieldInfo) -> str:
         return _("see below")
     if isinstance(value, list):
         value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
-    return "-" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
+    return "-" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
 
 
 def _below(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
