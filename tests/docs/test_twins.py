@@ -85,6 +85,13 @@ def test_twins_link_to_each_other_below_the_title(name: str) -> None:
     assert heads == [["", f"[中文]({name}_zh.md)", ""], ["", f"[English]({name}.md)", ""]]
 
 
+@pytest.mark.parametrize("name", ENGLISH)
+def test_paragraphs_of_chinese_pages_are_chinese(name: str) -> None:
+    chinese = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose(twins(name)[1]))
+    english = [part for part in chinese.split("\n\n") if not re.search("[\u4e00-\u9fff]", part)]
+    assert not [part for part in english if len(re.findall("[A-Za-z]+", part)) > 3]
+
+
 @pytest.mark.parametrize("page", [*(f"docs/{name}" for name in PAGES), "README.md", "README_zh.md"])
 def test_links_resolve_in_their_own_language(page: str) -> None:
     text = prose((ROOT / page).read_text(encoding="utf-8"))
