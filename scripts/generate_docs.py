@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from tongwen.core.i18n import N_, _
+from tongwen.core.i18n import N_, _, use_language
 
 DOCS = Path(__file__).parents[1] / "docs"
 QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
@@ -63,8 +63,9 @@ def main() -> int:
 def with_twin(name: str, page: str) -> str:
     """Return the page with a link to the same page in the other language, below its title."""
     title, rest = page.split("\n", 1)
-    twin = f"[中文]({name}_zh.md)" if os.environ["TONGWEN_LANG"] == "en" else f"[English]({name}.md)"
-    return f"{title}\n\n{twin}\n{rest}"
+    other, ending = ("zh", "_zh") if os.environ["TONGWEN_LANG"] == "en" else ("en", "")
+    with use_language(other):
+        return f"{title}\n\n[{_('English')}]({name}{ending}.md)\n{rest}"
 
 
 def families_page() -> str:
