@@ -160,6 +160,7 @@ def _conditions(model: PreparedModel, phase: Phase) -> dict[str, Any]:
     return {
         "processes": phase.plan.world,
         "device": model.device,
+        "packed": model.packed,
         "threads": torch.get_num_threads(),
         "micro_batch_tokens": phase.plan.budget,
         "activation_checkpointing": phase.config.activation_checkpointing,
