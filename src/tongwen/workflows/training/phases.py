@@ -184,6 +184,8 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) 
 
 
 def _report_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what has changed. A condition that an older version did not record is not known to have."""
+    now = {name: value for name, value in now.items() if name in before}
     changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
     if changed:
         console.notice(
