@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from tongwen.core.i18n import N_, _
+from tongwen.core.i18n import N_, _, use_language
 
 DOCS = Path(__file__).parents[1] / "docs"
 QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
@@ -60,6 +60,14 @@ def main() -> int:
     return 0
 
 
+def with_twin(name: str, page: str) -> str:
+    """Return the page with a link to the same page in the other language, below its title."""
+    title, rest = page.split("\n", 1)
+    other, ending = ("zh", "_zh") if os.environ["TONGWEN_LANG"] == "en" else ("en", "")
+    with use_language(other):
+        return f"{title}\n\n[{_('English')}]({name}{ending}.md)\n{rest}"
+
+
 def families_page() -> str:
     """Return the page of family features; tests/laws/test_families.py and tests/export/test_gguf.py verify them."""
     from tongwen.core.model_families import FAMILIES
@@ -93,7 +101,8 @@ def families_page() -> str:
     others = ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in FAMILIES)
     notes.append(_("- GGUF is verified for these families, too: {others}").format(others=others))
     table = "\n".join(f"| {' | '.join(row)} |".replace("| no ", _("| no ")) for row in rows)
-    return _(FAMILIES_PAGE).format(table=table, notes="\n".join(notes)) + architectures_section()
+    page = _(FAMILIES_PAGE).format(table=table, notes="\n".join(notes)) + architectures_section()
+    return with_twin("families", page)
 
 
 def architectures_section() -> str:
@@ -210,13 +219,13 @@ def cli_page() -> str:
         assert isinstance(action, argparse._SubParsersAction)
         for name, command in action.choices.items():
             parts += ["", f"## tongwen {name}", "", "```", command.format_help().rstrip(), "```"]
-    return "\n".join(parts) + "\n"
+    return with_twin("cli", "\n".join(parts) + "\n")
 
 
 def recipe_page() -> str:
     from tongwen.recipe.docs import to_markdown
 
-    return to_markdown()
+    return with_twin("recipe", to_markdown())
 
 
 def with_memory(file: Path, page: str) -> str:
@@ -248,7 +257,7 @@ def memory_page() -> str:
     head = [_("model"), *(f"{name}, {length}" for name in names.values() for length in LENGTHS)]
     rows = [memory_row(name, names) for name in MODELS]
     table = "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *rows])
-    return _("""# Memory against plan
+    page = _("""# Memory against plan
 
 Made by the code of `tongwen plan` with `make docs`; do not edit.
 
@@ -262,6 +271,7 @@ a CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: the plan 
 `tongwen plan RECIPE --gpu 24GB` uses your own recipe and data, splits the sum by purpose, and says what to change when it
 does not fit.
 """).format(table=table)
+    return with_twin("memory", page)
 
 
 def memory_row(name: str, methods: Iterable[str]) -> str:

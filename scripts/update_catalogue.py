@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import io
 import re
 import sys
@@ -64,6 +65,7 @@ def texts() -> Iterator[tuple[Path, int, str]]:
     """Yield (file, line, English text) of every text for users, in the order of the files."""
     for file in sorted([*PACKAGE.rglob("*.py"), ROOT / "scripts" / "generate_docs.py"]):
         yield from ((file, line, text) for line, text in in_python(file.read_text(encoding="utf-8")))
+    yield from of_sections()
     for file in sorted(PACKAGE.rglob("*.yaml")):
         found = in_template if file.parent.name == "recipe_templates" else in_table
         yield from ((file, line, text) for line, text in found(file.read_text(encoding="utf-8")))
@@ -78,6 +80,14 @@ def in_python(source: str) -> Iterator[tuple[int, str]]:
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
                     found.append((node.lineno, text.col_offset, text.value))
     yield from ((line, text) for line, _, text in sorted(found))
+
+
+def of_sections() -> Iterator[tuple[Path, int, str]]:
+    """Yield the docstring of each section of the recipe, which `tongwen schema` shows."""
+    from tongwen.recipe.docs import about, sections
+
+    for _unused, model in sections():
+        yield Path(inspect.getfile(model)).resolve(), inspect.getsourcelines(model)[1], about(model)
 
 
 def in_table(source: str) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -51,6 +52,7 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
     if child:
         return child
     try:
+        gc.freeze()  # what other tests left in this process is never collected here: native objects with threads crash
         variables = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -74,6 +76,7 @@ def run_forked(*arguments: object, before: Any = None) -> int:
     child = os.fork()
     if not child:
         try:
+            gc.freeze()
             if before:
                 before()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tongwen.api import CheckResult, LoadedData, RunResult, check, load_data, merge, run
     from tongwen.workflows.chat_model import ChatModel
+
+__all__ = ["CheckResult", "LoadedData", "RunResult", "check", "load_data", "merge", "open", "run"]
+
+
+def __getattr__(name: str) -> object:
+    """Import `tongwen.api` when one of its names is asked for: the command line needs none of them."""
+    if name in __all__:
+        from tongwen import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open(model: str, adapters: tuple[str, ...] | list[str] = (), **options: object) -> ChatModel:

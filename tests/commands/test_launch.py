@@ -91,8 +91,6 @@ def test_skypilot_accepts_the_task(recipe: Path, tongwen: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "place", "remedy"),
     [
-        (("--nodes", "0"), "--nodes 0", ""),
-        (("--devices", "0"), "--devices 0", ""),
         (("devices=3", "--nodes", "2"), "devices: 3", "--devices N"),
         (("devices=4", "--devices", "4", "--nodes", "2"), "devices: 4", "devices=8"),
     ],

@@ -21,7 +21,9 @@ SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py"
 TEXT = "show this help message and exit"
 CHINESE_DATA = {
     "src/tongwen/data/message_log.py",
+    "src/tongwen/commands/clean.py",
     "src/tongwen/commands/demo.py",
+    "src/tongwen/commands/init_project.py",
     "src/tongwen/commands/web.py",
     "src/tongwen/core/model_families.py",
     "src/tongwen/core/template_cache.py",

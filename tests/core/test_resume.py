@@ -77,6 +77,11 @@ def test_smaller_micro_batch_warns_that_resume_is_not_exact(runs: Path, broken: 
     assert losses(broken)[:4] == losses(runs / "whole")[:4]
 
 
+def test_padded_batches_warn_that_resume_is_not_exact(broken: Path, tongwen: Any) -> None:
+    code, out, _ = tongwen("run", broken / "recipe.yaml", "sft.packing=false")
+    assert code == 0 and "packed: True → False" in out and "no longer bit-identical" in out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

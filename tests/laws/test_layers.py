@@ -27,7 +27,7 @@ LAYERS = {
     "commands": ("core", "recipe", *MIDDLE, "workflows"),
     "cli": ("core", "recipe", *MIDDLE, "workflows", "stages", "commands"),
 }
-FLAT = {"__init__.py", "__main__.py"}
+FLAT = {"__init__.py", "__main__.py", "api.py"}
 # The light layers are plain Python: whatever asks for one of these does it inside a function.
 HEAVY = {
     "torch",

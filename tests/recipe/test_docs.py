@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 from tongwen.core.i18n import _, use_language
-from tongwen.recipe.docs import sections, settings, to_markdown
+from tongwen.recipe.docs import about, sections, settings, to_markdown
 
 
 def test_every_setting_has_help_in_both_languages() -> None:
     for name, model in sections():
+        with use_language("zh"):
+            assert re.search("[\u4e00-\u9fff]", _(about(model))), name
         for key, field in model.model_fields.items():
             assert field.description, f"{name}.{key}"
             with use_language("zh"):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import recipe_arguments
+from tongwen.cli.shared_arguments import whole_number
 from tongwen.core.i18n import _
+
+MOST = 10_000  # of machines, and of GPUs in one
 
 
 def summary() -> str:
@@ -17,10 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", required=True, choices=("slurm", "skypilot", "kubeflow"), help=_("scheduler that runs the job")
     )
-    recipe_arguments.add_devices(
-        parser, _("processes on each machine, one per GPU; absent: the recipe's devices, shared out")
+    parser.add_argument(
+        "--devices",
+        type=whole_number(1, MOST),
+        help=_("processes on each machine, one per GPU; absent: the recipe's devices, shared out"),
     )
-    parser.add_argument("--nodes", type=int, default=1, help=_("machines"))
+    parser.add_argument("--nodes", type=whole_number(1, MOST), default=1, help=_("machines"))
     parser.add_argument(
         "--gpu", default="80GB", metavar="NAME", help=_("skypilot: a GPU's name, or its memory at least; default 80GB")
     )

@@ -11,6 +11,7 @@ from tongwen import __version__
 from tongwen.cli import (
     chat,
     check,
+    clean,
     convert,
     demo,
     doctor,
@@ -67,7 +68,7 @@ def command_groups() -> dict[str, dict[str, Command]]:
         ),
         _("models, adapters and data sets"): (fetch, merge, convert, sign, verify, show),
         _("use and score a model"): (chat, generate, evaluate, serve, web),
-        _("tools"): (tokenizer, launch, migrate, doctor),
+        _("tools"): (tokenizer, launch, migrate, clean, doctor),
     }
     return {
         title: {command.__name__.rpartition(".")[2]: command for command in commands}

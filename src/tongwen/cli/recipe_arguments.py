@@ -23,9 +23,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_devices(parser: argparse.ArgumentParser, help_text: str = "") -> None:
+def add_devices(parser: argparse.ArgumentParser) -> None:
     """Add `--devices N`, another way to write the override `devices=N`."""
-    parser.add_argument("--devices", type=int, help=help_text or _("processes, one per GPU"))
+    parser.add_argument("--devices", type=int, help=_("processes, one per GPU"))
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,14 @@ from tongwen.workflows.stage_inputs import advise_keep, inputs
 
 
 def run(recipe: Recipe) -> int:
-    """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
+    console.emit(check_recipe(recipe))
+    return 0
+
+
+def check_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Report what `prepare` would keep before it compares the rows, and every problem of the data at once.
+
+    Returns the name, the stages, and the ledger of each kind of data."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
     try:
@@ -65,8 +73,7 @@ def run(recipe: Recipe) -> int:
     rows = [row for kind, table in tables.items() for row in table_rows(table, kind, _("kept"))]
     console.table((_("data"), _("rows"), _("bytes")), rows)
     console.success(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
-    console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
-    return 0
+    return {"name": recipe.name, "stages": recipe.stages, "data": tables}
 
 
 def _check_folder(recipe: Recipe) -> None:

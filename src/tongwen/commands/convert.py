@@ -21,6 +21,7 @@ def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again:
     originals.clear_path(target, [source], again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
     result = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
+    model_formats.report_written(target)
     address = upload.push(target, push, console.notice, public=public) if push else ""
     if address:
         console.success(address)

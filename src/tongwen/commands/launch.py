@@ -77,8 +77,6 @@ class Job:
 
 def make_job(recipe: Recipe, file: str, overrides: Sequence[str], devices: int | None, nodes: int) -> Job:
     """Raises RecipeError if the processes are not as many as the recipe's `devices`."""
-    if nodes < 1 or (devices is not None and devices < 1):
-        raise RecipeError(_("must be at least 1"), place=f"--nodes {nodes}" if nodes < 1 else f"--devices {devices}")
     if devices is None:
         if recipe.devices != 1 and recipe.devices % nodes:  # 1: the recipe leaves it open
             raise RecipeError(

@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from tongwen.core import console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import _
+from tongwen.core.i18n import N_, _
 from tongwen.recipe.fields import Duration
 from tongwen.recipe.schema import Recipe
 
@@ -34,7 +35,7 @@ def run(section: str) -> int:
     for name, model in known.items():
         if section and name != section:
             continue
-        console.header(name or _("recipe"), (model.__doc__ or "").split("\n")[0])
+        console.header(name or _("recipe"), _(about(model)))
         for key, kind, default, help_ in settings(model):
             console.show(console.styled("  ", (key, "bold"), "  ", (f"{kind}  = {default}", "dim")), soft_wrap=True)
             console.show(console.styled(f"      {help_}"), soft_wrap=True)
@@ -59,6 +60,11 @@ def sections() -> Iterator[tuple[str, type[BaseModel]]]:
     yield from _below(Recipe, "")
 
 
+def about(model: type[BaseModel]) -> str:
+    """Return what a section is, in English."""
+    return (model.__doc__ or "").strip()
+
+
 def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """Yield (key, type, default, help) of each setting of a section."""
     for key, field in model.model_fields.items():
@@ -73,7 +79,7 @@ def to_markdown() -> str:
         _("Generated from the schema by `make docs`; do not edit."),
     ]
     for name, model in sections():
-        lines += ["", f"## {name or _('top level')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
+        lines += ["", f"## {name or _('top level')}", "", _(about(model)), ""]
         lines += [_("| key | type | default | meaning |"), "|---|---|---|---|"]
         for row in settings(model):
             lines.append(
@@ -92,18 +98,17 @@ def type_name(annotation: Any) -> str:
     if origin is typing.Literal:
         return " / ".join(map(str, typing.get_args(annotation)))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(
-            dict.fromkeys(type_name(part) for part in typing.get_args(annotation) if part is not type(None))
-        )
+        kinds = dict.fromkeys(type_name(part) for part in typing.get_args(annotation) if part is not type(None))
+        return reduce(lambda one, other: _("{one} or {other}").format(one=one, other=other), kinds)
     if origin is list:
-        return f"list of {type_name(typing.get_args(annotation)[0])}"
+        return _("list of {kind}").format(kind=type_name(typing.get_args(annotation)[0]))
     if origin is dict:
-        return "mapping"
+        return _("mapping")
     if annotation is Duration:
         return "N epochs / steps / tokens"
-    names = {str: "text", int: "whole number", float: "number", bool: "true / false"}
+    names = {str: N_("text"), int: N_("whole number"), float: N_("number"), bool: "true / false"}
     if annotation in names:
-        return names[annotation]
+        return _(names[annotation])
     name = getattr(annotation, "__name__", str(annotation)).removesuffix("Config")
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()  # SpendingLimits: spending limits
 
@@ -116,7 +121,13 @@ def _default(field: FieldInfo) -> str:
         return _("see below")
     if isinstance(value, list):
         value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
-    return "-" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "-"
+        if value is None or value == ""
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value).replace("\n", "\\n")
+    )
 
 
 def _below(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:

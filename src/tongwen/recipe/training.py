@@ -411,10 +411,7 @@ class Sft(Training):
 
 
 class Prefer(Training):
-    """Learning from preferences which of two answers is the better one.
-
-    A new adapter is trained on the model of the stages before, which is the reference when the adapter is off.
-    """
+    """Learning which of two answers is the better one: a new adapter on the model of the stages before."""
 
     method: Literal["dpo", "kto", "orpo", "simpo"] = setting(
         "dpo",

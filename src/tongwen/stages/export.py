@@ -45,5 +45,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         if recipe.export.push:
             draft.facts["pushed"] = upload.push(draft.path / "hf", recipe.export.push, console.notice)
             console.success(str(draft.facts["pushed"]))
+    for form in recipe.export.formats:  # where it lies now: it was written beside its place
+        model_formats.report_written(out / form)
     assert draft.artifact
     return draft.artifact

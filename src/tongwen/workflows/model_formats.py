@@ -130,8 +130,11 @@ def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Ma
         writers[to](source, draft)
         draft.record_files(lambda file: file.suffix != ".safetensors")
     assert draft.artifact
-    console.success(_("written and verified: {out}").format(out=out))
     return draft.artifact
+
+
+def report_written(out: Path) -> None:
+    console.success(_("written and verified: {out}").format(out=out))
 
 
 def _name_what_stays(source: ModelSource) -> None:

@@ -161,6 +161,7 @@ def _conditions(model: PreparedModel, phase: Phase) -> dict[str, Any]:
     return {
         "processes": phase.plan.world,
         "device": model.device,
+        "packed": model.packed,
         "threads": torch.get_num_threads(),
         "micro_batch_tokens": phase.plan.budget,
         "activation_checkpointing": phase.config.activation_checkpointing,
@@ -184,6 +185,8 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) 
 
 
 def _report_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what has changed. A condition that an older version did not record is not known to have."""
+    now = {name: value for name, value in now.items() if name in before}
     changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
     if changed:
         console.notice(
