@@ -230,6 +230,7 @@ IN_ADAPTER: dict[str, Change] = {
     "targets as a number": fields(target_modules=3),
     "targets of null": fields(target_modules=[None]),
     "targets that backtrack": fields(target_modules="((.*)*)*x"),
+    "targets that repeat a repetition": fields(target_modules="(.*)*x"),
     "targets that branch": fields(target_modules="(.|.)" * 40 + "!"),
     "exclusions that backtrack": fields(exclude_modules="((.*)*)*x"),
     "ranks that backtrack": fields(rank_pattern={"((.*)*)*x": 8}),
