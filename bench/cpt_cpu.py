@@ -154,21 +154,22 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     import torch
 
     from tongwen.data import token_store
-    from tongwen.data.encode import token_bytes
     from tongwen.data.ledger import Ledger
     from tongwen.data.prepare_steps import load_records
+    from tongwen.data.token_bytes import token_bytes
     from tongwen.model.adapters import chain
     from tongwen.model.kernels import packed_attention
     from tongwen.model.kernels.loss import bits_per_byte
     from tongwen.model.loading import load
+    from tongwen.model.loading.locate import locate
     from tongwen.recipe.training import Pretrain
     from tongwen.train.packing import MicroBatches, fill
-    from tongwen.workflows.tokenized_data import make_document_encoder
+    from tongwen.workflows.record_encoders import make_document_encoder
 
     reader = make_document_encoder(folder, Pretrain(max_length=512))
     records = list(load_records(prepared / "documents.held_out.jsonl"))
     store = token_store.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
-    model = load.load_model(load.locate(folder), torch.float32)
+    model = load.load_model(locate(folder), torch.float32)
     if adapter:
         model = chain.open_adapter(model, adapter, None).merge_and_unload()
     model.set_attn_implementation(packed_attention.register())

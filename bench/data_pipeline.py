@@ -89,10 +89,12 @@ def write_text(source: Path, target: Path, size: int) -> None:
 def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
     from tongwen.data import input_parts, prepare_steps, token_store
     from tongwen.data.clean import Cleaner
-    from tongwen.data.encode import Encoder, encode_documents
+    from tongwen.data.encode_documents import encode_documents
+    from tongwen.data.encoder import Encoder
     from tongwen.data.ledger import Ledger
     from tongwen.data.reader import read_rows
-    from tongwen.model.loading import load
+    from tongwen.model.loading.locate import locate
+    from tongwen.model.loading.tokenizer import load_tokenizer
     from tongwen.recipe.data import Prepare
 
     out: dict[str, Any] = {"million_bytes": size, "mb_per_cpu_second": {}, "peak_mb": {}}
@@ -123,7 +125,7 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
         step("settle", lambda: prepare_steps.settle(parts[0], parts, section, place))
         tables = prepare_steps.join(parts, section, place)
         out["rows"] = {"in": tables["documents"]["in"]["rows"], "kept": tables["documents"]["kept"]["rows"]}
-        tokenizer = load.load_tokenizer(load.locate(args.tokenizer))
+        tokenizer = load_tokenizer(locate(args.tokenizer))
         encoder, ledger = Encoder(tokenizer), Ledger("rows", "tokens")
         writer = token_store.Writer(place / "tokens", len(tokenizer))
 

@@ -91,9 +91,9 @@ def cpu() -> float:
 
 def tongwen(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.data import token_store
-    from tongwen.data.encode import encode_dialogues
+    from tongwen.data.encode_dialogues import encode_dialogues
     from tongwen.recipe.training import Sft
-    from tongwen.workflows.tokenized_data import make_dialogue_encoder
+    from tongwen.workflows.record_encoders import make_dialogue_encoder
 
     section = Sft(max_length=4096)
     reader = make_dialogue_encoder(args.model, section)
@@ -113,7 +113,7 @@ def tongwen(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, A
 
 def library(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.recipe.training import Sft
-    from tongwen.workflows.tokenized_data import make_dialogue_encoder
+    from tongwen.workflows.record_encoders import make_dialogue_encoder
 
     reader = make_dialogue_encoder(args.model, Sft())
     texts = [reader.template.samples(one)[0].text for one in iter_dialogues(rows)]

@@ -27,8 +27,9 @@ import torch
 from torch.nn.functional import cross_entropy, embedding
 
 from tongwen.model.loading import load
+from tongwen.model.loading.locate import locate
 from tongwen.vocab.script import Script
-from tongwen.workflows import tokenizer_files
+from tongwen.workflows import tokenizer_files, vocab_pieces, vocab_texts
 from tongwen.workflows.matched_rows import match_rows
 
 PIECES, LAYERS, CHUNK = 2000, 4, 300
@@ -47,9 +48,9 @@ def main() -> None:
     lines = Path(args.text).read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     held_out, rest = [line for line in lines[:3000] if len(line) > 30][:40], lines[3000:]
-    learned = tokenizer_files.learn(base, rest, Script("han"), PIECES)
+    learned = vocab_pieces.learn(base, rest, Script("han"), PIECES)
     made = learned.extended(PIECES)
-    model = load.load_model(load.locate(args.model), torch.float32).requires_grad_(False).eval()
+    model = load.load_model(locate(args.model), torch.float32).requires_grad_(False).eval()
     old = model.get_input_embeddings().weight.clone()
     trial = Trial(model, old, made, held_out)
     found = {"base": trial.score(base, old)}
@@ -92,7 +93,7 @@ class Trial:
 def add_matched(out: Path, trial: Trial, learned: Any, base: Any, texts: list[str], untouched: float) -> None:
     """Measure matched rows, and write them into the file beside what it holds."""
     whole = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    sample, old, found = tokenizer_files.sample_texts(texts), trial.old, {}
+    sample, old, found = vocab_texts.sample_texts(texts), trial.old, {}
     for pieces in (PIECES, 500):
         made = learned.extended(pieces)
         middle = torch.stack([old[part].mean(0) for part in made.parts])

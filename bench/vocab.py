@@ -45,7 +45,7 @@ def main() -> None:
 def learning(args: argparse.Namespace) -> dict[str, Any]:
     from tongwen.vocab import measure
     from tongwen.vocab.script import Script
-    from tongwen.workflows import tokenizer_files
+    from tongwen.workflows import tokenizer_files, vocab_pieces
 
     base, han = tokenizer_files.open_tokenizer_files(args.model), Script("han")
     lines = Path(args.text).read_text(encoding="utf-8").splitlines()
@@ -56,7 +56,7 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
     costs = {}
     for part in (8, 4, 2, 1):
         began = time.process_time()
-        learned = tokenizer_files.learn(base, rest[::part], han, 8000)
+        learned = vocab_pieces.learn(base, rest[::part], han, 8000)
         costs[f"{sum(len(line.encode()) for line in rest[::part]) / 1e6:.2f} MB"] = {
             "cpu_seconds": round(time.process_time() - began, 2),
             "pieces": len(learned),

@@ -16,9 +16,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "200"
 
+import os
+
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tongwen.cli.main import main
+
+pytest_plugins = (  # fixtures that several folders share
+    "tests.data.synthesis.endpoint_faults",
+    "tests.hub.hub_server",
+    "tests.model.chatglm.chatglm_base",
+)
 
 torch.set_num_threads(1)  # so that a test may fork
 # The first use of torch's pool after a fork replaces it, and the threads of a loader may race to do so.
@@ -277,7 +287,6 @@ def tongwen(capsys: pytest.CaptureFixture[str]) -> Any:
     def call(*arguments: object) -> tuple[int, str, str]:
         from rich.console import Console
 
-        from tongwen.cli.main import main
         from tongwen.core import console
 
         console.SCREEN.json = False
@@ -287,3 +296,7 @@ def tongwen(capsys: pytest.CaptureFixture[str]) -> Any:
         return code, out, err
 
     return call
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text()))

@@ -252,7 +252,7 @@ def test_out_of_memory_lists_remedies_in_order(
         raise error
 
     monkeypatch.setattr("tongwen.train.trainer.PlannedTrainer.compute_loss", exhausted)
-    monkeypatch.setattr("tongwen.model.loading.load.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("tongwen.model.loading.devices.cpu_has_bf16", lambda: True)
     recipe = write_recipe(tmp_path, chat_model)
     remedies = ("micro_batch_tokens=", "activation_checkpointing=on", "precision=auto", "adapter.method=qlora")
     for overrides, expected in (((), remedies), (("sft.activation_checkpointing=on",), (remedies[0], *remedies[2:]))):

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.adapters import disturb
 from tests.conftest import byte_level_tokenizer, dialogues, sentencepiece_tokenizer, tensors, tiny_llama, write_rows
-from tests.data.synthesis.test_generate import faults  # noqa: F401 (a fixture)
-from tests.hub.test_download import LINES, MODEL, WEIGHTS, Hub, Repo, server  # noqa: F401 (a fixture)
-from tests.migrate.test_migrate import LINEAR, WANTED, lines_of
-from tests.model.chatglm.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
-from tests.model.merging.test_merge import disturb
+from tests.hub.hub_server import LINES, MODEL, WEIGHTS, Hub, Repo
+from tests.migrate.manual_commands import LINEAR, WANTED, lines_of
+from tests.model.chatglm.chatglm_base import chatglm_folder
 from tongwen.workflows.chat_model import open_chat_model
 
 TEXT = [
@@ -132,15 +131,15 @@ def again(tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | list
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A page is visited once instead of served until Ctrl-C: the answer, and where its knobs stood."""
     pytest.importorskip("gradio")
-    from tests.serving.web import page_server, test_page
+    from tests.serving.web import page_server
 
     seen: list[Any] = []
 
     def serve(backend: Any, host: str, port: int) -> int:
-        with page_server.serving(backend) as address, test_page.client(address) as web:
+        with page_server.serving(backend) as address, page_server.client(address) as web:
             parts = web.get("/en/config").json()["components"]
             knobs = [part["props"]["value"] for part in parts if part["type"] == "slider"]
-            seen.append((test_page.ask(address, "你好", model=backend.chat.chosen[0])[-1]["content"], knobs))
+            seen.append((page_server.ask(address, "你好", model=backend.chat.chosen[0])[-1]["content"], knobs))
         return 0
 
     monkeypatch.setattr("tongwen.serving.web.server.serve", serve)
@@ -156,7 +155,7 @@ def test_training_command_writes_the_settings_of_its_readme(
     tongwen: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    small_ice: Path,  # noqa: F811
+    small_ice: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(small_ice, tmp_path)
@@ -338,7 +337,7 @@ def test_adapter_without_its_embedding_rows_is_refused(tongwen: Any, here: Path)
 # -- what lines bring from elsewhere ----------------------------------------------------------------------------------
 
 
-def test_download_commands_fetch_from_the_hub(again: Callable[[str | list[str]], str], server: Hub) -> None:  # noqa: F811
+def test_download_commands_fetch_from_the_hub(again: Callable[[str | list[str]], str], server: Hub) -> None:
     server.repos["dataset", "BelleGroup/train_0.5M_CN"] = Repo({"Belle_open_source_0.5M.json": LINES})
     again("belle:4")
     for size in ("1M", "0.5M"):
@@ -354,7 +353,7 @@ def test_download_commands_fetch_from_the_hub(again: Callable[[str | list[str]],
 
 
 def test_crawl_command_synthesizes_dialogues(
-    faults: Callable[..., Any],  # noqa: F811
+    faults: Callable[..., Any],
     tongwen: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

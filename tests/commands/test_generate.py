@@ -376,10 +376,12 @@ def test_auto_picks_the_most_bits_that_fit(chat_model: Path, monkeypatch: pytest
     from types import SimpleNamespace
 
     from tongwen.core.errors import MachineError
-    from tongwen.model.loading import device_map, load
+    from tongwen.model.loading import device_map
+    from tongwen.model.loading.architecture import build_on_meta, load_config
+    from tongwen.model.loading.locate import locate
 
-    place = load.locate(str(chat_model))
-    numbers = sum(part.numel() for part in load.build_on_meta(load.load_config(place)).parameters())
+    place = locate(str(chat_model))
+    numbers = sum(part.numel() for part in build_on_meta(load_config(place)).parameters())
     for free, wanted in ((10, ""), (2, "int8"), (1, "nf4")):
         monkeypatch.setattr(
             device_map.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * numbers)
@@ -392,9 +394,11 @@ def test_auto_picks_the_most_bits_that_fit(chat_model: Path, monkeypatch: pytest
 
 def test_large_model_is_split_across_gpus(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tongwen.model.loading import device_map, load
+    from tongwen.model.loading.architecture import build_on_meta, load_config
+    from tongwen.model.loading.locate import locate
 
-    place = load.locate(str(chat_model))
-    numbers = sum(part.numel() for part in load.build_on_meta(load.load_config(place)).parameters())
+    place = locate(str(chat_model))
+    numbers = sum(part.numel() for part in build_on_meta(load_config(place)).parameters())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for free, spread in ((3 * numbers, True), (9 * numbers, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free: (free, free))

@@ -17,7 +17,9 @@ from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import learned_loss, use_blockwise_head
-from tongwen.model.loading.load import ModelRef, load_config, load_model
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.checkpoints import commit
 from tongwen.train.memory import ModelShape, ShardingPlan, token_budget

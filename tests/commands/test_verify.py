@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.adapters import make_adapter
 from tests.conftest import SHARED, write_recipe
-from tests.export.test_pth import make_original
-from tests.model.merging.test_merge import make_adapter
+from tests.export.originals import make_original
 from tongwen.export import checksums
 
 

@@ -5,40 +5,28 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
-from tongwen.core.chat_template import SHIPPED, Template, shipped_source
+from tests.core.templates import (
+    HERE,
+    LLAMA3,
+    SPECIAL,
+    TOKENS,
+    TOOL,
+    learned,
+    make_dialogue,
+    own_template,
+    tool_call_dialogue,
+)
+from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError, RowRejected
-from tongwen.core.records import Dialogue, Message, Origin
+from tongwen.core.records import Dialogue, Message
+from tongwen.core.shipped_templates import SHIPPED, shipped_source
 
 ANYWHERE = tuple(name for name in SHIPPED if name != "chatglm")  # that one has tokens of its own: see test_chatglm
-SPECIAL = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<s>",
-    "</s>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|begin_of_text|>",
-    "[gMASK]",
-    "<sop>",
-)
-TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-HERE = Origin("f", 1)
 
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = '<|begin_of_text|>' + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 GLM4 = (
     "[gMASK]<sop>{% for message in messages %}{% if message['role'] == 'user' %}<|user|>\n{{ message['content'] }}"
     "{% else %}<|assistant|>\n{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -52,22 +40,6 @@ QWEN3 = (
     "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
 )
-
-
-def own_template(source: str, **tokens: str) -> Template:
-    return Template.make("own", source, TOKENS | tokens, SPECIAL)
-
-
-def make_dialogue(*contents: str, **last: Any) -> Dialogue:
-    turns = [Message("user" if index % 2 == 0 else "assistant", content) for index, content in enumerate(contents)]
-    turns[-1] = Message(turns[-1].role, turns[-1].content, **last)
-    return Dialogue(tuple(turns), HERE)
-
-
-def learned(template: Template, dialogue: Dialogue, **options: str) -> list[str]:
-    return [
-        "".join(span.text for span in sample.spans if span.learn) for sample in template.samples(dialogue, **options)
-    ]
 
 
 @pytest.mark.parametrize("name", ANYWHERE)
@@ -225,32 +197,6 @@ def test_closing_think_tag_alone_is_split_or_refused() -> None:
         )
     )
     assert learned(opened, make_dialogue("问", "想\n</think>\n\n答")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
-
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "查天气",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "城市名"}}},
-    },
-}
-
-
-def tool_call_dialogue(*cities: str, content: str = "") -> Dialogue:
-    calls = tuple(
-        {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities
-    )
-    return Dialogue(
-        (
-            Message("user", "问"),
-            Message("assistant", content, tool_calls=calls),
-            *(Message("tool", f"{city}晴") for city in cities),
-            Message("assistant", "答"),
-        ),
-        HERE,
-        (TOOL,),
-    )
 
 
 @pytest.mark.parametrize("name", ["chatml", "plain"])

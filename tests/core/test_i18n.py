@@ -29,7 +29,7 @@ CHINESE_DATA = {
     "src/tongwen/core/template_cache.py",
     "src/tongwen/data/charset.py",
     "src/tongwen/data/clean.py",
-    "src/tongwen/data/encode.py",
+    "src/tongwen/data/encoder.py",
     "src/tongwen/data/formats.py",
     "src/tongwen/data/synthesis/generate.py",
     "src/tongwen/data/synthesis/parse.py",

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import byte_level_tokenizer, dialogues, tensors, tiny_moe, write_recipe, write_rows
+from tests.conftest import byte_level_tokenizer, dialogues, manifest, tensors, tiny_moe, write_recipe, write_rows
 from tests.launching import kill_at_step, run_forked
-from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.core import artifact, resume
 from tongwen.core.errors import TongwenError

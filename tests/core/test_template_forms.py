@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import byte_level_tokenizer
-from tests.core.test_chat_template import (
+from tests.core.templates import (
     HERE,
     LLAMA3,
     SPECIAL,

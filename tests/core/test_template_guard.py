@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.core.test_chat_template import SPECIAL, TOKENS, TOOL
+from tests.core.templates import SPECIAL, TOKENS, TOOL
 from tongwen.core import template_guard
-from tongwen.core.chat_template import Template, shipped_source
+from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.records import Dialogue, Message, Origin
+from tongwen.core.shipped_templates import shipped_source
 from tongwen.core.template_guard import GUARD, Guard
 
 CHATML = (

@@ -12,21 +12,20 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
+from tests.data.rows import ASK, HERE, PLAIN, REPLY, SOURCE, as_dialogue, role_and_text
 from tongwen.core.errors import DataError, RowRejected
-from tongwen.core.records import Dialogue, Origin, from_dict
+from tongwen.core.records import from_dict
 from tongwen.data import formats
 from tongwen.data.clean import Cleaner, RejectedText
 from tongwen.data.files import find_files
-from tongwen.data.formats import check_source, read_dialogue, recognise, recognise_row
+from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger
 from tongwen.data.prepare_steps import check_losses, iter_rows, load_records
 from tongwen.data.reader import read_rows
-from tongwen.data.row import RawRow
 from tongwen.data.turns import THOUGHTS
 from tongwen.recipe.data import Prepare, SourceConfig
 
-HERE, SOURCE = Origin("f", 1), SourceConfig(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
 
 
@@ -309,20 +308,6 @@ def test_shipped_dialogues_are_complete() -> None:
 
 
 # -- every field is read, or said to be unread ---------------------------------------------------------------------
-
-ASK = {"role": "user", "content": "QUESTION"}
-REPLY = {"role": "assistant", "content": "ANSWER"}
-PLAIN = [("user", "QUESTION"), ("assistant", "ANSWER")]
-
-
-def as_dialogue(row: dict[str, Any], **settings: Any) -> Dialogue:
-    source = SourceConfig(path="f", **settings)
-    check_source(source)
-    return read_dialogue(row, source.format or recognise_row(RawRow("f", 1, row, 1), source), source, {}, HERE)
-
-
-def role_and_text(found: Dialogue) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in found.messages]
 
 
 @pytest.mark.parametrize("name", THOUGHTS)

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from tests.conftest import dialogues, sentencepiece_tokenizer, tiny_llama, write_recipe
-from tests.model.chatglm.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
+from tests.model.chatglm.chatglm_base import chatglm_folder
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import RecipeError
 from tongwen.core.records import Dialogue, Message, Origin
-from tongwen.data.encode import Encoder
+from tongwen.data.encoder import Encoder
 from tongwen.data.legacy_encoder import RULES, LegacyEncoder
-from tongwen.model.loading import load
 from tongwen.model.loading.chat_setup import bind_template
+from tongwen.model.loading.model_ref import ModelRef
+from tongwen.model.loading.tokenizer import load_tokenizer
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 CHAT = (
@@ -111,9 +112,9 @@ def test_every_old_script_is_covered() -> None:
 
 
 @pytest.mark.parametrize("length", [1000, 30, 12])
-def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:
     """chinese_llm_sft: ids + `[gMASK]`, then `<sop>`, answer and `<eop>` as the target, cut from the right."""
-    tokenizer = load.load_tokenizer(load.ModelRef("", str(chatglm_folder(tmp_path, small_ice))))
+    tokenizer = load_tokenizer(ModelRef("", str(chatglm_folder(tmp_path, small_ice))))
     template = bind_template("chatglm", tokenizer, Encoder(tokenizer).prefix)
     gmask, sop, eop = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>", "<eop>"])
     question, cut = "找出地名。\n文本：我们去公园。", 0
@@ -131,7 +132,7 @@ def test_chatglm_legacy_tokens_match_the_old_code(length: int, small_ice: Path, 
     assert cut == (2 if length == 12 else 0), "where <sop> was cut, the old model crashed; here the sample is rejected"
 
 
-def test_chatglm_legacy_trains_end_to_end(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_chatglm_legacy_trains_end_to_end(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     base = chatglm_folder(tmp_path / "chatglm-6b", small_ice)
     rows = dialogues(10)
     long = {"instruction": "很长的问题" * 80, "input": "", "output": "好"}
@@ -146,7 +147,7 @@ def test_chatglm_legacy_trains_end_to_end(small_ice: Path, tmp_path: Path, tongw
     code, _, err = tongwen("run", recipe, *overrides)
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
-    tokenizer = load.load_tokenizer(load.ModelRef("", str(base)))
+    tokenizer = load_tokenizer(ModelRef("", str(base)))
     answers = [tokenizer.encode(row["output"], add_special_tokens=False) for row in rows]
     assert report["mask"]["learned_tokens"] == sum(len(ids) + 2 for ids in answers), "<sop> and <eop> are learned"
     assert report["ledger"]["encode"]["lost"].keys() == {"nothing_to_learn"}

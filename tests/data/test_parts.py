@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_formats import as_dialogue
+from tests.data.rows import as_dialogue
 from tongwen.core.errors import RowRejected
 
 ASK = {"role": "user", "content": "北京的天气？"}

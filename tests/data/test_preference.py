@@ -7,24 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.data.test_formats import ASK, PLAIN, REPLY, as_dialogue, role_and_text
+from tests.data.rows import ASK, PAIRS, PLAIN, REPLY, as_dialogue, role_and_text
 from tongwen.core.errors import DataError
-
-BAD = {"role": "assistant", "content": "REJECTED"}
-PAIRS = [
-    {"prompt": "QUESTION", "chosen": "ANSWER", "rejected": "REJECTED"},
-    {"question": "QUESTION", "chosen": "ANSWER", "rejected": ["REJECTED", "REJECTED"]},
-    {"instruction": "QUESTION", "input": "", "chosen": "ANSWER", "rejected": "REJECTED"},
-    {"prompt": [ASK], "chosen": [REPLY], "rejected": [BAD]},
-    {"prompt": "QUESTION", "chosen": [REPLY], "rejected": [BAD]},
-    {"prompt": "QUESTION", "chosen": [ASK, REPLY], "rejected": [ASK, BAD]},
-    {"chosen": [ASK, REPLY], "rejected": [ASK, BAD]},
-    {"chosen_messages": [ASK, REPLY], "rejected_messages": [ASK, BAD]},
-    {"query": "QUESTION", "response_chosen": "ANSWER", "response_rejected": "REJECTED"},
-    {"query": "QUESTION", "response": "ANSWER", "rejected_response": "REJECTED"},
-    {"messages": [ASK, REPLY], "rejected_messages": [ASK, BAD]},
-    {"prompt": [ASK], "preferred_output": [REPLY], "non_preferred_output": [BAD]},
-]
 
 
 def settings_of(remedy: str) -> dict[str, Any]:

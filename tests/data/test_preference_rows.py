@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_formats import ASK, REPLY
-from tests.data.test_preference import BAD, PAIRS
+from tests.data.rows import ASK, BAD, PAIRS, REPLY
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.records import Preference, from_dict
 from tongwen.data.clean import Cleaner, RejectedText

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.core.records import Span
-from tongwen.data import encode
-from tongwen.data.encode import Encoder
+from tongwen.data import encoder as encoder_module
+from tongwen.data.encoder import Encoder
 from tongwen.data.tiktoken_encoder import make_tiktoken_encoder
 
 ALPHABET = "天气很好。，今天我们 \n\t  \u3000  abcXYZ the of '123 don't—“”（）é😀𠮷\u200d\x85한"
@@ -111,10 +112,10 @@ def test_fast_encoder_is_used_for_many_texts_with_equal_ids(tmp_path: Path, monk
     tokenizer = byte_level_tokenizer(tmp_path)
     samples = [[Span("问：", False), Span(text, True)] for text in texts(400)]
     slow = Encoder(tokenizer)
-    monkeypatch.setattr(encode, "FAST_FROM", 10**9)
+    monkeypatch.setattr(encoder_module, "FAST_FROM", 10**9)
     wanted = [[list(map(int, piece.ids)) for piece in pieces] for pieces in slow.encode(samples)]
     assert slow.fast is None
-    monkeypatch.setattr(encode, "FAST_FROM", 100)
+    monkeypatch.setattr(encoder_module, "FAST_FROM", 100)
     fast = Encoder(tokenizer)
     assert [[list(map(int, piece.ids)) for piece in pieces] for pieces in fast.encode(samples)] == wanted
     assert fast.fast is not None
@@ -140,12 +141,12 @@ def test_one_mismatch_disables_the_fast_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
-    monkeypatch.setattr(encode, "FAST_FROM", 10)
+    monkeypatch.setattr(encoder_module, "FAST_FROM", 10)
     encoder = Encoder(tokenizer)
     wrong = make_tiktoken_encoder(tokenizer.backend_tokenizer)
     assert wrong is not None
-    monkeypatch.setattr(wrong, "encode", lambda text: encode.np.zeros(3, encode.np.uint32))
-    monkeypatch.setattr(encode, "make_tiktoken_encoder", lambda backend: wrong)
+    monkeypatch.setattr(wrong, "encode", lambda text: np.zeros(3, np.uint32))
+    monkeypatch.setattr(encoder_module, "make_tiktoken_encoder", lambda backend: wrong)
     ids = encoder.encode_texts(["今天天气很好"] * 20)
     assert encoder.fast is None and list(ids[0]) == tokenizer.backend_tokenizer.encode("今天天气很好").ids
     assert "using the tokenizers library instead" in capsys.readouterr().out

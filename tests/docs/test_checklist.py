@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from tests.laws.test_failures import exists
+from tests.laws.named_tests import exists
 from tongwen.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[2]

@@ -16,15 +16,15 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.adapters import make_adapter
 from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.export.gguf_models import check_greedy, check_refused, convert, make_model
-from tests.model.merging.test_merge import make_adapter
 from tongwen.core import model_families
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.export import kquants
 from tongwen.export.gguf import check_type
 from tongwen.export.kquants import QuantizationMix
-from tongwen.model.loading.load import locate
+from tongwen.model.loading.locate import locate
 
 gguf = pytest.importorskip("gguf")
 LINES = [
@@ -330,7 +330,8 @@ def test_recipe_exports_all_formats(chat_model: Path, tmp_path: Path, tongwen: A
 def test_gguf_base_uses_its_pretokenizer(name: str, tmp_path: Path, tongwen: Any) -> None:
     """transformers reads every byte-level GGUF tokenizer as GPT-2's: numbers and contractions would get other ids."""
     from tongwen.core.model_families import PATTERNS
-    from tongwen.model.loading import load
+    from tongwen.model.loading.locate import locate
+    from tongwen.model.loading.tokenizer import load_tokenizer
 
     folder = tmp_path / "model"
     tokenizer = byte_level_tokenizer(folder)
@@ -346,7 +347,7 @@ def test_gguf_base_uses_its_pretokenizer(name: str, tmp_path: Path, tongwen: Any
     tokenizer.save_pretrained(folder)
     tiny_llama(folder, len(tokenizer))
     file = convert(tongwen, folder, tmp_path / "out", "f16")
-    again = load.load_tokenizer(load.locate(str(file)))
+    again = load_tokenizer(locate(str(file)))
     cut = again.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     for line in [*LINES, "12345 DON'T 中文，我们2024"]:
         assert cut(line) == backend.pre_tokenizer.pre_tokenize_str(line), line

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.hub.test_download import CANARY, Handler, Hub, Repo, server
+from tests.hub.hub_server import CANARY, Handler, Hub, Repo
 from tongwen.hub import upload
-
-_ = server  # the fixture
 
 
 class UploadHandler(Handler):

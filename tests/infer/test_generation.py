@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.infer.generation import StreamDecoder
-from tongwen.model.loading.load import ModelRef, load_tokenizer
+from tongwen.model.loading.model_ref import ModelRef
+from tongwen.model.loading.tokenizer import load_tokenizer
 
 SMOLLM2 = Path.home() / ".cache" / "tongwen" / "SmolLM2-135M-Instruct"
 PARTS = [

@@ -16,15 +16,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import remade, sentencepiece_tokenizer, tensors, tiny_llama, write_recipe
+from tests.laws.named_tests import exists
 from tongwen.migrate.failures import failures, find
-
-ROOT = Path(__file__).parents[2]
-
-
-def exists(test: str) -> bool:
-    """Return whether `tests/test_x.py::test_y` exists."""
-    file, _, name = test.partition("::")
-    return (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_all_48_failures_name_existing_tests() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import byte_level_tokenizer, dialogues, write_recipe, write_rows
-from tests.model.chatglm.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
+from tests.model.chatglm.chatglm_base import chatglm_folder
 from tongwen.core.model_families import FAMILIES
 
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -55,7 +55,7 @@ def family_folder(folder: Path, family: str, ice: Path) -> Path:
 @pytest.mark.sample("qwen3-lora", "chatglm-lora", "llama-qlora")
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_trains_and_merges(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_family_trains_and_merges(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     """Train in full on plain text, then an adapter on dialogues; or an adapter on the quantised base."""
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
@@ -85,10 +85,11 @@ def test_family_trains_and_merges(family: str, method: str, small_ice: Path, tmp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_default_targets_exist_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
-    from tongwen.model.loading import load
+def test_default_targets_exist_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:
+    from tongwen.model.loading.architecture import build_on_meta, load_config
+    from tongwen.model.loading.locate import locate
 
-    model = load.build_on_meta(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
+    model = build_on_meta(load_config(locate(str(family_folder(tmp_path, family, small_ice)))))
     assert set(FAMILIES[family].targets) <= {name.split(".")[-1] for name, _ in model.named_modules()}
 
 
@@ -97,16 +98,17 @@ def check_merged(base: Path, adapter: Path, merged: Path) -> None:
     from peft import PeftModel
 
     from tongwen.model.loading import load
+    from tongwen.model.loading.locate import locate
 
     ids = torch.tensor([[5, 9, 30, 7, 200, 41]])
-    one, other, untrained = (load.load_model(load.locate(str(place)), torch.float32) for place in (base, merged, base))
+    one, other, untrained = (load.load_model(locate(str(place)), torch.float32) for place in (base, merged, base))
     with torch.no_grad():
         live = PeftModel.from_pretrained(one, str(adapter)).eval()(ids).logits
         torch.testing.assert_close(other.eval()(ids).logits, live, rtol=0, atol=2e-4)
         assert float((live - untrained.eval()(ids).logits).abs().max()) > 1e-3
 
 
-def test_max_length_beyond_the_position_table_is_refused(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_max_length_beyond_the_position_table_is_refused(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     base = family_folder(tmp_path / "base", "gpt2", small_ice)
     rows = [{"instruction": "长", "input": "", "output": "龘靐" * 100}, *dialogues(8)]
     recipe = write_recipe(tmp_path, base, rows=rows, merge=False)
@@ -115,7 +117,7 @@ def test_max_length_beyond_the_position_table_is_refused(small_ice: Path, tmp_pa
     assert code == 2 and "a table of only 256 positions" in err and "max_length: 256" in err
 
 
-def test_prefix_model_refuses_plain_text(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+def test_prefix_model_refuses_plain_text(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     base = family_folder(tmp_path / "base", "chatglm", small_ice)
     (tmp_path / "text.txt").write_text("\n\n".join(texts(12)), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
-from tests.laws.test_speed import batch_of, gradient
-from tests.laws.test_training_step import random_store
+from tests.laws.packed_batches import batch_of, gradient, random_store
 from tongwen.cli.main import main
 from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import compile_layers
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, use_blockwise_head
-from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
 from tongwen.train.packing import to_device

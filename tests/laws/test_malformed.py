@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_reader import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, contents_of, take
+from tests.data.row_files import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, contents_of, take
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.data import files, json_array, reader
 from tongwen.data.files import find_files

@@ -17,6 +17,7 @@ import torch
 
 from tests.conftest import (
     byte_level_tokenizer,
+    manifest,
     tensors,
     tiny_llama,
     tiny_moe,
@@ -25,7 +26,6 @@ from tests.conftest import (
     write_rows,
 )
 from tests.launching import kill_at_step, run_forked
-from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.core import artifact
 from tongwen.core.errors import ModelError
@@ -33,7 +33,9 @@ from tongwen.export.card import make_card
 from tongwen.model.adapters.adalora import rank_allocator
 from tongwen.model.adapters.attach import make_trainable
 from tongwen.model.adapters.chain import open_adapter
-from tongwen.model.loading.load import ModelRef, cpu_has_bf16, load_model
+from tongwen.model.loading.devices import cpu_has_bf16
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import trainer
 from tongwen.train.neftune import Neftune, lengths_of

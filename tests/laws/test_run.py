@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import dialogues, tensors, write_recipe, write_rows
+from tests.conftest import dialogues, manifest, tensors, write_recipe, write_rows
 from tests.launching import kill_at_step, run_forked
 from tongwen.cli.main import main
 from tongwen.core.errors import ModelError
 from tongwen.model.loading.fingerprint import fingerprint_model
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.train.trainer import PlannedTrainer
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "manifest.json").read_text()))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import write_recipe
 from tests.launching import run_forked
-from tests.laws.test_training_step import packed_model, random_store
+from tests.laws.packed_batches import batch_of, gradient, packed_model, random_store
 from tongwen.core.console import human_bytes
 from tongwen.core.errors import MachineError
 from tongwen.model.adapters.attach import make_trainable
@@ -23,22 +23,8 @@ from tongwen.model.kernels.loss import learned_loss
 from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.memory import CUDA_CONTEXT, device_memory
 from tongwen.train.metrics import peak_memory_bytes
-from tongwen.train.packing import pack
 from tongwen.train.try_batch import fits
 from tongwen.workflows.training import model as training_model
-
-
-def batch_of(count: int) -> dict[str, Any]:
-    store = random_store(count)
-    return pack([store.sample(index) for index in range(count)])
-
-
-def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """Return (loss, whole gradient) of a step's only micro-batch."""
-    model.zero_grad()
-    total, _ = learned_loss(model, batch)
-    total.backward()
-    return float(total.detach()), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
 
 
 @pytest.mark.sample()

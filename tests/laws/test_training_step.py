@@ -17,33 +17,22 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_moe
+from tests.laws.packed_batches import packed_model, random_store
 from tongwen.core.errors import ModelError, NumbersError, RecipeError
 from tongwen.data.sampling import order
-from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
+from tongwen.data.token_store import TokenStore
 from tongwen.model.adapters.attach import find_untrained_rows, make_trainable
 from tongwen.model.kernels import loss as score
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
 from tongwen.model.kernels.fused_projections import FusedProjections, FusedProjectionsFunction
 from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, use_blockwise_head
-from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.fields import Duration
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
 from tongwen.train.packing import MicroBatches, best_fit, deal, make_plan, pack, pad
-
-
-def random_store(count: int, seed: int = 0, longest: int = 40, vocabulary: int = 300) -> TokenStore:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, longest, count)
-    ids = rng.integers(0, vocabulary, lengths.sum()).astype(np.uint32)
-    learn = rng.random(lengths.sum()) < 0.6
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    learn[offsets[:-1]] = False
-    learn[offsets[1:] - 1] = True
-    samples = np.zeros(count, SAMPLE)
-    samples["row"], samples["stop"] = np.arange(count), True
-    return TokenStore(ids, offsets, spans_of(learn), samples, ("f",))
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     tiny_llama(path, len(byte_level_tokenizer(path)))
     return path
-
-
-def packed_model(folder: Path) -> Any:
-    model = load_model(ModelRef("t", str(folder)), torch.float32)
-    model.set_attn_implementation(packed_attention.register())
-    return model
 
 
 def plan_for(store: TokenStore, **options: Any):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SHARED
+from tests.migrate.manual_commands import WANTED, lines_of
 from tongwen.cli.parser import make_parser
 from tongwen.core.errors import TongwenError
 from tongwen.hub.names import current_id
@@ -24,7 +25,6 @@ from tongwen.migrate.tables import Text, known_files, programs
 from tongwen.recipe.docs import sections
 from tongwen.recipe.load import read
 
-OLD = Path(__file__).parent / "old_commands"
 # README -> (its file among the real data, command lines in its code blocks)
 READMES = {
     "belle": ("000_6ab032cd2b36fbc2.txt", 10),
@@ -34,10 +34,6 @@ READMES = {
 }
 TABLES = ("trainer", "launchers", "belle", "guanaco", "cla", "llamafactory")
 COMMAND = re.compile(r"^(?:[>$] )?(?:[A-Z_]+=\S* )?(?:conda|python|deepspeed|torchrun|accelerate|wget|pip)\s+\S")
-
-
-def lines_of(name: str) -> list[ScriptLine]:
-    return read_script((OLD / f"{name}.sh").read_text(encoding="utf-8"), name)
 
 
 ALL = [(name, line) for name in (*READMES, "mentioned") for line in lines_of(name)]
@@ -95,24 +91,6 @@ def test_each_flag_has_one_verdict_and_the_recipe_loads(
         code, _, err = tongwen("check", file)
         assert code == (3 if "prepare" in one.recipe else 0), err
         assert all("there is no such file" in part for part in re.split(r"\n(?!  →)", err.strip()) if part), err
-
-
-# What the READMEs (and the files that they name) say, written down by hand: batch, learning rate, rank, targets, length,
-# template, and how long.
-LINEAR = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
-WANTED = {
-    "belle:5": ("sft", 8, 1e-5, None, None, 1024, "belle", "2 epochs"),
-    "belle:6": ("sft", 16, 2e-5, None, None, 1024, "belle", "2 epochs"),
-    "belle:7": ("sft", 8, 1e-5, 8, ["query_key_value"], 1024, "belle", "2 epochs"),
-    "belle:8": ("sft", 16, 2e-5, 8, ["q_proj", "v_proj"], 1024, "belle", "2 epochs"),
-    "belle:10": ("sft", 8, 1e-5, None, None, 1024, "belle", "2 epochs"),
-    "guanaco:1": ("sft", 16, 2e-4, 64, "all-linear", 1024, "guanaco", "3 epochs"),
-    "guanaco:2": ("sft", 32, 2e-4, 64, "all-linear", 1024, "guanaco", "3 epochs"),
-    "guanaco:5": ("sft", 16, 2e-4, 64, "all-linear", 1024, "guanaco", "3 epochs"),
-    "ner:1": ("sft", 8, 3e-5, 8, ["query_key_value"], 256, "chatglm", "3 epochs"),
-    "cla:31": ("pretrain", 1, 2e-4, 8, LINEAR, 512, None, "100 steps"),
-    "cla:33": ("sft", 1, 1e-4, None, None, 512, "alpaca-cla", "100 steps"),
-}
 
 
 def test_deepspeed_file_becomes_an_engine_with_several_devices() -> None:

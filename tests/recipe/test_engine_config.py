@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_rows
+from tests.recipe.engine_files import fsdp, read, recipe, set_launcher_environment, zero
 from tongwen.core.errors import TongwenError
 from tongwen.recipe.load import load_recipe
 from tongwen.train import parallel
@@ -59,44 +59,13 @@ fsdp_config:
 """
 
 
-def zero(**settings: Any) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": 2, **settings}}
-
-
 def rates(of_optimizer: Any, peak: Any, **settings: Any) -> dict[str, Any]:
     schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": peak, **settings}}
     return {**NO_OFFLOAD, "optimizer": {"params": {"lr": of_optimizer}}, "scheduler": schedule}
 
 
-def fsdp(settings: str, beside: str = "") -> str:
-    return f"distributed_type: FSDP\n{beside}fsdp_config: {{{settings}}}\n"
-
-
 def accelerates(settings: str, beside: str = "") -> str:
     return f"distributed_type: DEEPSPEED\n{beside}deepspeed_config: {{{settings.strip('{}')}}}\n"
-
-
-def recipe(folder: Path, settings: Any, sft: str = "") -> Path:
-    """A recipe whose engine is a file with these settings, or a word."""
-    word = settings
-    if isinstance(settings, str) and settings.startswith("engine."):
-        name, text = settings.split(": ")
-        (folder / name).write_text(text)
-        word = str(folder / name)
-    elif isinstance(settings, dict) or "\n" in settings:
-        file = folder / ("engine.json" if isinstance(settings, dict) else "engine.yaml")
-        file.write_text(json.dumps(settings) if isinstance(settings, dict) else settings)
-        word = str(file)
-    data = write_rows(folder / "data.jsonl", [])
-    out = folder / "recipe.yaml"
-    out.write_text(f"name: x\nbase: y\nprepare: {{dialogues: {data}}}\nsft: {{engine: {word}{sft}}}\n")
-    return out
-
-
-def set_launcher_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(parallel, "_prepare_deepspeed", lambda zero, place: None)
 
 
 def test_deepspeed_files_of_older_projects_load_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +86,6 @@ def test_deepspeed_files_of_older_projects_load_unchanged(tmp_path: Path, monkey
     assert parallel.choose_engine(sft).name == "zero2" and not notices
     sft, _ = read(recipe(tmp_path, {**NO_OFFLOAD, "gradient_clipping": 0.5, "bf16": {"enabled": True}}))
     assert sft.max_grad_norm == 0.5 and sft.precision == "bf16"
-
-
-def read(file: Path) -> tuple[Any, str]:
-    made, notices = load_recipe(file)
-    return made.sft, "\n".join(notices)
 
 
 def test_batch_size_of_the_file_must_match_the_recipe(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
 from tongwen.commands.serve import make_backend
-from tongwen.serving import openai_api
+from tongwen.serving import openai_api, openai_requests
 from tongwen.workflows.chat_model import open_chat_model
 
 ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 1}
@@ -87,7 +87,7 @@ def mutations(ask: dict[str, Any], fields: Sequence[str]) -> Iterator[dict[str, 
 @pytest.mark.sample("own-chat/completions", "chatml-completions")
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
 def test_mutated_fields_are_answered_or_refused(route: str, web: TestClient) -> None:
-    kind = openai_api.ChatRequest if route.startswith("chat") else openai_api.TextRequest
+    kind = openai_requests.ChatRequest if route.startswith("chat") else openai_requests.TextRequest
     ask = ASK if route.startswith("chat") else {"model": "m", "prompt": "你好", "max_tokens": 1}
     refused = 0
     for body in mutations(ask, list(kind.model_fields)):

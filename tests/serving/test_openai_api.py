@@ -27,7 +27,7 @@ from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.cli.main import main
 from tongwen.core.errors import ModelError, NumbersError, RowRejected
 from tongwen.core.tool_parser import ToolParser
-from tongwen.data.encode import Encoder
+from tongwen.data.encoder import Encoder
 from tongwen.data.synthesis.client import SpendingMeter, SynthesisClient
 from tongwen.data.synthesis.generate import SCHEMA
 from tongwen.infer.generation import Sampling, TextGenerator

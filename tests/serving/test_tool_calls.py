@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import byte_level_tokenizer
-from tests.core.test_tool_parser import SMALL, TOOLS, bound, published
+from tests.core.tool_templates import SMALL, TOOLS, bound, published
 from tongwen.core.answer_form import find_answer_form
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ModelError

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from tests.conftest import dialogues, tensors, write_recipe, write_rows
+from tests.conftest import dialogues, manifest, tensors, write_recipe, write_rows
 from tests.launching import kill_at_step, run_forked
-from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 
 pytest.importorskip("trl")

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import dialogues, remade, tensors, write_rows
+from tests.conftest import dialogues, manifest, remade, tensors, write_rows
 from tests.launching import kill_at_step, needs_deepspeed, run_forked, run_ranks
-from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.train.trainer import PhaseRun, train_phase
 
 NEW = [300, 301, 470, 471]
@@ -88,7 +87,7 @@ def test_only_new_rows_change(
 ) -> None:
     """Alone the rows are tensors of their own; before a phase that trains all rows they are one matrix under a guard.
     Neither weight decay nor Adam's memory may move another row."""
-    monkeypatch.setattr("tongwen.model.loading.load.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("tongwen.model.loading.devices.cpu_has_bf16", lambda: True)
     settings = f"phases: {phases}, stop_after: 6 steps, weight_decay: 0.5, save_every: 6, max_grad_norm: 0.1"
     rough = {name: (part + 1e-4).to(stored) for name, part in tensors(grown).items()}  # of which bf16 would lose a part
     base = remade(grown, tmp_path / "base", rough, dtype=str(stored).removeprefix("torch."))
@@ -178,7 +177,7 @@ def test_sft_continues_from_a_pretrained_adapter(grown: Path, tmp_path: Path, to
     assert tuned["parents"]["base"]["path"] == str(out / "pretrain")
     assert tuned["parents"]["base"]["fingerprint"] == fingerprint_chain(below, pretrained["fingerprint"])
     from tongwen.model.adapters.chain import open_adapter_chain
-    from tongwen.model.loading.load import locate
+    from tongwen.model.loading.locate import locate
 
     place = locate(str(out / "sft"))
     assert place.adapters == (str(out / "pretrain"), str(out / "sft"))

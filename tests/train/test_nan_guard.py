@@ -18,9 +18,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainingArguments
 
-from tests.conftest import remade, tensors, write_recipe, write_rows
+from tests.conftest import manifest, remade, tensors, write_recipe, write_rows
 from tests.launching import run_forked
-from tests.laws.test_run import manifest
 from tongwen.core.errors import ArtifactError, NumbersError
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.nan_guard import ABSURD, SKIPS, NanGuard
@@ -221,7 +220,7 @@ def test_fp16_skips_overflowing_steps(
     recipe = write_recipe(tmp_path, chat_model, sft=SFT.replace("64", "4096"), merge=False)
     code, _, err = tongwen("run", recipe, "sft.precision=fp16")
     assert code == 5 and "precision: auto" in err
-    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *args: (torch.float16, "as on a GPU"))
+    monkeypatch.setattr("tongwen.model.loading.devices.compute_dtype", lambda *args: (torch.float16, "as on a GPU"))
     make = PlannedTrainer.create_accelerator_and_postprocess
 
     def with_scaler(self: Any) -> None:
@@ -282,7 +281,7 @@ def test_int8_is_refused_on_unsupported_gpus(
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    monkeypatch.setattr("tongwen.model.loading.load.compute_device", lambda: "cpu")
+    monkeypatch.setattr("tongwen.model.loading.devices.compute_device", lambda: "cpu")
     code, _, err = tongwen("run", recipe, "sft.adapter.method=qlora", "sft.adapter.quantize=int8")
     assert code == 5 and "this GPU has 7.0" in err and "quantize: nf4" in err
 
@@ -369,7 +368,7 @@ def test_small_updates_are_not_lost_in_bf16(
     before = tensors(chat_model)
     lost = {name: (part.bfloat16() - 1e-6 == part.bfloat16()).float().mean() for name, part in before.items()}
     assert lost["model.layers.0.self_attn.q_proj.weight"] > 0.9
-    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *args: (torch.bfloat16, "as on a GPU"))
+    monkeypatch.setattr("tongwen.model.loading.devices.compute_dtype", lambda *args: (torch.bfloat16, "as on a GPU"))
     settings = ("sft.adapter={method: full}", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
     assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *settings)[0] == 0
     after = tensors(tmp_path / "out" / "sft")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.launching import needs_deepspeed
-from tests.recipe.test_engine_config import fsdp, read, recipe, set_launcher_environment, zero
+from tests.recipe.engine_files import fsdp, read, recipe, set_launcher_environment, zero
 from tongwen.core.errors import TongwenError
 from tongwen.train import parallel
 

@@ -26,7 +26,7 @@ from tongwen.model.merging import resize
 from tongwen.vocab import bytelevel, grow, measure, spm
 from tongwen.vocab.learn import learn_merges
 from tongwen.vocab.script import SCRIPTS, Script, code_points_of
-from tongwen.workflows import tokenizer_files
+from tongwen.workflows import tokenizer_files, vocab_curve, vocab_pieces, vocab_texts
 
 HAN = Script("han")
 CHINESE = [
@@ -151,8 +151,8 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def extended(base: tokenizer_files.TokenizerFiles, pieces: int = 60, **more: Any) -> tokenizer_files.ExtendedTokenizer:
-    return tokenizer_files.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
+def extended(base: tokenizer_files.TokenizerFiles, pieces: int = 60, **more: Any) -> vocab_pieces.ExtendedTokenizer:
+    return vocab_pieces.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
 
 
 def test_other_text_keeps_its_ids_and_all_text_round_trips(byte_level: Path) -> None:
@@ -208,7 +208,7 @@ def test_words_become_one_piece_each(byte_level: Path) -> None:
 def test_corpus_without_the_script_is_refused(byte_level: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     with pytest.raises(DataError, match="han"):
-        tokenizer_files.learn(base, ["only English here"] * 5, HAN, 10)
+        vocab_pieces.learn(base, ["only English here"] * 5, HAN, 10)
 
 
 # -- SentencePiece -------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_corpus_without_the_script_is_refused(byte_level: Path) -> None:
 def test_corpus_without_new_pieces_is_refused(chat_model: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(chat_model))
     with pytest.raises(DataError, match="no new piece can be learned"):
-        tokenizer_files.learn(base, ["你好", "世界"] * 5, HAN, 10)
+        vocab_pieces.learn(base, ["你好", "世界"] * 5, HAN, 10)
 
 
 def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[str] = ENGLISH) -> Path:
@@ -269,7 +269,7 @@ def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
 
 def test_sentencepiece_learns_a_corpus_and_adds_words(tmp_path: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(small_model(tmp_path)))
-    made = tokenizer_files.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
+    made = vocab_pieces.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
     old, new = base.coder, made.files.coder
     assert sum(map(len, new.encode(CHINESE))) < 0.5 * sum(map(len, old.encode(CHINESE)))
     assert not spm.disagreement(new.encode, made.files.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
@@ -283,7 +283,8 @@ def test_sentencepiece_learns_a_corpus_and_adds_words(tmp_path: Path) -> None:
 def test_model_file_alone_gives_sentencepiece_ids(tmp_path: Path) -> None:
     """A piece of a low score that stands early in the file, as LLaMA's runs of blanks do, and a text that begins with a
     blank: transformers reads both in another way."""
-    from tongwen.model.loading import load
+    from tongwen.model.loading.model_ref import ModelRef
+    from tongwen.model.loading.tokenizer import load_tokenizer
 
     model = sentencepiece.read_model(small_model(tmp_path))
     early = next(place for place, piece in enumerate(model.pieces) if len(piece.piece) == 2)
@@ -295,7 +296,7 @@ def test_model_file_alone_gives_sentencepiece_ids(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
     texts = [*CORPUS, *FOREIGN, *ENGLISH[:2], " a blank before it"]
     wanted = sentencepiece.processor(model).encode(texts)
-    tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
+    tokenizer = load_tokenizer(ModelRef(str(folder), str(folder)))
     assert tokenizer(texts, add_special_tokens=False)["input_ids"] == wanted
     assert tokenizer("the")["input_ids"][0] == model.trainer_spec.bos_id and tokenizer.eos_token == "</s>"
 
@@ -399,16 +400,17 @@ def test_vocab_stage_reports_measures_and_advice(byte_level: Path, tmp_path: Pat
     assert code == 0 and "already done" in out
     manifest = json.loads((tmp_path / "out" / "vocab" / "manifest.json").read_text())
     from tongwen.model.loading.fingerprint import fingerprint_model
-    from tongwen.model.loading.load import ModelRef
+    from tongwen.model.loading.model_ref import ModelRef
 
     folder = str(tmp_path / "out" / "vocab")
     assert manifest["fingerprint"] == fingerprint_model(ModelRef(folder, folder))
     import torch
 
     from tongwen.model.loading import load
+    from tongwen.model.loading.tokenizer import check_tokenizer, load_tokenizer
 
-    model = load.load_model(load.ModelRef(folder, folder), torch.float32)
-    load.check_tokenizer(load.load_tokenizer(load.ModelRef(folder, folder)), model, load.ModelRef(folder, folder))
+    model = load.load_model(ModelRef(folder, folder), torch.float32)
+    check_tokenizer(load_tokenizer(ModelRef(folder, folder)), model, ModelRef(folder, folder))
 
 
 def test_tokenizer_report_scores_and_advises(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -555,9 +557,9 @@ def test_advice_depends_on_the_tokenizer(
 ) -> None:
     """The same text: it pays where Chinese is spelt in bytes, and not where the words are there already."""
     base = tokenizer_files.open_tokenizer_files(from_wheel(package, ending, tmp_path))
-    learn_from, rest = tokenizer_files.split(tokenizer_files.shipped_texts())
-    learnt = tokenizer_files.learn(base, learn_from, HAN, 500)
-    start, curve = tokenizer_files.curve(learnt, rest, shape, (500,))
+    learn_from, rest = vocab_texts.split(vocab_texts.shipped_texts())
+    learnt = vocab_pieces.learn(base, learn_from, HAN, 500)
+    start, curve = vocab_curve.curve(learnt, rest, shape, (500,))
     advice = measure.advise(start, curve)
     assert advice.extend is extend and (advice.saving > 0.3 if extend else advice.saving < 0.1), advice
     made = learnt.extended(len(learnt)).files

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.launching import run_ranks
-from tests.recipe.test_engine_config import recipe
+from tests.recipe.engine_files import recipe
 from tongwen.cli import main
 from tongwen.core import distributed
 from tongwen.core.errors import TongwenError
-from tongwen.model.loading import load as model_load
+from tongwen.model.loading import devices
 from tongwen.recipe.load import load_recipe
 from tongwen.workflows import pipeline
 
@@ -62,7 +62,7 @@ def test_wrong_process_count_is_refused_before_running(
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("LOCAL_RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", str(world))
-    monkeypatch.setattr(model_load, "count_devices", lambda: 2)
+    monkeypatch.setattr(devices, "count_devices", lambda: 2)
     out = tmp_path / "out"
     found, _, err = tongwen("run", recipe(tmp_path, "ddp"), f"out={out}", *overrides)
     assert found == code and message in err and not (out / "prepare").exists()
@@ -77,7 +77,7 @@ def test_check_reports_an_engine_with_one_process(tmp_path: Path, tongwen: Any) 
 
 @pytest.mark.usefixtures("alone")
 def test_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_load, "count_devices", lambda: 1)
+    monkeypatch.setattr(devices, "count_devices", lambda: 1)
     made = load_recipe(recipe(tmp_path, "auto"), ["devices=2"])[0]
     with pytest.raises(TongwenError, match="this machine has 1 visible GPU;"):
         pipeline._check_devices(made, ["prepare", "sft"])
@@ -119,7 +119,7 @@ def test_process_uses_its_own_visible_gpu(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: torch.device("cuda"))
-    assert model_load.compute_device() == ("cuda" if visible else "cpu")
+    assert devices.compute_device() == ("cuda" if visible else "cpu")
     assert chosen == ([taken] if visible else [])
     assert os.environ["LOCAL_RANK"] == str(rank if taken is None else taken)
 

@@ -13,7 +13,7 @@ from tests.conftest import dialogues, write_recipe, write_rows
 from tongwen.cli.main import main
 from tongwen.core import artifact
 from tongwen.recipe.load import load_recipe
-from tongwen.workflows import tokenized_data
+from tongwen.workflows import record_encoders, tokenized_data
 
 
 def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Artifact]:
@@ -24,12 +24,12 @@ def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Ar
 
 def test_cache_key_depends_on_all_settings_of_the_tokens(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
+    reader = record_encoders.make_dialogue_encoder(recipe.base, recipe.sft)
     key = tokenized_data.cache_key(made, reader)
 
     def changed(**settings: Any) -> str:
         section = recipe.sft.model_copy(update=settings)
-        return tokenized_data.cache_key(made, tokenized_data.make_dialogue_encoder(recipe.base, section))
+        return tokenized_data.cache_key(made, record_encoders.make_dialogue_encoder(recipe.base, section))
 
     assert changed(learning_rate=1.0, batch_size=3) == key
     others = {
@@ -50,7 +50,7 @@ def test_encoding_is_cached_and_resumes_after_a_crash(
     for number, row in enumerate(rows):
         row["instruction"] += f"（{number}）"
     recipe, made = prepared(tmp_path, chat_model, rows=rows)
-    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
+    reader = record_encoders.make_dialogue_encoder(recipe.base, recipe.sft)
 
     def encode(folder: str) -> tokenized_data.TokenizedData:
         return tokenized_data.encode_prepared(made, reader, 42, tmp_path / folder)
@@ -82,7 +82,7 @@ def test_encoding_is_cached_and_resumes_after_a_crash(
 
 def test_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
+    reader = record_encoders.make_dialogue_encoder(recipe.base, recipe.sft)
     found = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
     mask, store = found.mask, found.store
     learned = sum(int(store.sample(index)[1].sum()) for index in range(len(store)))
@@ -113,7 +113,7 @@ def test_source_weights_reach_the_epoch(chat_model: Path, tmp_path: Path) -> Non
     parsed = load_recipe(recipe)[0]
     made = artifact.open_artifact(tmp_path / "out" / "prepare", "prepare")
     found = tokenized_data.encode_prepared(
-        made, tokenized_data.make_dialogue_encoder(parsed.base, parsed.sft), 42, tmp_path / "t"
+        made, record_encoders.make_dialogue_encoder(parsed.base, parsed.sft), 42, tmp_path / "t"
     )
     for epoch in range(2):
         files = [Path(found.store.origin(index).file).name for index in found.draw(epoch)]
@@ -132,7 +132,7 @@ def test_missed_share_is_reported(chat_model: Path, tmp_path: Path, capsys: pyte
         data = folder / "data.jsonl"
         recipe.write_text(text.replace(f"dialogues: {data}", f"dialogues: [{data}, {{path: {file}, share: {share}}}]"))
         ahead = tokenized_data.encode_in_memory(
-            load_recipe(recipe)[0], tokenized_data.make_dialogue_encoder(str(chat_model), load_recipe(recipe)[0].sft)
+            load_recipe(recipe)[0], record_encoders.make_dialogue_encoder(str(chat_model), load_recipe(recipe)[0].sft)
         )
         drawn = ahead.draw(0)
         inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]
@@ -145,7 +145,7 @@ def test_missed_share_is_reported(chat_model: Path, tmp_path: Path, capsys: pyte
 
 def test_preview_matches_training_data(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
+    reader = record_encoders.make_dialogue_encoder(recipe.base, recipe.sft)
     ahead = tokenized_data.encode_in_memory(recipe, reader)
     later = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
     assert np.array_equal(ahead.store.ids, later.store.ids)

@@ -36,6 +36,7 @@ from tongwen.cli import (
 from tongwen.cli.localized_parser import LocalizedParser
 from tongwen.cli.shared_arguments import add_json
 from tongwen.core.i18n import _
+from tongwen.core.nearest_names import nearest_names
 
 
 class Command(Protocol):
@@ -86,14 +87,12 @@ class Parser(LocalizedParser):
 
     def reject(self, unknown: Sequence[str]) -> NoReturn:
         """Exit because of arguments that the command does not accept."""
-        problem = _("unrecognized arguments: ") + " ".join(unknown)
+        problem = _("unrecognized arguments: %s") % " ".join(unknown)
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         self.error(f"{problem}\n  → {self._suggestion(options, self._option_string_actions)}")
 
     def _suggestion(self, names: Iterable[str], known: Iterable[str]) -> str:
-        from difflib import get_close_matches  # here, since most command lines are right
-
-        nearest = [match for name in names for match in get_close_matches(name, known, n=1)]
+        nearest = [match for name in names for match in nearest_names(name, known, 1)]
         if nearest:
             return _("did you mean {nearest}?").format(nearest=_(", ").join(nearest))
         return _("`{prog} --help` lists all").format(prog=self.prog)

@@ -18,8 +18,10 @@ from tongwen.data.sampling import choose_held_out
 from tongwen.export.gguf import check_type
 from tongwen.export.gguf_metadata import check_family
 from tongwen.hub.download import local_copy
-from tongwen.model.loading import load
+from tongwen.model.loading.config_json import check_trainable, check_unquantised, read_text_type
 from tongwen.model.loading.instruct import stored_template
+from tongwen.model.loading.loader_errors import explain_errors
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.schema import Recipe
 from tongwen.train import trackers
@@ -86,12 +88,12 @@ def _check_machine(recipe: Recipe) -> None:
 
 def _check_base(recipe: Recipe) -> None:
     """Raise for a base that no training stage could train. Only a local base is checked."""
-    model_ref = load.ModelRef(recipe.base, recipe.base)
-    with load.explain_errors(model_ref):
+    model_ref = ModelRef(recipe.base, recipe.base)
+    with explain_errors(model_ref):
         if recipe.training:
-            load.check_trainable(model_ref)
+            check_trainable(model_ref)
         if recipe.merge:
-            load.check_unquantised(model_ref)
+            check_unquantised(model_ref)
 
 
 def _check_export(recipe: Recipe) -> None:
@@ -99,9 +101,9 @@ def _check_export(recipe: Recipe) -> None:
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
-    model_ref = load.ModelRef(recipe.base, recipe.base)
-    with load.explain_errors(model_ref):
-        kind = load.read_text_type(model_ref)
+    model_ref = ModelRef(recipe.base, recipe.base)
+    with explain_errors(model_ref):
+        kind = read_text_type(model_ref)
     if kind:
         check_family(kind, f"{recipe.out}/merge")
 

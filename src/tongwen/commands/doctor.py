@@ -24,7 +24,7 @@ def run() -> int:
     """Print packages, device, memory, disk and the hubs."""
     import torch
 
-    from tongwen.model.loading.load import compute_device, compute_dtype
+    from tongwen.model.loading.devices import compute_device, compute_dtype
     from tongwen.train.loss_plot import cjk_font, is_installed
 
     console.header(
@@ -64,9 +64,9 @@ def run() -> int:
     )
     if reached["hub"] is None:
         console.notice(
-            _("the hub cannot be reached: ")
-            + "export HF_ENDPOINT=https://hf-mirror.com"
-            + _("   or write   base: modelscope:Qwen/Qwen3-8B")
+            _(
+                "the hub cannot be reached: export HF_ENDPOINT=https://hf-mirror.com   or write   base: modelscope:Qwen/Qwen3-8B"
+            )
         )
     console.emit(
         {

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tongwen.core import console, originals
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
+from tongwen.core.nearest_names import nearest_names
 
 
 class TrainingMethod(NamedTuple):
@@ -175,9 +176,7 @@ def run(name: str, out: str) -> int:
         console.emit({"templates": list(STARTS)})
         return 0
     if name not in STARTS:
-        import difflib
-
-        nearest = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
+        nearest = nearest_names(name, STARTS) or list(STARTS)
         raise RecipeError(_("there is no template {name!r}").format(name=name), place="init", remedy=", ".join(nearest))
     text = render(name)
     if not out:

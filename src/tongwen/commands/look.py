@@ -13,15 +13,14 @@ from tongwen.core.i18n import _, ngettext
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, pieces, token_kinds
-from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
-from tongwen.workflows.tokenized_data import (
+from tongwen.workflows.record_encoders import (
     RecordEncoder,
-    describe_mask,
-    encode_in_memory,
     make_dialogue_encoder,
     make_document_encoder,
     make_preference_encoder,
 )
+from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
+from tongwen.workflows.tokenized_data import describe_mask, encode_in_memory
 
 
 def run(recipe: Recipe, count: int, page: str) -> int:

@@ -12,9 +12,11 @@ from typing import Any
 from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ArtifactError, RecipeError
 from tongwen.core.i18n import _
-from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading import chat_setup
 from tongwen.model.loading.fingerprint import combine, tensor_digests
+from tongwen.model.loading.locate import ensure_local, locate
 from tongwen.model.loading.tensors import open_model
+from tongwen.model.loading.tokenizer import load_tokenizer
 from tongwen.model.merging import chat_vector
 
 
@@ -23,7 +25,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     folder = Path(out)
     names = {"target": target, "instruct": instruct, "base": base}
     originals.clear_path(folder, names.values(), again=again)
-    opened = {role: load.ensure_local(load.locate(name)) for role, name in names.items()}
+    opened = {role: ensure_local(locate(name)) for role, name in names.items()}
     for role, model in opened.items():
         if model.adapters:
             raise RecipeError(
@@ -36,7 +38,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
         open_model(model) for model in opened.values()
     )
     chat_vector.check_alike(target_tensors, instruct_tensors, base_tensors)
-    tokenizer, instruct_tokenizer = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
+    tokenizer, instruct_tokenizer = (load_tokenizer(opened[role]) for role in ("target", "instruct"))
     _check_control_tokens(tokenizer, instruct_tokenizer, instruct)
     parents = {
         role: {"path": names[role], "fingerprint": combine(tensor_digests(model))} for role, model in opened.items()

@@ -17,7 +17,10 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
 from tongwen.export.gguf import bytes_per_weight
 from tongwen.model.kernels.recurrent import carries_state, missing_packages
-from tongwen.model.loading import load
+from tongwen.model.loading import devices
+from tongwen.model.loading.architecture import build_on_meta, load_config
+from tongwen.model.loading.locate import locate
+from tongwen.model.loading.tokenizer import load_tokenizer
 from tongwen.model.merging.resize import plan_rows
 from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.recipe.phases import training_phases
@@ -26,18 +29,12 @@ from tongwen.recipe.training import Prefer, Pretrain, Sft, Training, parts_of
 from tongwen.train.memory import SHARDED_PURPOSES, STREAMED, flops_per_token, own_memory, token_budget
 from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharding_plan
-from tongwen.workflows import tokenizer_files, vocab_extension
+from tongwen.workflows import tokenizer_files, vocab_extension, vocab_pieces
+from tongwen.workflows.new_rows import are_rows_untrained, new_rows_of
 from tongwen.workflows.pipeline import Stages, check_ahead
+from tongwen.workflows.record_encoders import make_dialogue_encoder, make_document_encoder, make_preference_encoder
 from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
-from tongwen.workflows.tokenized_data import (
-    TokenizedData,
-    are_rows_untrained,
-    encode_in_memory,
-    make_dialogue_encoder,
-    make_document_encoder,
-    make_preference_encoder,
-    new_rows_of,
-)
+from tongwen.workflows.tokenized_data import TokenizedData, encode_in_memory
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
 from tongwen.workflows.training.own_prompts import MAX_NEW_TOKENS, own_prompts
@@ -77,7 +74,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
                 "vocab has not run yet: the plan counts at most {new:,} new rows, and the tokens of the base's tokenizer, which makes more"
             ).format(new=new)
         )
-        if _unties(recipe, load.load_config(load.locate(recipe.base))):
+        if _unties(recipe, load_config(locate(recipe.base))):
             text = config.get_text_config()
             itemsize = (text.dtype or config.dtype or torch.float32).itemsize
             vocab_extension.say_untied(text.vocab_size, text.hidden_size, itemsize)
@@ -90,9 +87,9 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
 def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[str, Any]:
     """Plan one stage. If the stage before it has not run, plan with the model that exists now."""
     section: Training = getattr(recipe, name)
-    device = "cuda" if limit else load.compute_device()
+    device = "cuda" if limit else devices.compute_device()
     base = base_of_stage(recipe, name, finished=True)
-    model_ref = load.locate(base)
+    model_ref = locate(base)
     config, new = _config(recipe, base)
     data = _encode(recipe, section, base)
     rows = _rows(recipe, section, base, new)
@@ -148,7 +145,7 @@ def _padding(config: Any, section: Training, plans: Sequence[BatchPlan], data: T
     data; None if nothing is missing."""
     if section.packing is False:
         return None
-    model = load.build_on_meta(config)
+    model = build_on_meta(config)
     packages = missing_packages(model) if carries_state(model) else []
     if not packages:
         return None
@@ -159,14 +156,14 @@ def _padding(config: Any, section: Training, plans: Sequence[BatchPlan], data: T
 
 def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
     """Return (the base's configuration, the maximum of new rows that a vocabulary stage will still add)."""
-    place, section = load.locate(base), recipe.vocab
-    config = load.load_config(place)
+    place, section = locate(base), recipe.vocab
+    config = load_config(place)
     if section is None or artifact.find(Path(recipe.out) / "vocab"):
         return config, 0
-    text, used_ids = config.get_text_config(), max(load.load_tokenizer(place).get_vocab().values()) + 1
+    text, used_ids = config.get_text_config(), max(load_tokenizer(place).get_vocab().values()) + 1
     new = section.pieces + len(section.words) + len(section.special_tokens)
     if section.tokenizer:
-        new = len(tokenizer_files.extended_by(tokenizer_files.open_tokenizer_files(base), section.tokenizer).parts)
+        new = len(vocab_pieces.extended_by(tokenizer_files.open_tokenizer_files(base), section.tokenizer).parts)
     ids = range(used_ids, used_ids + new)
     text.vocab_size = plan_rows(used_ids, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
     if _unties(recipe, config):
@@ -231,7 +228,7 @@ def _plans(section: Training, data: TokenizedData, budget: int, world: int) -> l
 def _setting(section: Training, device: str, limit: int | None, world: int, rows: int) -> TrainingSetup:
     guessed = {"fp32": torch.float32, "fp16": torch.float16}
     dtype = (
-        guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
+        guessed.get(section.precision, torch.bfloat16) if limit else devices.compute_dtype(section.precision, device)[0]
     )
     checkpointing = section.activation_checkpointing == "on"
     sharding = sharding_plan(section, world)
@@ -284,7 +281,7 @@ def _later_stages(recipe: Recipe) -> dict[str, Any]:
     """Print and return the needs of merging and exporting, which both read the model a block of rows at a time."""
     found: dict[str, Any] = {}
     config, _unused = _config(recipe, base_of_stage(recipe, "sft", finished=True))
-    skeleton = load.build_on_meta(config)
+    skeleton = build_on_meta(config)
     parameters = sum(part.numel() for part in skeleton.parameters())
     needs = {"libraries": memory_estimate.LIBRARIES, "blocks": STREAMED}
     width = getattr(config.dtype, "itemsize", 4)  # a config without a dtype means fp32
@@ -418,4 +415,4 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     for remedy in facts["cures"]:
         console.info(f"  {remedy['change']}  {console.human_bytes(remedy['peak'])}{' ✓' if remedy['fits'] else ''}")
     if not any(remedy["fits"] for remedy in facts["cures"]):
-        console.info("  " + _("then ") + last_resort(section))
+        console.info("  " + _("then {remedy}").format(remedy=last_resort(section)))

@@ -7,6 +7,7 @@ made for that (docs/serve.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ def run(
         from tongwen.serving import auth, openai_api
     except ImportError:
         raise MissingPackage("uvicorn", "tongwen serve", "serve") from None
+    if find_spec("jsonschema") is None:  # imported with the first request that has tools
+        raise MissingPackage("jsonschema", "tongwen serve", "serve")
 
     Sampling().override(**sampling)
     loopback = auth.is_loopback(host)

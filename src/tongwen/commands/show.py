@@ -34,7 +34,8 @@ def run(path: str) -> int:
 
 def _show_model(path: str) -> int:
     """Print the family, the size, and the possible names in `adapter.targets`; reads only the config."""
-    from tongwen.model.loading.load import build_on_meta, load_config, locate
+    from tongwen.model.loading.architecture import build_on_meta, load_config
+    from tongwen.model.loading.locate import locate
 
     config = load_config(locate(path))
     model = build_on_meta(config)

@@ -14,18 +14,20 @@ from typing import Any
 from tongwen.core import artifact, console, originals
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
-from tongwen.model.loading import load, sentencepiece
+from tongwen.model.loading import sentencepiece
+from tongwen.model.loading.locate import ensure_local, locate
 from tongwen.vocab import measure, spm, train
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
-from tongwen.workflows import tokenizer_files, vocab_scores
+from tongwen.workflows import tokenizer_files, vocab_curve, vocab_pieces, vocab_scores, vocab_texts
+from tongwen.workflows.new_rows import NEW_ROWS
 from tongwen.workflows.tokenizer_files import TokenizerFiles
 
 
 def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *, again: bool) -> int:
     """Train a tokenizer from scratch."""
     target = _target(out, corpus, again)
-    texts = tokenizer_files.iter_texts(corpus)
+    texts = vocab_texts.iter_texts(corpus)
     with console.waiting(_("learning a tokenizer")):
         if kind == "byte-bpe":
             result = TokenizerFiles(out, train.train_byte_level(texts, pieces))
@@ -51,9 +53,9 @@ def run_extend(
     target = _target(out, [base, *corpus], again)
     opened = tokenizer_files.open_tokenizer_files(base)
     console.header("tokenizer extend", f"{base} + {pieces:,}")
-    learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
+    learn_from, rest = vocab_texts.split(vocab_texts.iter_texts(corpus))
     with console.progress(pieces, _("learning")) as bar:
-        learned = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
+        learned = vocab_pieces.learn(opened, learn_from, Script(script), pieces, bar.update)
     result = learned.extended(pieces, words, special_tokens)
     learned.warn_if_fewer(pieces)
     found = measure.survey(opened.coder, result.files.coder, {_("held out"): rest}, Script(script))
@@ -100,7 +102,7 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
         rows += [(_("  + intermediate pieces of longer words"), len(merged.steps))]
     rows += [(_("added"), len(merged.added)), (_("together"), len(merged.model.pieces))]
     console.table(("", _("pieces")), rows)
-    samples = tokenizer_files.shipped_texts()
+    samples = vocab_texts.shipped_texts()
     found = measure.survey(opened.coder, result.coder, {_("shipped dialogues"): samples}, Script(script))
     found["left_out"] = {reason: len(left) for reason, left in merged.left_out.items()}
     _note_fast(result, [*samples, *(piece.replace(spm.BLANK, " ") for piece in merged.added)], found)
@@ -118,7 +120,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     opened = tokenizer_files.open_tokenizer_files(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
     script_filter = Script(script)
-    by_file = {name: tokenizer_files.sample_texts(tokenizer_files.iter_texts([name])) for name in texts}
+    by_file = {name: vocab_texts.sample_texts(vocab_texts.iter_texts([name])) for name in texts}
     if other:
         found = measure.survey(
             opened.coder, tokenizer_files.open_tokenizer_files(other, to_measure=True).coder, by_file, script_filter
@@ -128,12 +130,12 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     if not other and not opened.is_extensible:
         console.notice(_("a tokenizer of this kind cannot take new pieces"))
     elif not other:
-        learn_from, rest = tokenizer_files.split(
-            tokenizer_files.iter_texts(texts, lambda message: None)
+        learn_from, rest = vocab_texts.split(
+            vocab_texts.iter_texts(texts, lambda message: None)
         )  # its notices were printed above
-        shape = tokenizer_files.shape_of(base)
-        learned = tokenizer_files.learn(opened, learn_from, script_filter, measure.CURVE[-1])
-        start, curve = tokenizer_files.curve(learned, rest, shape)
+        shape = vocab_curve.shape_of(base)
+        learned = vocab_pieces.learn(opened, learn_from, script_filter, measure.CURVE[-1])
+        start, curve = vocab_curve.curve(learned, rest, shape)
         advice = measure.advise(start, curve)
         if shape is measure.NOMINAL:
             console.notice(
@@ -142,7 +144,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
                 )
             )
         else:
-            model_ref, result = load.ensure_local(load.locate(base)), learned.extended(advice.pieces)
+            model_ref, result = ensure_local(locate(base)), learned.extended(advice.pieces)
             found |= vocab_scores.make_and_score(model_ref, opened, result, "subtoken_mean", 0, rest)[1]
             advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
@@ -237,7 +239,7 @@ def _finish(
         tokenizer_files.save(result, draft.path)
         artifact.write_json(draft.path / "report.json", report)
         if new_rows:
-            artifact.write_json(draft.path / "new_rows.json", list(new_rows))
+            artifact.write_json(draft.path / NEW_ROWS, list(new_rows))
         draft.fingerprint = _digest(result)
         draft.facts = {"tokens": result.coder.size, "files": _hashes(draft.path)}
     assert draft.artifact

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from tongwen.core.chat_template import SHIPPED
 from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.html import render
 from tongwen.core.i18n import _
+from tongwen.core.shipped_templates import SHIPPED
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.web.backend import (
     CONCURRENCY,

@@ -6,8 +6,6 @@ shows where the learned text is:
 * our own templates carry `{% generation %}` marks; without the marks, the render must be the same text;
 * for a model's own template the prompt is the render up to the answer (`add_generation_prompt`), and the learned text
   follows. A render with a sentinel in every part of the row proves that the template shows each of them, at its place.
-
-The environment follows transformers' (`utils/chat_template_utils.py`): sandboxed, trim_blocks, lstrip_blocks.
 """
 
 from __future__ import annotations
@@ -17,18 +15,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from functools import cached_property, lru_cache
-from importlib import resources
+from functools import cached_property
 from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
 from tongwen.core.continuation import after_opener, continuation
+from tongwen.core.control_tokens import APART, forbidden_in_text, separate_in_values
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.message_layout import (
@@ -41,7 +37,6 @@ from tongwen.core.message_layout import (
     apply_layout,
     layouts,
     one_call_each,
-    read_arguments,
 )
 from tongwen.core.records import Dialogue, Message, Span
 from tongwen.core.render_proof import (
@@ -52,17 +47,19 @@ from tongwen.core.render_proof import (
     shape_of,
     values_of,
 )
+from tongwen.core.rendered_sample import RenderedSample, RenderedTurn, TurnShape, join_turns, trims
+from tongwen.core.shipped_templates import (
+    GENERATION_TAG,
+    SHIPPED,
+    read_template,
+    shipped_forms,
+    shipped_source,
+    with_prefix,
+)
 from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton
+from tongwen.core.template_environment import LEARN_FROM, LEARN_TO, compile_template, names_used
 from tongwen.core.template_guard import GUARD, TemplateFailure
 
-SHIPPED = (
-    "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
-)  # fmt: skip
-GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
-# Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
-LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
-# Separates the characters of a control token in a user's text: the encoder tokenises the parts separately.
-APART = "\ufdd3"
 TAGS = frozenset(("<", "[", "◁"))  # begin a tag: such a text is never rendered from a skeleton
 OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
@@ -83,127 +80,6 @@ TOOL = {
 CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
 TRIES = 2  # rows of one outline for which all layouts are tried in vain
 SHAPES = 10_000  # proofs that are kept
-
-
-class Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`: wraps its content in marks when the context sets `show_marks`."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        show = jinja2.nodes.ContextReference()
-        call = self.call_method("_wrap", [show], lineno=line)
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    @staticmethod
-    def _wrap(context: Any, caller: Any) -> str:
-        text = str(caller())
-        return f"{LEARN_FROM}{text}{LEARN_TO}" if context.get("show_marks") else text
-
-
-@lru_cache(maxsize=64)
-def compile_template(source: str) -> jinja2.Template:
-    """Compile a Jinja template in the sandbox that transformers uses. Raises ModelError when it is not valid Jinja."""
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(
-            _("the chat template is not valid Jinja: {message}").format(message=error.message),
-            place=_("chat template, line {lineno}").format(lineno=error.lineno),
-        ) from None
-
-
-@lru_cache(maxsize=16)
-def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
-    """Return (first characters, pattern) of the tokens and marks that no row's text may contain, the longest first."""
-    tokens = sorted(filter(None, special), key=len, reverse=True)
-    marks = f"{LEARN_FROM}{LEARN_TO}{SENTINEL}{APART}"
-    firsts = "".join(sorted({token[0] for token in tokens})) + marks
-    return firsts, re.compile("|".join([f"[{marks}]", *map(re.escape, tokens)]))
-
-
-def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
-    """Put APART inside every control token, so that it becomes ordinary tokens: a user's text can neither end nor open
-    a turn. Raises RowRejected for a noncharacter, and for a control token of one character."""
-
-    def separate(found: re.Match[str]) -> str:
-        if len(found[0]) == 1:
-            raise RowRejected("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
-        return APART.join(found[0])
-
-    return forbidden_in_text(special)[1].sub(separate, text)
-
-
-def shipped_source(name: str) -> str:
-    """Return the marked source of a template that ships with tongwen."""
-    return (resources.files("tongwen.core") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-@lru_cache(maxsize=16)
-def shipped_forms(special: tuple[str, ...]) -> frozenset[str]:
-    """Return the sources of our own templates as they are exported with a tokenizer of these special tokens."""
-    sources = [GENERATION_TAG.sub("", shipped_source(name)) for name in SHIPPED]
-    return frozenset(_with_prefix(source, prefix) for source in sources for prefix in ("", *special[:8]))
-
-
-def _with_prefix(source: str, prefix: str) -> str:
-    return source.replace("@prefix@", prefix.replace("\\", "\\\\").replace("'", "\\'"))
-
-
-@dataclass(frozen=True)
-class RenderedSample:
-    """One sample: its spans in order. The last is the stop token of the last answer, learned if that answer is."""
-
-    spans: tuple[Span, ...]
-
-    @property
-    def text(self) -> str:
-        return "".join(span.text for span in self.spans)
-
-    @property
-    def learns_to_stop(self) -> bool:
-        """Whether the sample has a learned stop token."""
-        return any(span.stop and span.learn for span in self.spans)
-
-
-class RenderedTurn(NamedTuple):
-    """One answer: its prompt as at inference, its text, and the token that ends it."""
-
-    prompt: str
-    answer: str
-    stop: str
-
-    def spans(self, learn: bool) -> tuple[Span, Span]:
-        return Span(self.answer, learn, answer=True), Span(self.stop, learn, answer=True, stop=True)
-
-
-class TurnShape(NamedTuple):
-    """What the template writes around the last answer of rows of one shape. appended: the stop is not in the render;
-    after: what follows the stop; head, tail: what stands before the first and behind the last part of the answer."""
-
-    stop: str
-    appended: bool
-    after: str
-    head: str
-    tail: str
-
-    def shows_only_content(self, turn: Turn, answer: str) -> bool:
-        """Whether the answer is the content as it is, or trimmed, between head and tail."""
-        return any(answer == self.head + text + self.tail for text in _trims(turn["content"]))
 
 
 @dataclass(frozen=True)
@@ -269,8 +145,8 @@ class Template:
                 )
             source = own_source
         else:
-            text = shipped_source(name) if name in SHIPPED else _read_template(name)
-            text = _with_prefix(text, prefix)
+            text = shipped_source(name) if name in SHIPPED else read_template(name)
+            text = with_prefix(text, prefix)
             if GENERATION_TAG.search(text):
                 marked = text
             source = GENERATION_TAG.sub("", text)
@@ -333,8 +209,8 @@ class Template:
         """Return the text up to the answer: the input of inference, and the prompt of training. Control tokens in message
         texts are separated, for `Encoder.encode_prompt`. Raises RowRejected when the prompt cannot show all parts."""
         template = self._for_tools(tools)
-        turns = [_apart(message.to_dict(), self.special) for message in messages]
-        tools = [_apart(tool, self.special) for tool in tools]
+        turns = [separate_in_values(message.to_dict(), self.special) for message in messages]
+        tools = [separate_in_values(tool, self.special) for tool in tools]
         turns, layout = template._choose_prompt_layout(turns, tools)
         return template._render(turns, tools, layout, thinking, add_generation_prompt=True)
 
@@ -412,7 +288,7 @@ class Template:
         if not learned and learn != "everything":
             raise RowRejected("nothing_to_learn", _("learning is turned off for every answer"))
         rendered = self._render_turns(turns[: answers[-1] + 1], tools, answers, prove)
-        samples = _join_turns(rendered, answers, learned)
+        samples = join_turns(rendered, answers, learned)
         if learn == "everything":
             samples = [RenderedSample(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
@@ -479,7 +355,7 @@ class Template:
         if layout.ahead and self._form_of_thinking(layout) is None:
             return False
         if layout.thinking == "inline":
-            return "think>" in self.source or not any(map(OWN_THINKING.search, _names_used(self.source)))
+            return "think>" in self.source or not any(map(OWN_THINKING.search, names_used(self.source)))
         return layout.thinking not in ("thinking", "reasoning", "blocks") or layout.thinking in self.source
 
     def _choose_prompt_layout(self, turns: list[Turn], tools: Tools) -> tuple[list[Turn], MessageLayout]:
@@ -765,7 +641,7 @@ class Template:
         probe = self._split([*turns[:-1], {**last, "content": SENTINEL}], tools, layout)[1]
         head, found, tail = probe.partition(SENTINEL)
         if found and any(
-            answer.startswith(head + text) and tail.startswith(answer[len(head + text) :]) for text in _trims(content)
+            answer.startswith(head + text) and tail.startswith(answer[len(head + text) :]) for text in trims(content)
         ):
             return
         raise RowRejected(
@@ -883,39 +759,8 @@ class Template:
             )
 
 
-@lru_cache(maxsize=16)
-def _names_used(source: str) -> frozenset[str]:
-    """Return the variables, attributes and keys that a template reads."""
-    tree = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(
-        source
-    )
-    names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
-    names |= {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
-    return frozenset(
-        names | {str(node.value) for node in tree.find_all(jinja2.nodes.Const) if str(node.value).isidentifier()}
-    )
-
-
 def _turn_of(role: str, content: str) -> Turn:
     return {"role": role, "content": content}
-
-
-def _apart(value: Any, special: tuple[str, ...]) -> Any:
-    """Return a message or a tool with the control tokens in its texts separated, also in the arguments of calls."""
-    if isinstance(value, str):
-        return separate_control_tokens(value, special)
-    if isinstance(value, (list, tuple)):
-        return [_apart(one, special) for one in value]
-    if isinstance(value, dict):
-        return {
-            _apart(key, special): _apart(read_arguments(one) if key == "arguments" else one, special)
-            for key, one in value.items()
-        }
-    return value
-
-
-def _trims(text: str) -> tuple[str, ...]:
-    return text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n")
 
 
 def _texts(dialogue: Dialogue) -> Iterator[str]:
@@ -953,22 +798,6 @@ def _split_thinking(turns: list[Turn], prove: bool) -> list[Turn] | None:
     return out
 
 
-def _join_turns(turns: Sequence[RenderedTurn], answers: Sequence[int], learned: set[int]) -> list[RenderedSample]:
-    """Return one sample if each turn's text begins with the turns before it, else one sample per learned turn."""
-    spans: list[Span] = []
-    text = ""
-    for turn, index in zip(turns, answers, strict=True):
-        if not turn.prompt.startswith(text):
-            return [
-                RenderedSample((Span(turn.prompt, False), *turn.spans(True)))
-                for turn, index in zip(turns, answers, strict=True)
-                if index in learned
-            ]
-        spans += [Span(turn.prompt[len(text) :], False), *turn.spans(index in learned)]
-        text = turn.prompt + turn.answer + turn.stop
-    return [RenderedSample(tuple(spans))]
-
-
 def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
     if thinking == "off":
         return [replace(message, thinking=None) for message in messages]
@@ -978,14 +807,3 @@ def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
             _("`thinking: on`, but the last answer has no thinking"),
         )
     return list(messages)
-
-
-def _read_template(name: str) -> str:
-    path = Path(name)
-    if path.suffix in (".jinja", ".j2") and path.is_file():
-        return path.read_text(encoding="utf-8")
-    raise ModelError(
-        _("there is no template {name!r}").format(name=name),
-        place="template",
-        remedy=_("one of: own, {shipped}, or a .jinja file").format(shipped=_(", ").join(SHIPPED)),
-    )

@@ -1,192 +1,152 @@
-"""Check JSON schemas and values against them: the words that the parameters of tools are written in.
+"""Check JSON schemas (draft 2020-12) and the values that they describe: the parameters of tools, and the arguments of calls.
 
-Words that describe (title, description, default, examples, format) are not checked; other unknown ones are named by
-`unchecked_words`.
+The schemas come from strangers. So a reference to another document is refused instead of fetched, depth and time have limits,
+and a schema's regular expressions are not matched: one that backtracks never ends.
 """
 
 from __future__ import annotations
 
 import math
-import re
+import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
+from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
 
-TYPES: dict[str, Callable[[Any], bool]] = {
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-    "integer": lambda value: TYPES["number"](value) and value == int(value),
-}
-MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
-ONE = ("items", "additionalProperties", "not")
-BY_NAME = ("properties", "$defs", "definitions", "patternProperties")
-LIMITS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any, Any], bool]]] = {
-    "minimum": ("number", lambda value: value, lambda value, limit: value >= limit),
-    "maximum": ("number", lambda value: value, lambda value, limit: value <= limit),
-    "exclusiveMinimum": ("number", lambda value: value, lambda value, limit: value > limit),
-    "exclusiveMaximum": ("number", lambda value: value, lambda value, limit: value < limit),
-    "minLength": ("string", len, lambda value, limit: value >= limit),
-    "maxLength": ("string", len, lambda value, limit: value <= limit),
-    "minItems": ("array", len, lambda value, limit: value >= limit),
-    "maxItems": ("array", len, lambda value, limit: value <= limit),
-}
-DESCRIPTIONS = (
-    "title",
-    "description",
-    "default",
-    "examples",
-    "format",
-    "$schema",
-    "$id",
-    "$comment",
-    "deprecated",
-    "strict",
-)
-KNOWN = {
-    "type",
-    "enum",
-    "const",
-    "required",
-    "pattern",
-    "$ref",
-    "nullable",
-    *MANY,
-    *ONE,
-    *BY_NAME,
-    *LIMITS,
-    *DESCRIPTIONS,
-}
-DEPTH = 40  # schemas inside each other
+DEPTH = 100  # objects and arrays inside each other: two for each schema below `properties`
+SECONDS = 5.0  # for one value
+DATA = ("const", "default", "enum", "examples")  # words that hold values, not schemas
+MATCHED = ("pattern", "patternProperties", "unevaluatedProperties")  # words that match regular expressions
+# Words that ask for nothing by themselves.
+SILENT = {
+    *("$anchor", "$comment", "$defs", "$dynamicAnchor", "$id", "$schema", "default", "definitions", "deprecated"),
+    *("description", "else", "examples", "maxContains", "minContains", "nullable", "readOnly", "strict", "then", "title"),
+    "writeOnly",
+}  # fmt: skip
+
+_deadline: ContextVar[float] = ContextVar("deadline")
 
 
-def schema_problem(schema: Any, place: str, depth: int = 0) -> str:
-    """Return the first mistake of a schema with its place, "" if it has none."""
-    if isinstance(schema, bool):
-        return ""
-    if not isinstance(schema, dict) or depth > DEPTH:
-        return f"{place}: " + (
-            _("schemas lie deeper than {depth} levels").format(depth=DEPTH) if depth > DEPTH else _("not a JSON schema")
-        )
-    types = schema.get("type", [])
-    for one in types if isinstance(types, list) else [types]:
-        if not isinstance(one, str) or one not in TYPES:
-            return f"{place}.type: " + _("{value!r} is none of {known}").format(value=one, known=", ".join(TYPES))
-    for word, kind in {
-        "required": "array",
-        "enum": "array",
-        "pattern": "string",
-        **dict.fromkeys(LIMITS, "number"),
-    }.items():
-        if word in schema and not TYPES[kind](schema[word]):
-            return f"{place}.{word}: " + _("not a JSON value of type {kind}").format(kind=kind)
-    if not all(isinstance(name, str) for name in schema.get("required", ())):
-        return f"{place}.required: " + _("not a list of names")
+@lru_cache(maxsize=1)
+def _validator() -> Any:
+    """Return jsonschema's validator as it is used here. Its import takes a moment. Raises MissingPackage."""
     try:
-        re.compile(schema.get("pattern", ""))
-    except re.error as error:
-        return f"{place}.pattern: {error}"
-    for word, value in schema.items():
-        if (word in MANY and not isinstance(value, list)) or (word in BY_NAME and not isinstance(value, dict)):
-            return f"{place}.{word}: " + _("not a JSON schema")
-    return next(
-        filter(None, (schema_problem(inner, f"{place}.{name}", depth + 1) for name, inner in _inner(schema))), ""
+        from jsonschema import Draft202012Validator, validators
+    except ImportError:
+        raise MissingPackage("jsonschema", _("tools"), "serve") from None
+    known = Draft202012Validator.TYPE_CHECKER
+    finite = known.redefine(
+        "number",
+        lambda _checker, value: known.is_type(value, "number") and (isinstance(value, int) or math.isfinite(value)),
     )
+    words = {word: _guarded(check) for word, check in Draft202012Validator.VALIDATORS.items() if word not in MATCHED}
+    return validators.create(Draft202012Validator.META_SCHEMA, words, type_checker=finite)
+
+
+def _guarded(check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+    """Return the check of a word that ends at the deadline, and passes what OpenAPI's `nullable` or a word of MATCHED allows."""
+
+    def guarded(validator: Any, limit: Any, value: Any, schema: dict[str, Any]) -> Iterator[Any]:
+        if time.monotonic() > _deadline.get():
+            raise TimeoutError
+        is_null = value is None and schema.get("nullable") is True
+        if not is_null and not (check.__name__ == "additionalProperties" and "patternProperties" in schema):
+            yield from check(validator, limit, value, schema) or ()
+
+    return guarded
+
+
+def schema_problem(schema: Any, place: str) -> str:
+    """Return the first mistake of a schema with its place, "" if it has none. Raises MissingPackage."""
+    validator = _validator()
+    from jsonschema import FormatChecker, SchemaError
+
+    for part, where, depth in _parts(schema, place):
+        if depth > DEPTH:
+            return f"{place}: " + _("schemas lie deeper than {depth} levels").format(depth=DEPTH)
+        if where.endswith((".$ref", ".$dynamicRef")) and isinstance(part, str) and not _names_a_schema(part, schema):
+            return f"{where}: " + _("{reference!r} is not in this schema").format(reference=part)
+    _deadline.set(time.monotonic() + SECONDS)
+    try:
+        validator.check_schema(schema, format_checker=FormatChecker(("regex",)))
+    except SchemaError as error:
+        return _describe(error, place)
+    except (RecursionError, OverflowError) as error:  # of a regular expression
+        return f"{place}: {error}"
+    return ""
+
+
+def _parts(value: Any, place: str, depth: int = 0) -> Iterator[tuple[Any, str, int]]:
+    """Yield each part of a schema with its place and depth, down to DEPTH."""
+    yield value, place, depth
+    inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for key, part in inner.items() if depth <= DEPTH else ():
+        if key not in DATA:
+            yield from _parts(part, f"{place}.{key}", depth + 1)
+
+
+def _names_a_schema(reference: str, schema: Any) -> bool:
+    from referencing import Registry, exceptions
+    from referencing.jsonschema import DRAFT202012
+
+    try:
+        Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver().lookup(reference)
+    except exceptions.Unresolvable:
+        return False
+    return reference.startswith("#")
 
 
 def unchecked_words(schema: Any) -> set[str]:
-    """Return the words of a schema that `value_problem` does not know."""
-    if not isinstance(schema, dict):
-        return set()
-    return (set(schema) - KNOWN).union(*(unchecked_words(inner) for _name, inner in _inner(schema)))
+    """Return the words of a schema without mistakes that `value_problem` does not check."""
+    from referencing.jsonschema import DRAFT202012
+
+    found, left = set[str](), [DRAFT202012.create_resource(schema)]
+    while left:
+        resource = left.pop()
+        if isinstance(resource.contents, dict):
+            found |= resource.contents.keys() - SILENT - _validator().VALIDATORS.keys()
+            left += resource.subresources()
+    return found
 
 
-def _inner(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for word, value in schema.items():
-        if word in MANY:
-            yield from ((f"{word}.{number}", inner) for number, inner in enumerate(value))
-        elif word in BY_NAME:
-            yield from ((f"{word}.{name}", inner) for name, inner in value.items())
-        elif word in ONE:
-            yield word, value
+def value_problem(value: Any, schema: Any, place: str = "$") -> str:
+    """Return where and how a value breaks a schema without mistakes, "" if it keeps it."""
+    from referencing import Registry, exceptions
+
+    _deadline.set(time.monotonic() + SECONDS)
+    try:
+        error = next(
+            _validator()(schema, registry=Registry()).iter_errors(value), None
+        )  # such a registry fetches nothing
+    except (TimeoutError, RecursionError, OverflowError, exceptions.Unresolvable):
+        return f"{place}: " + _("the schema asks for too much to check this value")
+    return _describe(error, place) if error else ""
 
 
-def value_problem(value: Any, schema: Any, place: str = "$", root: Any = None) -> str:
-    """Return where and how a value breaks a schema, "" if it keeps it."""
-    root = schema if root is None else root
-    if isinstance(schema, bool):
-        return "" if schema else f"{place}: " + _("not allowed")
-    if "$ref" in schema:
-        return value_problem(value, _resolve(schema["$ref"], root), place, root)
-    types = schema.get("type", [])
-    types = types if isinstance(types, list) else [types]
-    if schema.get("nullable") is True and value is None:
-        return ""
-    if types and not any(TYPES[one](value) for one in types):
-        return f"{place}: " + _("not a JSON value of type {kind}").format(kind=" | ".join(types))
-    allowed = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
-    if allowed is not None and not any(same_json(value, one) for one in allowed):
-        return f"{place}: " + _("{value!r} is none of {known}").format(value=value, known=allowed)
-    for word, (kind, measure, holds) in LIMITS.items():
-        if word in schema and TYPES[kind](value) and not holds(measure(value), schema[word]):
-            return f"{place}: {word} {schema[word]}"
-    if "pattern" in schema and isinstance(value, str) and not re.search(schema["pattern"], value):
-        return f"{place}: pattern {schema['pattern']}"
-    return _problem_inside(value, schema, place, root) or _combined_problem(value, schema, place, root)
-
-
-def _problem_inside(value: Any, schema: dict[str, Any], place: str, root: Any) -> str:
-    if isinstance(value, list):
-        heads = schema.get("prefixItems", [])
-        schemas = [*heads, *[schema.get("items", True)] * max(len(value) - len(heads), 0)]
-        return next(
-            filter(
-                None,
-                (
-                    value_problem(*pair, f"{place}[{at}]", root)
-                    for at, pair in enumerate(zip(value, schemas, strict=False))
-                ),
-            ),
-            "",
-        )
-    if not isinstance(value, dict):
-        return ""
-    for name in schema.get("required", ()):
-        if name not in value:
-            return f"{place}.{name}: " + _("missing")
-    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
-    for name, inner in value.items():
-        fitting = [known[name]] if name in known else []
-        fitting += [one for pattern, one in patterns.items() if re.search(pattern, name)]
-        for one in fitting or [schema.get("additionalProperties", True)]:
-            if problem := value_problem(inner, one, f"{place}.{name}", root):
-                return problem
-    return ""
-
-
-def _combined_problem(value: Any, schema: dict[str, Any], place: str, root: Any) -> str:
-    for word in ("allOf", "anyOf", "oneOf"):
-        problems = [value_problem(value, one, place, root) for one in schema.get(word, ())]
-        if word == "allOf" and any(problems):
-            return next(filter(None, problems))
-        fitting = problems.count("")
-        if problems and word != "allOf" and (not fitting or (word == "oneOf" and fitting > 1)):
-            return problems[0] or f"{place}: oneOf"
-    if "not" in schema and not value_problem(value, schema["not"], place, root):
-        return f"{place}: not"
-    return ""
-
-
-def _resolve(reference: Any, root: Any) -> Any:
-    """Return the schema that `#/$defs/NAME` names; one that names none allows everything."""
-    found = root
-    for word in str(reference).removeprefix("#").strip("/").split("/"):
-        found = found.get(word) if isinstance(found, dict) and word else found
-    return found if isinstance(found, dict) and found is not root and "$ref" not in found else True
+def _describe(error: Any, place: str) -> str:
+    """Return an error of jsonschema with its place; of several alternatives, what the first one lacks."""
+    if error.context:
+        return _describe(error.context[0], place)
+    word, limit, value = error.validator, error.validator_value, error.instance
+    place += "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in error.absolute_path)
+    if word == "required":
+        return f"{place}.{next(name for name in limit if name not in value)}: " + _("missing")
+    if word == "additionalProperties":
+        place += f".{next(name for name in value if name not in error.schema.get('properties', {}))}"
+    if word in ("additionalProperties", None):
+        return f"{place}: " + _("not allowed")
+    if word == "type":
+        kinds = limit if isinstance(limit, list) else [limit]
+        return f"{place}: " + _("not a JSON value of type {kind}").format(kind=" | ".join(kinds))
+    if word in ("enum", "const"):
+        known = ", ".join(map(str, limit)) if isinstance(limit, list) else limit
+        return f"{place}: " + _("{value!r} is none of {known}").format(value=value, known=known)
+    if word == "format":
+        return f"{place}: {error.cause}"
+    return f"{place}: {word}" + ("" if isinstance(limit, (dict, list)) else f" {limit}")
 
 
 def same_json(one: Any, other: Any) -> bool:

@@ -45,7 +45,7 @@ def check(
     changed += _differing(run["identity"], {DATA: prepared})
     fixed = [one for one in changed if not allows_new_settings or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
     if fork:
-        artifact.refuse_changed(str(folder), fixed, rerun_hint() + _("; --fork cannot change it"))
+        artifact.refuse_changed(str(folder), fixed, _("{hint}; --fork cannot change it").format(hint=rerun_hint()))
         _fork(folder, run, settings, changed)
     else:
         forks = _("; --fork continues with the new settings") if not fixed else ""

@@ -5,13 +5,13 @@ Unsupported options of an entry are refused by name: misread data is worse than 
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
+from tongwen.core.nearest_names import nearest_names
 from tongwen.data.files import printable
 from tongwen.recipe.data import SourceConfig
 
@@ -89,7 +89,7 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
             place=printable(file),
         )
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=3, cutoff=0)
+        near = nearest_names(name, entries, cutoff=0)
         raise DataError(
             _("there is no entry {name!r}; the closest: {near}").format(name=name, near=_(", ").join(near)),
             place=printable(file),

@@ -14,7 +14,7 @@ from typing import Any
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.core.records import Span
-from tongwen.data.encode import Encoder, Piece, join_spans
+from tongwen.data.encoder import Encoder, Piece, join_spans
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
         raise DataError(
             _("this is preference data ({names}), and not a dialogue").format(names=", ".join(found)),
             place=place,
-            remedy=_("to train on both answers: prepare: {preferences: [FILE]} and a `prefer` section; ")
-            + _remedy(row, found),
+            remedy=_(
+                "to train on both answers: prepare: {{preferences: [FILE]}} and a `prefer` section; {remedy}"
+            ).format(remedy=_remedy(row, found)),
         )
     for key in verdict_keys:
         if key not in mapped and key not in source.ignore and _is_bad(key, row):
@@ -57,9 +58,8 @@ def check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> 
                     key=key, value=row[key]
                 ),
                 place=place,
-                remedy=_("to train on them: prepare: {preferences: [FILE]} and prefer: {method: kto}; ")
-                + _(
-                    "keep only the rows whose {key} is true; or, if it means something else: {{path: …, ignore: [{key}]}}"
+                remedy=_(
+                    "to train on them: prepare: {{preferences: [FILE]}} and prefer: {{method: kto}}; keep only the rows whose {key} is true; or, if it means something else: {{path: …, ignore: [{key}]}}"
                 ).format(key=key),
             )
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from tongwen.core.byte_letters import byte_of
+
 # GPT-2's pattern for words, built into the tokenizers library as ByteLevel(use_regex=True).
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same behind Digits, which sets digits apart first: a blank never joins a digit, and blanks before one are a word.
@@ -116,11 +118,10 @@ def _are_plain(added: list[dict[str, Any]], normalizer: str) -> bool:
 
 def _ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, int] | None:
     """Return {bytes of a token: id}; None when ids do not rise in the order of the merges, or a byte has no token."""
-    letters = _bytes_of_letters()
     vocabulary: dict[str, int] = model["vocab"]
     try:
         ranks = {
-            bytes([letters[letter] for letter in token]): index
+            bytes([byte_of()[letter] for letter in token]): index
             for token, index in vocabulary.items()
             if token not in special
         }
@@ -146,10 +147,3 @@ def _all_are_reached(tokenizer: dict[str, Any], backend: Any, special: dict[str,
         for text, index in tokenizer["model"]["vocab"].items()
         if text not in special
     )
-
-
-def _bytes_of_letters() -> dict[str, int]:
-    """Return {letter: byte} of GPT-2's alphabet: printable bytes as themselves, the others from U+0100 on."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

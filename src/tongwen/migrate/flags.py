@@ -6,13 +6,13 @@ or unknown to the program is a problem; all problems are raised together.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
+from tongwen.core.nearest_names import did_you_mean, nearest_names
 from tongwen.migrate.flag_values import READERS, CorrectedValue, MigrationContext, RemovedFlag
 from tongwen.migrate.tables import FlagRule, OldProgram, translate
 from tongwen.recipe.aliases import NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
@@ -101,11 +101,11 @@ class FlagReader:
             or (_training_argument_rule(name) if program.trains else None)
         )
         if rule is None:
-            near = difflib.get_close_matches(name, [*program.flags, *((OWNED | NEEDLESS) if program.trains else ())], 3)
+            near = nearest_names(name, [*program.flags, *((OWNED | NEEDLESS) if program.trains else ())])
             self.add_problem(
                 place,
                 _("{project} has no flag {name!r} here").format(project=program.project, name=name),
-                _("did you mean ") + " / ".join(near) if near else _("leave it out"),
+                did_you_mean(near) or _("leave it out"),
             )
         return rule
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from tongwen.core.errors import RecipeError, raise_all
 from tongwen.core.i18n import _
+from tongwen.core.nearest_names import nearest_names
 from tongwen.migrate import build_recipe
 from tongwen.migrate.flag_values import MigrationContext
 from tongwen.migrate.flags import FlagReader, Verdict
@@ -271,7 +271,7 @@ def _script_name(arguments: Sequence[str], position: int) -> str:
 
 def _nearest_scripts(arguments: Sequence[str]) -> str:
     known = [name for program in scripts() for name in program.names]
-    near = [name for argument in arguments for name in difflib.get_close_matches(Path(argument).name, known, 3)]
+    near = [name for argument in arguments for name in nearest_names(Path(argument).name, known)]
     return ", ".join(dict.fromkeys(near or known))
 
 
@@ -366,7 +366,7 @@ def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
             data=_(", ").join(list(data)[:6])
         ),
         place=path,
-        remedy=_("readable files: ") + ", ".join([*near, "LLaMA-Factory's YAML"]),
+        remedy=_("readable files: {names}").format(names=", ".join([*near, "LLaMA-Factory's YAML"])),
     )
 
 

@@ -163,7 +163,7 @@ def _deepspeed_optimizer(data: dict[str, Any], file: str) -> tuple[dict[str, Any
     if "betas" in given:
         betas = given.pop("betas")
         if not (isinstance(betas, list) and len(betas) == 2 and all(map(_is_number, betas))):
-            raise _unknown(file, "optimizer.params.betas", betas, (_("two numbers") + ": [0.9, 0.999]",))
+            raise _unknown(file, "optimizer.params.betas", betas, (_("two numbers: [0.9, 0.999]"),))
         trainer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
     if "eps" in given:
         if not _is_number(given["eps"]):
@@ -254,7 +254,7 @@ def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
         config["reshard_after_forward"] = _is_on(strategy, file, f"fsdp_{key}", STRATEGIES)
     dropped = [name for name in FSDP_DROPPED if config.pop(name, None) is not None]
     if str(strategy).startswith("HYBRID"):
-        dropped.append(f"fsdp_{key}: {strategy}" + _(" (sharded over all processes)"))
+        dropped.append(_("{setting} (sharded over all processes)").format(setting=f"fsdp_{key}: {strategy}"))
     policy = config.get("auto_wrap_policy", WRAPS[0])
     if policy not in WRAPS:
         raise _unknown(file, "fsdp_auto_wrap_policy", policy, WRAPS, f"fsdp_auto_wrap_policy: {WRAPS[0]}")
@@ -309,7 +309,7 @@ def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
         raise RecipeError(
             _("{found!r} must be a mapping of keys to values").format(found=found),
             place=f"engine: {file}" + (f" · {key}" if key else ""),
-            remedy=_("use a DeepSpeed JSON or accelerate's YAML") + ": docs/engines.md",
+            remedy=_("use a DeepSpeed JSON or accelerate's YAML: docs/engines.md"),
         )
     return dict(found or {})
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any
 
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import N_, _
+from tongwen.core.nearest_names import did_you_mean, nearest_names
 from tongwen.recipe import engine_config
 from tongwen.recipe.aliases import LIMITS, NEEDLESS, OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.training import Training
-from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
+from tongwen.recipe.yaml_reader import RecipeReader, ValuePath
 
 
 def translate_section(
@@ -64,7 +64,7 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
             reader.add_problem(
                 key_path,
                 _("transformers' TrainingArguments has no field {key!r}").format(key=key),
-                did_you_mean(difflib.get_close_matches(key, known, 3)),
+                did_you_mean(nearest_names(key, known)),
             )
         elif known and not _fits(value := trainer[key], known[key]):
             reader.add_problem(
@@ -131,8 +131,9 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
     reader.places[batch_size] = reader.places.get(key_path, reader.file)
     reader.add_notice(
         key_path,
-        f"{numbers[0]} x {numbers[1]} x {numbers[2]} → `batch_size: {section['batch_size']}`"
-        + _(" (per device x accumulation x devices)"),
+        _("{product} → `batch_size: {batch_size}` (per device x accumulation x devices)").format(
+            product=" x ".join(map(str, numbers)), batch_size=section["batch_size"]
+        ),
     )
 
 
@@ -154,7 +155,7 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
     if found.dropped:
         reader.add_notice(
             key_path,
-            _("not used; the recipe or tongwen decides: ") + ", ".join(found.dropped),
+            _("not used; the recipe or tongwen decides: {dropped}").format(dropped=", ".join(found.dropped)),
         )
     if section["engine"] != file:
         reader.notices.append(f"{file} → `engine: {section['engine']}`")

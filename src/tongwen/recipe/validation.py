@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,8 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from tongwen.core.errors import raise_all
 from tongwen.core.i18n import _
+from tongwen.core.nearest_names import did_you_mean, nearest_names
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
+from tongwen.recipe.yaml_reader import RecipeReader, ValuePath
 
 
 def validate(data: Mapping[str, Any], reader: RecipeReader) -> Recipe:
@@ -35,8 +35,8 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
     key = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         known = list(_section_at(path[:-1]).model_fields)
-        near = difflib.get_close_matches(key, known, 1 if len(known) > 9 else 3)
-        remedy = did_you_mean(near) or _("available: ") + ", ".join(known)
+        near = nearest_names(key, known, 1 if len(known) > 9 else 3)
+        remedy = did_you_mean(near) or _("available: {names}").format(names=", ".join(known))
         reader.add_problem(path, _("no such key: {key!r}").format(key=key), remedy)
     elif kind == "missing":
         reader.add_problem(path, _("the key {key!r} is required").format(key=key), _help_of(path))
@@ -44,7 +44,7 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
         reader.add_problem(path, error["msg"])
     elif kind == "literal_error":
         choices = error["ctx"]["expected"].replace("'", "")
-        near = difflib.get_close_matches(str(value), re.split(r", | or ", choices), 1)
+        near = nearest_names(str(value), re.split(r", | or ", choices), 1)
         rule = _("{value!r} is not one of: {choices}").format(value=value, choices=choices)
         reader.add_problem(path, rule, did_you_mean(near))
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -224,8 +224,3 @@ def apply_override(data: dict[str, Any], override: str, reader: RecipeReader) ->
     reader.places = {known: place for known, place in reader.places.items() if known[: len(path)] != path}
     node.start_mark = node.start_mark or yaml.Mark("", 0, 0, 0, None, 0)
     section[parts[-1]] = reader.value(node, path, source)
-
-
-def did_you_mean(near: Sequence[str]) -> str:
-    """Return a remedy that lists keys or values with a similar name; empty if there are none."""
-    return _("did you mean ") + " / ".join(f"`{name}`" for name in near) if near else ""

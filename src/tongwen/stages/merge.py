@@ -17,10 +17,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def check_ahead(recipe: Recipe) -> None:
     """Raise ModelError now, before training, for a base whose stored weights cannot be changed."""
-    from tongwen.model.loading import load
+    from tongwen.model.loading.architecture import load_config
+    from tongwen.model.loading.config_json import check_unquantised
+    from tongwen.model.loading.locate import locate
 
-    place = load.locate(recipe.base)
-    load.check_unquantised(place, load.load_config(place).to_dict())
+    place = locate(recipe.base)
+    check_unquantised(place, load_config(place).to_dict())
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

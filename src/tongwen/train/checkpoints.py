@@ -41,7 +41,9 @@ def newest_checkpoint(folders: Sequence[Path], runs: Collection[str] = ()) -> Pa
             problems[path] = problem
     if problems:
         raise ArtifactError(
-            _("no checkpoint is intact: ") + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
+            _("no checkpoint is intact: {problems}").format(
+                problems=_("; ").join(f"{path.name}: {problem}" for path, problem in problems.items())
+            ),
             place=str(next(iter(problems)).parent),
             remedy=_("--again starts over and keeps this folder under another name"),
         )

@@ -120,7 +120,7 @@ class NanGuard(TrainerCallback):
         rows = self._rows(samples or self.plan.steps[index])
         self._stop(
             index,
-            problem + _("; rows {rows}").format(rows=rows),
+            _("{problem}; rows {rows}").format(problem=problem, rows=rows),
             _("lower learning_rate, or precision: fp32"),
         )
 

@@ -219,7 +219,7 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
         raise RecipeError(
             f"{first['input']!r}: {first['msg']}",
             place=" · ".join([place, ".".join(map(str, ("zero_optimization", *first["loc"])))]),
-            remedy=_("DeepSpeed documents its settings: ") + "https://www.deepspeed.ai/docs/config-json/",
+            remedy=_("DeepSpeed documents its settings: https://www.deepspeed.ai/docs/config-json/"),
         ) from None
 
 

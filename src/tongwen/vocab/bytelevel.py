@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from tongwen.core.byte_letters import byte_of, letter_of
 from tongwen.core.errors import ModelError, RecipeError
 from tongwen.core.i18n import _
 from tongwen.vocab.learn import LearnedMerges
@@ -22,30 +22,16 @@ from tongwen.vocab.script import UNSPACED, Script, no_text_in_script
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-@lru_cache(maxsize=1)
-def character_of() -> dict[int, str]:
-    """Return byte -> its character in a byte-level vocabulary (GPT-2's table)."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    found: dict[int, str] = bytes_to_unicode()
-    return found
-
-
-@lru_cache(maxsize=1)
-def byte_of() -> dict[str, int]:
-    return {character: byte for byte, character in character_of().items()}
-
-
 def to_bytes(entry: str) -> bytes:
     """Return the bytes of a vocabulary entry, or the UTF-8 of a special token, which is not in byte characters."""
     try:
-        return bytes(byte_of()[character] for character in entry)
+        return bytes(byte_of()[letter] for letter in entry)
     except KeyError:
         return entry.encode("utf-8")
 
 
 def to_entry(piece: bytes) -> str:
-    return "".join(character_of()[byte] for byte in piece)
+    return "".join(letter_of()[byte] for byte in piece)
 
 
 def is_byte_level(definition: dict[str, Any]) -> bool:

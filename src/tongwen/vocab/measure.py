@@ -224,10 +224,15 @@ def advise(
         )
     bearable = damage is None or damage <= longer - 1
     if damage is not None:
-        reasons.append(
-            _("before training, the extended model changes bits per byte by {damage:+.1%}; ").format(damage=damage)
-            + (_("training can recover that") if bearable else _("that is more than the shorter text can recover"))
-        )
+        if bearable:
+            reason = _(
+                "before training, the extended model changes bits per byte by {damage:+.1%}; training can recover that"
+            )
+        else:
+            reason = _(
+                "before training, the extended model changes bits per byte by {damage:+.1%}; that is more than the shorter text can recover"
+            )
+        reasons.append(reason.format(damage=damage))
     return VocabularyAdvice(saving >= WORTH and bearable, best.pieces, saving, tuple(reasons))
 
 

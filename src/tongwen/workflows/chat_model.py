@@ -15,18 +15,24 @@ from typing import Any
 
 from tongwen.core import console
 from tongwen.core.answer_form import THINK, AnswerForm, find_answer_form
-from tongwen.core.chat_template import Template, separate_control_tokens
+from tongwen.core.chat_template import Template
+from tongwen.core.control_tokens import separate_control_tokens
 from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Message
 from tongwen.core.tool_parser import ToolParser
-from tongwen.data.encode import Encoder
+from tongwen.data.encoder import Encoder
 from tongwen.infer import llamacpp, vllm
 from tongwen.infer.generation import ROWS, Logprobs, Sampling, TextGenerator, TokenLogprob
 from tongwen.model.adapters.chain import open_adapter_chain
-from tongwen.model.loading import chat_setup, device_map, load
+from tongwen.model.loading import chat_setup, device_map, devices, load
+from tongwen.model.loading.adapter_folder import find_adapter
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.locate import ensure_local, locate
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.special_tokens import fix_stop_tokens
+from tongwen.model.loading.tokenizer import check_tokenizer, load_tokenizer, tokenizer_ref
 
 
 @dataclass
@@ -197,7 +203,7 @@ def open_chat_model(
         engine: batched or paged (transformers), llama.cpp (a .gguf file), vllm, or auto (see `choose_engine`).
         rows: Most prompts in one batch; llama.cpp allocates memory for them when it starts.
     """
-    place = load.locate(model)
+    place = locate(model)
     place = replace(place, adapters=(*place.adapters, *adapters))
     if place.gguf and weights in device_map.BITS:
         raise ModelError(
@@ -208,8 +214,8 @@ def open_chat_model(
     if engine == "auto":
         engine = choose_engine(model, adapters)
     for folder in place.adapters:
-        load.find_adapter(Path(folder))
-    tokenizer = load.load_tokenizer(load.tokenizer_ref(place))
+        find_adapter(Path(folder))
+    tokenizer = load_tokenizer(tokenizer_ref(place))
     encoder = Encoder(tokenizer)
     if template == "auto":
         template = "own" if tokenizer.chat_template else "completion"
@@ -235,7 +241,7 @@ def open_chat_model(
 def choose_engine(model: str, adapters: Sequence[str]) -> str:
     """Return "llama.cpp" for a .gguf file without adapters if its wheel is installed, else "batched" (transformers).
     For a .gguf file a notice names the choice."""
-    place = load.locate(model)
+    place = locate(model)
     if not place.gguf or place.adapters or adapters:
         return "batched"
     if llamacpp.is_installed():
@@ -249,16 +255,16 @@ def choose_engine(model: str, adapters: Sequence[str]) -> str:
     return "batched"
 
 
-def _open_network(place: load.ModelRef, tokenizer: Any, precision: str, weights: str) -> Any:
+def _open_network(place: ModelRef, tokenizer: Any, precision: str, weights: str) -> Any:
     """Load the network onto its device, or over all GPUs if one is too small."""
-    device = load.compute_device()
-    dtype, _unused = load.compute_dtype(precision, device)
+    device = devices.compute_device()
+    dtype, _unused = devices.compute_dtype(precision, device)
     multi_device, quantize = device_map.choose(place, weights, device, dtype)
     with console.waiting(_("opening {place}").format(place=place.name)):
         network, _unused2 = open_adapter_chain(
             place, dtype, quantize, device_map="auto" if multi_device else None, live=True
         )
-    load.check_tokenizer(tokenizer, network, place)
+    check_tokenizer(tokenizer, network, place)
     fix_stop_tokens(tokenizer, network, place.name)
     return (network if multi_device or quantize else network.to(device)).eval()
 
@@ -275,7 +281,7 @@ def _check_continues(kind: str, model: str) -> None:
 
 
 def _open_with_engine(
-    place: load.ModelRef, tokenizer: Any, chat_template: Template | None, engine: str, rows: int
+    place: ModelRef, tokenizer: Any, chat_template: Template | None, engine: str, rows: int
 ) -> TextGenerator:
     """Open the model with vLLM or llama.cpp, which read the weights themselves."""
     if place.adapters:
@@ -284,10 +290,10 @@ def _open_with_engine(
             place=place.adapters[0],
             remedy="tongwen merge --base … --adapter … --out …",
         )
-    config = load.load_config(place)
+    config = load_config(place)
     context = chat_setup.context_length(config)
     if engine == "vllm":
-        folder = load.ensure_local(place).folder
+        folder = ensure_local(place).folder
         stops = _stops(place.name, tokenizer, chat_template, load.load_generation_config(folder))
         return vllm.open_model(folder, tokenizer, stops, context)
     if not place.gguf:

@@ -23,7 +23,8 @@ from tongwen.data.ledger import Ledger, RejectedRow, table_rows
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.data import Prepare, SourceConfig
 from tongwen.recipe.training import Pretrain, Sft
-from tongwen.workflows.tokenized_data import RecordEncoder, describe_mask, make_dialogue_encoder, make_document_encoder
+from tongwen.workflows.record_encoders import RecordEncoder, make_dialogue_encoder, make_document_encoder
+from tongwen.workflows.tokenized_data import describe_mask
 
 SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown, samples that are encoded, rows that are listed
 EXCERPT = 160  # characters of a row

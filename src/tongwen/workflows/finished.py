@@ -45,7 +45,7 @@ def fingerprint_now(stage: artifact.Artifact) -> tuple[str, str]:
     whose manifest lists the hashes of its files."""
     if stage.kind in OF_TENSORS:
         from tongwen.model.loading.fingerprint import combine, tensor_digests
-        from tongwen.model.loading.load import ModelRef
+        from tongwen.model.loading.model_ref import ModelRef
 
         lines, recorded = tensor_digests(ModelRef(str(stage.path), str(stage.path))), stage.manifest.get("tensors", {})
         changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
@@ -56,4 +56,4 @@ def fingerprint_now(stage: artifact.Artifact) -> tuple[str, str]:
 
 
 def _changed(place: str, rule: str) -> ArtifactError:
-    return ArtifactError(rule, place=place, remedy=_("put it back; or: ") + resume.rerun_hint())
+    return ArtifactError(rule, place=place, remedy=_("put it back; or: {hint}").format(hint=resume.rerun_hint()))

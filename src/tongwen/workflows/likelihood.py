@@ -15,7 +15,8 @@ import torch
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Origin, Span
-from tongwen.data.encode import Piece, token_bytes
+from tongwen.data.encoder import Piece
+from tongwen.data.token_bytes import token_bytes
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss
 from tongwen.model.loading import chat_setup
 from tongwen.workflows.chat_model import ChatModel

@@ -29,7 +29,7 @@ from tongwen.model.adapters.targets import text_part
 from tongwen.model.kernels.loss import use_blockwise_head
 from tongwen.vocab import matched
 from tongwen.vocab.grow import Rows
-from tongwen.workflows.tokenizer_files import ExtendedTokenizer
+from tongwen.workflows.vocab_pieces import ExtendedTokenizer
 
 CHARACTERS = 24_000  # of text that the rows are fitted on
 CHUNK = 300  # characters that are read together

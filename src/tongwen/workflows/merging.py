@@ -24,10 +24,13 @@ from tongwen.export import pth
 from tongwen.export.hf import check_same
 from tongwen.model.adapters import lineage
 from tongwen.model.adapters.read import EMBEDDINGS, NotOneToOne, read_adapter
-from tongwen.model.loading import chat_setup, load, quantized, sentencepiece
+from tongwen.model.loading import chat_setup, quantized, sentencepiece
 from tongwen.model.loading.fingerprint import combine, tensor_digests
+from tongwen.model.loading.locate import ensure_local, locate
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.names import all_names
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
+from tongwen.model.loading.tokenizer import load_tokenizer
 from tongwen.model.merging import parity
 from tongwen.model.merging.combine import Combination
 from tongwen.model.merging.merge import (
@@ -81,7 +84,7 @@ def merge(
         )
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
-    place = load.ensure_local(place)
+    place = ensure_local(place)
     with console.waiting(_("reading the base")):
         lines = tensor_digests(place)
     fingerprint = combine(lines)
@@ -115,7 +118,7 @@ def merge(
 
 def _as_pth(draft: artifact.Draft) -> None:
     """Replace the merged model's files with LLaMA's original `.pth` format; keep its tokenizer file."""
-    place = load.ModelRef(str(draft.path), str(draft.path))
+    place = ModelRef(str(draft.path), str(draft.path))
     tensors, config = open_model(place)
     kept = {*draft.path.glob("tokenizer.model")}
     merged = [file for file in draft.path.iterdir() if file not in kept]
@@ -127,14 +130,14 @@ def _as_pth(draft: artifact.Draft) -> None:
         file.unlink()
 
 
-def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str]]:
+def resolve(base: str, adapters: Sequence[str]) -> tuple[ModelRef, list[str]]:
     """Return (base, all adapters). If `base` is itself a stage with an adapter, its own base and adapter come first."""
-    place = load.locate(base)
+    place = locate(base)
     return replace(place, adapters=()), [*place.adapters, *adapters]
 
 
 def _check_lineage(
-    place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], options: MergeOptions
+    place: ModelRef, fingerprint: str, links: list[lineage.AdapterLink], options: MergeOptions
 ) -> str | None:
     """Raise ArtifactError if base and adapters do not belong together; with --force, return its text."""
     try:
@@ -151,7 +154,7 @@ def _check_lineage(
 
 
 def _write(
-    place: load.ModelRef,
+    place: ModelRef,
     lines: dict[str, str],
     links: list[lineage.AdapterLink],
     draft: artifact.Draft,
@@ -214,7 +217,7 @@ def _distance(
 
 
 def _compare(
-    place: load.ModelRef,
+    place: ModelRef,
     base: TensorSource,
     merged: MergeResult,
     config: dict[str, Any],
@@ -265,7 +268,7 @@ def _compare_with_peft(made: PeftMerge, merged: MergeResult, out: Path) -> dict[
     return {**parity.check_difference(made.logits, logits, parity.limit_of(merged)), "judge": "peft"}
 
 
-def _with_peft(place: load.ModelRef, base: TensorSource, links: list[lineage.AdapterLink]) -> PeftMerge:
+def _with_peft(place: ModelRef, base: TensorSource, links: list[lineage.AdapterLink]) -> PeftMerge:
     from tongwen.model.merging import in_memory
 
     with console.waiting(_("opening base and adapters with peft")):
@@ -281,7 +284,7 @@ def _fits_in_memory(base: TensorSource) -> bool:
 
 
 def _merge_in_memory(
-    place: load.ModelRef, base: TensorSource, links: list[lineage.AdapterLink], options: MergeOptions, reason: str
+    place: ModelRef, base: TensorSource, links: list[lineage.AdapterLink], options: MergeOptions, reason: str
 ) -> PeftMerge:
     """Merge with peft and the whole model in memory, for adapters whose tensors do not map one to one."""
     if options.mix or options.onto != "original":
@@ -349,12 +352,12 @@ def _copy_sentencepiece(folders: list[Path], out: Path) -> None:
     console.notice(_("the result has no tokenizer.model: {reason}").format(reason=why))
 
 
-def _copy_chat_setup(place: load.ModelRef, links: list[lineage.AdapterLink], out: Path) -> None:
+def _copy_chat_setup(place: ModelRef, links: list[lineage.AdapterLink], out: Path) -> None:
     """Copy tokenizer, template and stop tokens from the last adapter that has a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
     source = next((folder for folder in reversed(folders) if chat_setup.has_tokenizer(folder)), None)
     if place.gguf and source in (None, folders[0]):
-        load.load_tokenizer(place).save_pretrained(str(out))
+        load_tokenizer(place).save_pretrained(str(out))
     elif source is None:
         console.notice(_("neither the base nor the adapter has a tokenizer: the merged model has none"))
     else:

@@ -25,9 +25,15 @@ from tongwen.export.bill_of_materials import make_bill_of_materials
 from tongwen.export.card import make_card
 from tongwen.export.gguf_vocab import read_vocabulary
 from tongwen.export.ollama import make_modelfile
-from tongwen.model.loading import chat_setup, load, sentencepiece
+from tongwen.model.loading import chat_setup, sentencepiece
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.config_json import read_model_type
 from tongwen.model.loading.fingerprint import combine, tensor_digests
+from tongwen.model.loading.loader_errors import explain_errors
+from tongwen.model.loading.locate import locate
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, load_bin, open_model
+from tongwen.model.loading.tokenizer import load_tokenizer
 
 SENTENCEPIECE = {  # tokenizer_config.json for LLaMA's tokenizer.model, which does not contain these settings
     "tokenizer_class": "LlamaTokenizer",
@@ -52,7 +58,7 @@ class ModelSource:
     tensors: TensorSource
     config: dict[str, Any]
     folder: Path
-    place: load.ModelRef | None
+    place: ModelRef | None
 
 
 def open_source(name: str) -> ModelSource:
@@ -66,7 +72,7 @@ def open_source(name: str) -> ModelSource:
             )
         )
         return ModelSource(name, folder.resolve().name, original, original.config, folder, None)
-    place = load.locate(name)
+    place = locate(name)
     if place.adapters:
         raise ArtifactError(
             _("this folder contains an adapter"),
@@ -87,9 +93,9 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str, merged: str) -
     type. merged: the folder that will hold the result."""
     if "gguf" not in formats:
         return
-    place = load.locate(base)
-    _check_gguf(base, load.load_config(place).to_dict(), quantize, merged)
-    tokenizer = load.load_tokenizer(place)
+    place = locate(base)
+    _check_gguf(base, load_config(place).to_dict(), quantize, merged)
+    tokenizer = load_tokenizer(place)
     with tempfile.TemporaryDirectory() as made:
         tokenizer.save_pretrained(made)
         read_vocabulary(Path(made), 1 + max(tokenizer.get_vocab().values()))
@@ -98,7 +104,7 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str, merged: str) -
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str, folder: str) -> dict[str, Any]:
     """Return the config with LLaMA's keys. Raises ModelError or MissingPackage if GGUF cannot hold the model."""
     gguf.check_type(quantize or "f16")
-    with load.explain_errors(load.ModelRef(name, name)):
+    with explain_errors(ModelRef(name, name)):
         llama_config = gguf_layout.with_llama_keys(config, folder)
     gguf_metadata.check_config(llama_config)
     return llama_config
@@ -163,8 +169,8 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     )
     hf.check_same(source.tensors, FileTensors(stored), str(draft.path))
     if source.place and source.place.gguf:
-        load.load_tokenizer(source.place).save_pretrained(str(draft.path))
-    elif source.place and load.read_model_type(source.place) == "baichuan":
+        load_tokenizer(source.place).save_pretrained(str(draft.path))
+    elif source.place and read_model_type(source.place) == "baichuan":
         _save_llama_tokenizer(source, draft.path)
     elif source.place:
         chat_setup.copy_chat_setup(source.folder, draft.path)
@@ -174,7 +180,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     if (made := artifact.find(source.folder)) is not None:
         (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
         artifact.write_json(draft.path / "bom.json", make_bill_of_materials(source.title, made))
-    lines = tensor_digests(load.ModelRef(str(draft.path), str(draft.path)))
+    lines = tensor_digests(ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
@@ -240,18 +246,18 @@ def _fast_tokenizer(source: ModelSource, made: Path) -> Path | None:
         shutil.copyfile(model, made / "tokenizer.model")
         artifact.write_json(made / "tokenizer_config.json", SENTENCEPIECE)
         artifact.write_json(made / "config.json", {"model_type": "llama"})
-        place = load.ModelRef(str(made), str(made))
+        place = ModelRef(str(made), str(made))
     elif not source.place.gguf and not chat_setup.has_tokenizer(source.folder):
         return None
     else:
         place = source.place
-    load.load_tokenizer(place).save_pretrained(str(made))
+    load_tokenizer(place).save_pretrained(str(made))
     return made
 
 
 def _own_template(folder: Path) -> ChatTemplateFiles | None:
     """Return the model's own chat template with its stop token; None if it has none."""
-    tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
+    tokenizer = load_tokenizer(ModelRef(str(folder), str(folder)))
     if not tokenizer.chat_template:
         return None
     prefix = list(tokenizer("").input_ids)

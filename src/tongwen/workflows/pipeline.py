@@ -195,7 +195,7 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
     check_machine(recipe, stages)
     if recipe.devices == 1 or not set(stages) & set(TRAINING):
         return
-    from tongwen.model.loading.load import count_devices
+    from tongwen.model.loading.devices import count_devices
 
     count = count_devices()
     if count and recipe.devices > count:
@@ -218,7 +218,7 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
             raise RecipeError(
                 _("this recipe has no stage {name!r}").format(name=name),
                 place=flag,
-                remedy=_("it has: ") + ", ".join(stages),
+                remedy=_("it has: {names}").format(names=", ".join(stages)),
             )
     if only:
         return [only]
@@ -228,7 +228,7 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
         raise RecipeError(
             _("this recipe has no stage to run"),
             place=recipe.name,
-            remedy=_("add a section: ") + ", ".join(STAGES),
+            remedy=_("add a section: {names}").format(names=", ".join(STAGES)),
         )
     return stages[first : last + 1]
 

@@ -22,7 +22,7 @@ from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.report import score_table, write_report
-from tongwen.model.loading import load
+from tongwen.model.loading.locate import locate
 from tongwen.recipe.outputs import Evaluate
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.eval_prompts import EvalPrompt
@@ -55,7 +55,7 @@ class EvaluatedModel:
 
     def settings(self) -> dict[str, Any]:
         """Return everything its answers depend on: the options it is opened with, and its files."""
-        place = load.locate(self.model)
+        place = locate(self.model)
         folders = [Path(folder) for folder in (place.folder, *place.adapters, *self.adapters)]
         files = [
             file

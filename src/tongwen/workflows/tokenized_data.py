@@ -11,194 +11,37 @@ import json
 import re
 import shutil
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from tongwen import __version__
 from tongwen.core import artifact, console, distributed
-from tongwen.core.chat_template import Template
-from tongwen.core.errors import DataError, ModelError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.core.records import Document, Preference, Record, Span
+from tongwen.core.records import Document, Record
 from tongwen.data import token_store
 from tongwen.data.clean import han_share
-from tongwen.data.encode import (
-    Encoder,
-    check_round_trip,
-    check_store,
-    describe,
-    encode_dialogues,
-    encode_documents,
-    encode_preferences,
-)
 from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger, RejectedRow, table_rows
-from tongwen.data.legacy_encoder import LegacyEncoder
-from tongwen.data.preference_store import PreferenceStore, Samples, arrange
+from tongwen.data.preference_store import PreferenceStore, Samples
 from tongwen.data.prepare_steps import ScanCounts, describe_unread, iter_records, load_records
 from tongwen.data.sampling import choose_held_out, draw, passes_of
-from tongwen.data.token_store import Batch, TokenStore
+from tongwen.data.token_store import TokenStore
 from tongwen.hub.download import local_copy
-from tongwen.model.loading import chat_setup, load
-from tongwen.model.loading.fingerprint import fingerprint_text, fingerprint_tokenizer
+from tongwen.model.loading.fingerprint import fingerprint_tokenizer
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Prefer, Pretrain, Sft, Training
 from tongwen.workflows.prepared_data import find_prepared
+from tongwen.workflows.record_encoders import RecordEncoder
 from tongwen.workflows.stage_inputs import inputs
 
 ROUND_TRIP = "round_trip.json"  # in the folder of the tokens
 STORE = re.compile(r"[0-9a-f]{16}(\.partial)?")  # a folder of tokens, by its key
-NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
 TOLERANCE = 0.1  # share of its tokens by which a source may fall short without a notice
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
-
-
-@dataclass(frozen=True)
-class RecordEncoder(ABC):
-    """Encodes records of one kind as tokens."""
-
-    tokenizer: Any
-    encoder: Encoder
-    kind: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def decides(self) -> dict[str, Any]:
-        """The settings that decide the tokens, besides content and tokenizer."""
-
-    @abstractmethod
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        """Yield the samples to train on."""
-
-    @abstractmethod
-    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        """Yield the held-out samples to score."""
-
-    @abstractmethod
-    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return statistics of the loss mask. Raises DataError if there is nothing to learn."""
-
-    def arrange(self, store: TokenStore, records: Iterable[Any]) -> Any:
-        """Return the store with the items that training draws. records: those that it was made of."""
-        return store
-
-    @abstractmethod
-    def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
-        """Count the records that do not decode to their own text."""
-
-
-@dataclass(frozen=True)
-class DialogueEncoder(RecordEncoder):
-    """Encodes dialogues, rendered by a template."""
-
-    template: Template
-    section: Sft
-    kind: ClassVar[str] = "dialogues"
-
-    @property
-    def decides(self) -> dict[str, Any]:
-        return {
-            "template": fingerprint_text(self.template.texts),
-            "settings": self.section.model_dump(
-                mode="json", include={"learn", "thinking", "max_length", "too_long", "legacy"}
-            ),
-        }
-
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        return encode_dialogues(records, self.template, self.encoder, self.section, ledger, reject)
-
-    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        return self.batches(iter(records), ledger, reject)
-
-    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
-        return check_store(store, self.section, rejected)
-
-    def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
-        def render(record: Any) -> list[tuple[Span, ...]]:
-            found: list[tuple[Span, ...]] = []
-            for dialogue in record.dialogues if isinstance(record, Preference) else [record]:
-                with suppress(RowRejected):
-                    samples = self.template.samples(dialogue, self.section.learn, self.section.thinking)
-                    found += [sample.spans for sample in samples]
-            return found
-
-        return check_round_trip(records, count, render, self.encoder)
-
-
-@dataclass(frozen=True)
-class PreferenceEncoder(DialogueEncoder):
-    """Encodes preferences: each answer with its prompt, rendered by a template. paired: only pairs are of use."""
-
-    paired: bool = True
-    kind: ClassVar[str] = "preferences"
-
-    @property
-    def decides(self) -> dict[str, Any]:
-        return {**super().decides, "paired": self.paired}
-
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        return encode_preferences(records, self.template, self.encoder, self.section, self.paired, ledger, reject)
-
-    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
-        if not len(store) and rejected and all(bad["reason"] == "unpaired" for bad in rejected):
-            raise DataError(
-                _("none of the {count} preferences is a pair: they are answers with a label").format(
-                    count=len(rejected)
-                ),
-                place=f"{rejected[0]['file']}:{rejected[0]['row']}",
-                remedy="prefer: {method: kto}",
-            )
-        return check_store(store, self.section, rejected)
-
-    def arrange(self, store: TokenStore, records: Iterable[Any]) -> PreferenceStore:
-        if self.paired:
-            return arrange(store, None)
-        return arrange(store, {record.origin: bool(record.chosen) for record in records if not record.is_pair})
-
-
-@dataclass(frozen=True)
-class DocumentEncoder(RecordEncoder):
-    """Encodes plain text. end: the id that ends a document."""
-
-    end: int
-    section: Pretrain
-    kind: ClassVar[str] = "documents"
-
-    @property
-    def decides(self) -> dict[str, Any]:
-        settings = self.section.model_dump(mode="json", include={"max_length", "documents"})
-        return {"end": self.end, "settings": settings}
-
-    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        return encode_documents(
-            records, self.encoder, self.end, self.section.max_length, ledger, arrangement=self.section.documents
-        )
-
-    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[RejectedRow], None]) -> Iterator[Batch]:
-        """Encode documents apart, even if training concatenates them, so that scores of both can be compared."""
-        return encode_documents(records, self.encoder, self.end, self.section.max_length, ledger)
-
-    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
-        if not len(store):
-            raise DataError(
-                _("the text is shorter than one block of {max_length} tokens").format(
-                    max_length=self.section.max_length
-                ),
-                place="pretrain.max_length",
-                remedy=_("a smaller max_length, or documents: apart"),
-            )
-        text = {"tokens": len(store.ids), "learned": store.learned_tokens}
-        return {**describe(store), "roles": {"text": text}}
-
-    def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
-        return check_round_trip(records, count, lambda document: [[Span(document.text, True)]], self.encoder)
 
 
 @dataclass(frozen=True)
@@ -251,59 +94,6 @@ def report_ledger(data: TokenizedData) -> None:
                 count=len(rejected), file=first["file"], row=first["row"], rule=first["rule"]
             )
         )
-
-
-def make_dialogue_encoder(base: str, section: Sft) -> DialogueEncoder:
-    tokenizer = _tokenizer_for(base, section)
-    legacy = section.legacy
-    encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
-    return DialogueEncoder(
-        tokenizer, encoder, chat_setup.bind_template(section.template, tokenizer, encoder.prefix), section
-    )
-
-
-def make_preference_encoder(base: str, section: Prefer) -> PreferenceEncoder:
-    tokenizer = load.load_tokenizer(load.tokenizer_ref(load.locate(base)))  # of the stage before, with its template
-    encoder = Encoder(tokenizer)
-    rendering = Sft(template=section.template, thinking=section.thinking, max_length=section.max_length)
-    template = chat_setup.bind_template(section.template, tokenizer, encoder.prefix)
-    return PreferenceEncoder(tokenizer, encoder, template, rendering, section.method != "kto")
-
-
-def make_document_encoder(base: str, section: Pretrain) -> DocumentEncoder:
-    tokenizer = _tokenizer_for(base, section)
-    return DocumentEncoder(tokenizer, Encoder(tokenizer), chat_setup.end_of_text(tokenizer), section)
-
-
-def _tokenizer_for(base: str, section: Training) -> Any:
-    """Return the base's tokenizer, or that of the adapter whose training continues."""
-    further = section.adapter.continue_from
-    place = load.locate(base)
-    return load.load_tokenizer(load.tokenizer_ref(replace(place, adapters=(further,))) if further else place)
-
-
-def are_rows_untrained(base: str) -> bool:
-    """Return whether a base is the output of the vocabulary stage, so that its new rows are untrained."""
-    made = artifact.find(Path(base))
-    return made is not None and made.kind == "vocab"
-
-
-def new_rows_of(base: str) -> list[int]:
-    """Return the ids that the vocabulary stage added to this base. Raises ModelError if new_rows.json lists none."""
-    file = Path(base) / NEW_ROWS
-    try:
-        rows = [int(row) for row in json.loads(file.read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        rows = []
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(_("cannot be read: {error}").format(error=error), place=str(file)) from None
-    if not rows:
-        raise ModelError(
-            _("`train: new_rows` needs a base with an extended vocabulary, but new_rows.json lists no new rows"),
-            place=str(file),
-            remedy=_("add a `vocab` section before it, or train: embeddings"),
-        )
-    return rows
 
 
 def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> TokenizedData:

@@ -19,8 +19,9 @@ from tongwen.core.safetensors_io import ITEM_BYTES, TensorSource
 from tongwen.data.input_parts import KINDS
 from tongwen.data.prepare_steps import load_records
 from tongwen.model.adapters.read import HEADS
-from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import combine, tensor_digests
+from tongwen.model.loading.locate import ensure_local, locate
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import open_model, read_fp32
 from tongwen.model.merging import resize
 from tongwen.model.merging.merge import grow, untie
@@ -29,10 +30,9 @@ from tongwen.recipe.schema import Recipe
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
-from tongwen.workflows import tokenizer_files, vocab_scores
+from tongwen.workflows import tokenizer_files, vocab_curve, vocab_pieces, vocab_scores, vocab_texts
+from tongwen.workflows.new_rows import NEW_ROWS
 from tongwen.workflows.tokenizer_files import TokenizerFiles
-
-NEW_ROWS = "new_rows.json"
 
 
 def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> artifact.Artifact:
@@ -40,7 +40,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     section = recipe.vocab
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
-    place = load.ensure_local(load.locate(recipe.base))
+    place = ensure_local(locate(recipe.base))
     console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
     old, script = tokenizer_files.open_tokenizer_files(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
@@ -48,7 +48,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     if learned is not None:
         extended = learned.extended(section.pieces, section.words, section.special_tokens)
     else:
-        extended = tokenizer_files.extended_by(old, str(section.tokenizer))
+        extended = vocab_pieces.extended_by(old, str(section.tokenizer))
 
     base, config = open_model(place)
     new, scores = vocab_scores.make_and_score(
@@ -108,27 +108,27 @@ def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
     """Return (texts to learn from, texts to measure on): documents, else dialogues, else preferences; held-out texts, or
     every tenth text if none were held out."""
     if prepared is None:
-        return [], tokenizer_files.shipped_texts()
+        return [], vocab_texts.shipped_texts()
     kind = next(kind for kind in KINDS if (prepared / f"{kind}.jsonl").is_file())
     texts = _read(prepared / f"{kind}.jsonl")
     aside = prepared / f"{kind}.held_out.jsonl"
     if aside.is_file():
-        return texts, tokenizer_files.sample_texts(_read(aside))
-    return tokenizer_files.split(texts)
+        return texts, vocab_texts.sample_texts(_read(aside))
+    return vocab_texts.split(texts)
 
 
 def _read(file: Path) -> Iterator[str]:
     for record in load_records(file):
-        yield from tokenizer_files.texts_of(record)
+        yield from vocab_texts.texts_of(record)
 
 
-def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: Vocab) -> tokenizer_files.LearnedPieces:
+def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: Vocab) -> vocab_pieces.LearnedPieces:
     """Learn enough pieces for the recipe and for the curve."""
     if not section.pieces:
-        return tokenizer_files.learn(old, (), script, 0)
+        return vocab_pieces.learn(old, (), script, 0)
     most = max(section.pieces, measure.CURVE[-1])
     with console.progress(most, _("learning pieces")) as bar:
-        learned = tokenizer_files.learn(old, texts, script, most, bar.update)
+        learned = vocab_pieces.learn(old, texts, script, most, bar.update)
     learned.warn_if_fewer(section.pieces)
     return learned
 
@@ -142,7 +142,7 @@ def _sample(prepared: Path | None) -> list[str]:
             continue
         kept.append(text)
         size += len(text)
-        if size > tokenizer_files.SAMPLE_CHARACTERS and len(kept) > 1:
+        if size > vocab_texts.SAMPLE_CHARACTERS and len(kept) > 1:
             kept, step = kept[::2], 2 * step
             size = sum(map(len, kept))
     return kept
@@ -188,11 +188,11 @@ def _maker(base: TensorSource, rows: resize.RowPlan, new: vocab_scores.NewRows) 
 
 
 def _advise(
-    learned: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
+    learned: vocab_pieces.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
 ) -> dict[str, Any]:
     """Print the advice, and return it with the curve; this comes before the steps that take hours."""
     steps = sorted({*measure.CURVE, section.pieces})
-    start, curve = tokenizer_files.curve(learned, rest, tokenizer_files.shape_of(base), steps)
+    start, curve = vocab_curve.curve(learned, rest, vocab_curve.shape_of(base), steps)
     advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learned)))
     report = console.success if advice.extend else console.notice
     report(
@@ -207,7 +207,7 @@ def _advise(
     return {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
 
 
-def _copy_generation_config(place: load.ModelRef, out: Path) -> None:
+def _copy_generation_config(place: ModelRef, out: Path) -> None:
     """Copy the base's generation_config.json, if it has one."""
     file = Path(place.folder) / "generation_config.json"
     if file.is_file():

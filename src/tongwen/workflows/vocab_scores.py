@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from tongwen.core import console
 from tongwen.core.i18n import _
-from tongwen.model.loading import load
+from tongwen.model.loading import devices, load
+from tongwen.model.loading.locate import WEIGHTS
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.merging import resize
 from tongwen.vocab import grow, measure
-from tongwen.workflows.tokenizer_files import ExtendedTokenizer, TokenizerFiles
+from tongwen.workflows.tokenizer_files import TokenizerFiles
+from tongwen.workflows.vocab_pieces import ExtendedTokenizer
 
 if TYPE_CHECKING:
     from tongwen.workflows.matched_rows import MatchedRows
@@ -48,7 +51,7 @@ class NewRows:
 
 
 def make_and_score(
-    place: load.ModelRef,
+    place: ModelRef,
     old: TokenizerFiles,
     extended: ExtendedTokenizer,
     kind: str,
@@ -71,7 +74,7 @@ def make_and_score(
     if not (score or kind == MATCHED) or not _fits(place, kind):
         return new, {}
     with console.waiting(_("scoring before training")):
-        model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
+        model = load.load_model(place, devices.compute_dtype("auto", "cpu")[0])
         scored = (_chunks(texts), _chunks([measure.ENGLISH])) if score else ()
         before = [_score(model, old, old.tokenizer, part) for part in scored]
     report: dict[str, Any] = {}
@@ -91,10 +94,10 @@ def make_and_score(
     return new, report | {"bits_per_byte": bits}
 
 
-def _fits(place: load.ModelRef, kind: str) -> bool:
+def _fits(place: ModelRef, kind: str) -> bool:
     import psutil
 
-    size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
+    size = sum(file.stat().st_size for pattern in WEIGHTS for file in Path(place.folder).glob(pattern))
     if 2.5 * size <= psutil.virtual_memory().available:
         return True
     console.notice(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.synthesis.endpoint_faults import storm
 from tongwen.core import openai_client
 from tongwen.core.errors import MachineError, RecipeError, RowRejected
 from tongwen.data.synthesis import client, generate
@@ -22,34 +22,6 @@ from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
 from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l, terms
 from tongwen.recipe.data import Synthesize
-
-BENCH = Path(__file__).parents[3] / "bench"
-
-
-def load_bench(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec and spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fault_endpoint = load_bench("fault_endpoint")
-storm = load_bench("synthesize_storm")
-
-
-@pytest.fixture()
-def faults() -> Iterator[Callable[..., Any]]:
-    """Makes endpoints, and ends them."""
-    made = []
-
-    def make(plan: Any = lambda prompt, times: "", answer: Any = storm.answer, **options: Any) -> Any:
-        made.append(fault_endpoint.Faults(plan if callable(plan) else lambda prompt, times: plan, answer, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def section(url: str = "http://127.0.0.1:1/v1", **settings: Any) -> Synthesize:

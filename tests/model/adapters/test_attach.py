@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import tiny_moe
 from tongwen.model.adapters.attach import find_untrained_rows, make_trainable
-from tongwen.model.loading.load import build_on_meta
+from tongwen.model.loading.architecture import build_on_meta
 from tongwen.recipe.training import AdapterConfig
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

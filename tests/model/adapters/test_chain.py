@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.adapters import live_logits, logits, make_adapter
 from tests.conftest import tiny_llama
-from tests.model.merging.test_in_memory import live_logits
-from tests.model.merging.test_merge import logits, make_adapter
 from tongwen.core.errors import ModelError
 from tongwen.model.adapters.chain import open_adapter_chain
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 
 
 @pytest.mark.parametrize(

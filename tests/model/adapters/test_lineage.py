@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.adapters import make_adapter
 from tests.conftest import byte_level_tokenizer, tensors, tiny_llama
-from tests.model.merging.test_merge import make_adapter
 from tongwen.core import artifact
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 
 BASES = 3
 

@@ -23,7 +23,7 @@ VISION |= {"image_size": 28, "patch_size": 14}
 def build(kind: str, **config: Any) -> Any:
     from transformers import AutoConfig
 
-    from tongwen.model.loading.load import auto_class
+    from tongwen.model.loading.architecture import auto_class
 
     torch.manual_seed(0)
     made = AutoConfig.for_model(kind, **config)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.adapters import disturb, live_logits, logits, make_adapter
 from tests.conftest import dialogues, tiny_llama, write_recipe, write_rows
-from tests.model.merging.test_in_memory import live_logits
-from tests.model.merging.test_merge import disturb, logits, make_adapter
 from tongwen.core.errors import ModelError
 from tongwen.model.adapters.chain import open_adapter, open_adapter_chain
-from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 
 TensorSource = dict[str, torch.Tensor]
 LOST: dict[str, Callable[[TensorSource], TensorSource]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,69 +10,24 @@ import pytest
 import torch
 
 from tests.conftest import CORPUS, SHARED, dialogues, write_recipe
+from tests.model.chatglm.chatglm_base import AUTO_MAP, chatglm_folder
 from tongwen.core.errors import ModelError
 from tongwen.core.records import Dialogue, Message, Origin
-from tongwen.data.encode import Encoder, token_bytes
+from tongwen.data.encoder import Encoder
+from tongwen.data.token_bytes import token_bytes
 from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.locate import locate
+from tongwen.model.loading.model_ref import ModelRef
+from tongwen.model.loading.tokenizer import check_tokenizer, load_tokenizer
 from tongwen.workflows.chat_model import open_chat_model
 
 GOLDEN, ICE = SHARED / "golden", SHARED / "tokenizers" / "ice_text.model"
 needs_shared = pytest.mark.skipif(not ICE.is_file(), reason="TONGWEN_SHARED is not set")
-# What THUDM's folder says beside the vocabulary's size; its code must never be looked for.
-AUTO_MAP = {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLMModel"}
-TOKENIZER = {
-    "tokenizer_class": "ChatGLMTokenizer",
-    "bos_token": "<sop>",
-    "eos_token": "<eop>",
-    "end_token": "</s>",
-    "gmask_token": "[gMASK]",
-    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
-}
-
-
-@pytest.fixture(scope="session")
-def small_ice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of the original's kind, with few pieces."""
-    from sentencepiece import SentencePieceTrainer
-
-    folder = tmp_path_factory.mktemp("ice")
-    (folder / "text").write_text("\n".join(CORPUS), encoding="utf-8")
-    SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "ice_text"),
-        vocab_size=550,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=3,
-        control_symbols=["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"],
-        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{count}|>" for count in range(2, 81))],
-        minloglevel=2,
-    )
-    return folder / "ice_text.model"
-
-
-def chatglm_folder(folder: Path, ice: Path, images: int = 0) -> Path:
-    """A folder as the original has it, with a tiny model. images: tokens before the text's."""
-    from sentencepiece import SentencePieceProcessor
-
-    from tongwen.model.chatglm import ChatGLMConfig, ChatGLMForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "inner_hidden_size": 128, "num_layers": 2, "num_attention_heads": 2}
-    pieces = SentencePieceProcessor(model_file=str(ice))
-    names = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
-    ids = {key: pieces.piece_to_id(name) + images for key, name in names.items()}
-    size = pieces.get_piece_size() + 184 + images  # the original's embedding has rows that no token owns, too
-    ChatGLMForCausalLM(ChatGLMConfig(vocab_size=size, **shape, **ids)).save_pretrained(str(folder))
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"auto_map": AUTO_MAP}))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER | {"num_image_tokens": images}))
-    shutil.copyfile(ice, folder / "ice_text.model")
-    return folder
 
 
 def golden_model() -> Any:
-    return load.load_model(load.locate(str(GOLDEN / "chatglm_tiny")), torch.float32).eval()
+    return load.load_model(locate(str(GOLDEN / "chatglm_tiny")), torch.float32).eval()
 
 
 @needs_shared
@@ -130,11 +84,11 @@ def test_padding_and_packing_keep_the_logits() -> None:
 @needs_shared
 def test_tokenizer_ids_match_the_original(tmp_path: Path) -> None:
     folder = chatglm_folder(tmp_path, ICE)
-    tokenizer = load.load_tokenizer(load.locate(str(folder)))
+    tokenizer = load_tokenizer(locate(str(folder)))
     cases = json.loads((GOLDEN / "chatglm_tokenizer.json").read_text(encoding="utf-8"))
     assert len(cases) == 95
     tokenizer.save_pretrained(str(tmp_path / "saved"))
-    for reader in (tokenizer, load.load_tokenizer(load.ModelRef("saved", str(tmp_path / "saved")))):
+    for reader in (tokenizer, load_tokenizer(ModelRef("saved", str(tmp_path / "saved")))):
         for case in cases:
             assert reader(case["text"]).input_ids == case["input_ids"]
             assert reader(case["text"], add_special_tokens=False).input_ids == case["no_special"]
@@ -143,13 +97,13 @@ def test_tokenizer_ids_match_the_original(tmp_path: Path) -> None:
 
 
 def test_first_checkpoints_have_image_tokens_before_the_text(small_ice: Path, tmp_path: Path) -> None:
-    later = load.load_tokenizer(load.locate(str(chatglm_folder(tmp_path / "later", small_ice))))
+    later = load_tokenizer(locate(str(chatglm_folder(tmp_path / "later", small_ice))))
     folder = chatglm_folder(tmp_path / "first", small_ice, images=20000)
-    tokenizer = load.load_tokenizer(load.locate(str(folder)))
+    tokenizer = load_tokenizer(locate(str(folder)))
     for text in CORPUS[:4]:
         assert tokenizer(text).input_ids == [index + 20000 for index in later(text).input_ids]
-    model = load.load_model(load.locate(str(folder)), torch.float32)
-    load.check_tokenizer(tokenizer, model, load.locate(str(folder)))
+    model = load.load_model(locate(str(folder)), torch.float32)
+    check_tokenizer(tokenizer, model, locate(str(folder)))
     ids = tokenizer("你好", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (1, ids.shape[1] + 3)
 
@@ -157,7 +111,7 @@ def test_first_checkpoints_have_image_tokens_before_the_text(small_ice: Path, tm
 def test_prompt_format_matches_the_original(small_ice: Path, tmp_path: Path) -> None:
     """One question stands alone; a conversation is numbered, and only its last answer is learned with what went before
     seen whole. An answer begins with a blank of its own, as every text does."""
-    tokenizer = load.load_tokenizer(load.locate(str(chatglm_folder(tmp_path, small_ice))))
+    tokenizer = load_tokenizer(locate(str(chatglm_folder(tmp_path, small_ice))))
     encoder = Encoder(tokenizer)
     template = chat_setup.bind_template("own", tokenizer, encoder.prefix)
     assert template.prompt([Message("user", "你好")]) == "你好[gMASK]<sop>"
@@ -206,7 +160,7 @@ def test_punctuation_is_restored_to_full_width(small_ice: Path, tmp_path: Path, 
 def test_other_chatglm_versions_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", "auto_map": AUTO_MAP} | config))
     with pytest.raises(ModelError, match=message):
-        load.load_config(load.ModelRef(str(tmp_path), str(tmp_path)))
+        load_config(ModelRef(str(tmp_path), str(tmp_path)))
 
 
 @needs_shared

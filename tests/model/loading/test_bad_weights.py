@@ -18,20 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.adapters import make_adapter
 from tests.conftest import tensors, tiny_llama
-from tests.model.merging.test_merge import make_adapter
+from tests.model.loading.pickle_bomb import Bomb
 
 WEIGHTS = "model.safetensors"
-
-
-class Bomb:
-    """A pickle that leaves a file when it is run."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return (os.mkdir, (str(self.canary),))
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

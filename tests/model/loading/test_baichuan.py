@@ -13,6 +13,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tests.conftest import CORPUS, tiny_llama
 from tongwen.model.loading import load
+from tongwen.model.loading.locate import locate
+from tongwen.model.loading.tokenizer import load_tokenizer
 
 FUSED = "model.layers.{}.self_attn.W_pack.weight"
 
@@ -60,10 +62,10 @@ def test_baichuan_is_converted_to_llama(baichuan: Path, tmp_path: Path, tongwen:
     assert "this Baichuan is a LLaMA in structure and is treated as one" in out + err
     tiny_llama(tmp_path / "plain", 420, num_key_value_heads=4, tie_word_embeddings=False)  # the same weights, unfused
     ids = torch.tensor([[7, 300, 12, 5]])
-    models = [load.load_model(load.locate(str(place)), torch.float32).eval() for place in (tmp_path / "plain", made)]
+    models = [load.load_model(locate(str(place)), torch.float32).eval() for place in (tmp_path / "plain", made)]
     with torch.no_grad():
         torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, rtol=0, atol=0)
-    tokenizer = load.load_tokenizer(load.locate(str(made)))
+    tokenizer = load_tokenizer(locate(str(made)))
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     pieces = SentencePieceProcessor(model_file=str(baichuan / "tokenizer.model"))
     for text in CORPUS[:3]:

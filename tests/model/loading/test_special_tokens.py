@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import dialogues, sentencepiece_tokenizer, tiny_llama, write_recipe
 from tongwen.model.loading import load
+from tongwen.model.loading.locate import locate
 
 
 @pytest.fixture()
@@ -53,7 +54,7 @@ def test_early_llama_conversion_learns_to_stop(first_conversion: Path, tmp_path:
 
 def test_invalid_pad_token_freezes_no_row(first_conversion: Path) -> None:
     """torch takes -1 for the last row, whose gradient then stays zero."""
-    model = load.load_model(load.locate(str(first_conversion)), torch.float32)
+    model = load.load_model(locate(str(first_conversion)), torch.float32)
     last = model.get_input_embeddings().weight.shape[0] - 1
     model(torch.tensor([[last, 5, last]])).logits.sum().backward()
     assert float(model.get_input_embeddings().weight.grad[last].abs().max()) > 0

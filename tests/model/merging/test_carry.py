@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tongwen.model.loading import load
+from tongwen.model.loading.locate import locate
 from tongwen.model.loading.names import names_of
 from tongwen.model.merging.carry import restore_unchanged_tensors
 
@@ -31,7 +32,7 @@ def wrapped_base(folder: Path) -> Path:
 
 def test_fp32_save_keeps_the_tower_and_unloaded_tensors(tmp_path: Path) -> None:
     base, out = wrapped_base(tmp_path / "base"), tmp_path / "out"
-    place = load.locate(str(base))
+    place = locate(str(base))
     model = load.load_model(place, torch.float32)
     changed = "model.language_model.layers.0.mlp.up_proj.weight"
     with torch.no_grad():
@@ -46,7 +47,7 @@ def test_fp32_save_keeps_the_tower_and_unloaded_tensors(tmp_path: Path) -> None:
     assert set(before) == set(after) and stored is not None
     assert [name for name in before if not torch.equal(before[name].float(), after[name].float())] == [stored]
     assert after[stored].dtype == torch.float32 and after["mtp.fc.weight"].dtype == torch.bfloat16
-    again = load.load_model(load.locate(str(out)), torch.float32)
+    again = load.load_model(locate(str(out)), torch.float32)
     assert type(again) is type(model) and torch.equal(again.get_parameter(changed), model.get_parameter(changed))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.adapters import logits, make_adapter, merged
 from tests.conftest import tensors, tiny_llama
-from tests.model.merging.test_merge import logits, make_adapter, merged
 from tongwen.model.merging.combine import find_cut
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -108,7 +108,8 @@ def test_incompatible_adapters_are_refused(chat_model: Path, tmp_path: Path, ton
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_merge_uses_the_dequantised_training_base(kind: str, tmp_path: Path, tongwen: Any) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
-    from tongwen.model.loading.load import ModelRef, load_model
+    from tongwen.model.loading.load import load_model
+    from tongwen.model.loading.model_ref import ModelRef
 
     base = tmp_path / "base"
     tiny_llama(base, 90, hidden_size=64, intermediate_size=128)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.adapters import live_logits, logits, make_adapter, merged
 from tests.conftest import tensors, tiny_llama, tiny_moe
-from tests.model.merging.test_merge import logits, make_adapter, merged
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MIXTURE: dict[str, dict[str, Any]] = {
@@ -24,17 +24,6 @@ MIXTURE: dict[str, dict[str, Any]] = {
     "whole layer": {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
 }
 UNTIED = ("tied head", "tied embedding")
-
-
-def live_logits(base: Path, *adapters: Path) -> torch.Tensor:
-    """Of the last adapter, opened by peft, on a base with the others merged by peft."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for folder in adapters[:-1]:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return logits(PeftModel.from_pretrained(model, adapters[-1]))
 
 
 def read_back(folder: Path) -> torch.Tensor:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.adapters import disturb, logits, make_adapter, merged
 from tests.conftest import tensors, tiny_llama
 from tongwen.core import safetensors_io
 from tongwen.core.errors import ArtifactError
 from tongwen.core.model_families import FAMILIES
 from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import from_fp32, to_fp32
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -38,40 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "one layer": {"target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [1]},
 }
 UNTIED = ("untied", "head alone", "head lora", "embedding lora", "head rows", "rows apart")
-
-
-def disturb(adapted: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for part in adapted.parameters():
-            if part.requires_grad:
-                part.add_(torch.randn_like(part) * 0.05)
-
-
-def make_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> Any:
-    """A peft model with disturbed adapter weights, saved; returns it live."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    adapted = get_peft_model(model, LoraConfig(**options))
-    disturb(adapted, seed)
-    adapted.save_pretrained(str(folder))
-    return adapted
-
-
-def merged(tongwen: Any, base: Path, adapters: list[Path], out: Path, *flags: str) -> Path:
-    """`tongwen merge`, which must succeed."""
-    arguments = [word for adapter in adapters for word in ("--adapter", adapter)]
-    code, _, err = tongwen("merge", "--base", base, *arguments, "--out", out, *flags)
-    assert code == 0, err
-    return out
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(40)[None]).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,8 +23,7 @@ pytest.importorskip("gradio")
 import httpx
 
 from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
-from tests.serving.web.page_server import Parrot, make_chat_backend, serving
-from tests.serving.web.test_page import client
+from tests.serving.web.page_server import Parrot, client, make_chat_backend, serving
 from tongwen.commands.web import make_backend
 from tongwen.core import allowed_paths
 from tongwen.serving.web import posted

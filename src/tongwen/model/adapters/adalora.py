@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tongwen.model.loading.load import adapter_type
+from tongwen.model.adapters.config import adapter_type
 
 ALLOCATOR_STATE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the allocator's dicts: tensor -> its statistics
 ADAPTER_MARKERS = ("lora_", "modules_to_save", "trainable_tokens")  # in the names of tensors that peft adds

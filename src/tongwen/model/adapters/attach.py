@@ -19,17 +19,10 @@ from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
-from tongwen.model.adapters.config import is_called, is_named
-from tongwen.model.adapters.targets import (
-    AdapterTargets,
-    find_targets,
-    fused_experts,
-    is_tied,
-    no_module,
-    text_part,
-)
+from tongwen.model.adapters.config import adapter_type, is_called, is_named
+from tongwen.model.adapters.targets import AdapterTargets, find_targets, fused_experts, is_tied, no_module, text_part
 from tongwen.model.kernels.fused_lora import fuse
-from tongwen.model.loading.load import adapter_type, quiet
+from tongwen.model.loading.quiet import quiet
 from tongwen.recipe.training import AdapterConfig, TrainedPart
 
 # Norms of equally initialised rows vary by about 1 / sqrt(2 * width): 1.5 allows 4 times that at a width of 32.

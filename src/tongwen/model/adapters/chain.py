@@ -19,8 +19,12 @@ from tongwen.model.adapters.patterns import check_patterns
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.adapters.targets import is_tied
 from tongwen.model.adapters.whole import check_files, check_loaded
+from tongwen.model.loading.adapter_folder import find_adapter
 from tongwen.model.loading.fingerprint import fingerprint_model
-from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, load_model, quiet
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.loader_errors import explain_errors
+from tongwen.model.loading.model_ref import ModelRef
+from tongwen.model.loading.quiet import quiet
 
 
 def open_adapter_chain(

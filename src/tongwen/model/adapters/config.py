@@ -16,7 +16,7 @@ from typing import Any
 
 from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import _
-from tongwen.model.loading.load import no_adapter_config
+from tongwen.model.loading.adapter_folder import no_adapter_config
 
 # Fields that `read` and `merging` act upon.
 READ = {
@@ -190,3 +190,9 @@ def _defaults_of_peft() -> dict[str, Any]:
 
     fields = dataclasses.fields(LoraConfig)
     return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+
+
+def adapter_type(model: Any) -> str:
+    """Return peft's name for the type of a model's adapter, such as LORA; "" without an adapter."""
+    config = getattr(model, "peft_config", None)
+    return str(next(iter(config.values())).peft_type.value) if config else ""

@@ -12,9 +12,9 @@ from typing import Any
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import _
+from tongwen.model.loading.adapter_folder import adapter_folder
 from tongwen.model.loading.chat_setup import copy_chat_setup
 from tongwen.model.loading.fingerprint import combine, digests_of
-from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import TorchTensors, load_bin
 
 FILES = ("adapter_model.bin", "pytorch_model.bin")

@@ -144,10 +144,11 @@ def describe_unverified(base: str, links: Sequence[AdapterLink]) -> list[str]:
         below = base if number == 0 else links[number - 1].name
         named = link.trained_on
         differs = bool(named) and Path(named).name.lower() != Path(below).name.lower()
-        out.append(
-            _("{link} does not record its base; only shapes and names can be checked").format(link=link.name)
-            + (_(" (it names {named})").format(named=named) if differs else "")
-        )
+        if differs:
+            rule = _("{link} does not record its base; only shapes and names can be checked (it names {named})")
+        else:
+            rule = _("{link} does not record its base; only shapes and names can be checked")
+        out.append(rule.format(link=link.name, named=named))
     return out
 
 
@@ -194,7 +195,9 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
 def _remedy(fingerprint: str, links: Sequence[AdapterLink], wrong: AdapterLink) -> str:
     order = order_that_fits(fingerprint, [(link.recorded, link.fingerprint) for link in links])
     if order is not None:
-        return _("the correct order: ") + " ".join(f"--adapter {links[index].name}" for index in order)
+        return _("the correct order: {order}").format(
+            order=" ".join(f"--adapter {links[index].name}" for index in order)
+        )
     return _("merge onto {trained_on}").format(trained_on=wrong.trained_on)
 
 

@@ -20,7 +20,7 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks, read_header
 from tongwen.model.adapters.config import CHANGES_BASE, is_inside, is_target, read_config
 from tongwen.model.adapters.patterns import check_patterns
-from tongwen.model.loading.load import adapter_folder
+from tongwen.model.loading.adapter_folder import adapter_folder
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
 
 PREFIX = "base_model.model."

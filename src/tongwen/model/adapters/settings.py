@@ -8,7 +8,7 @@ from typing import Any
 
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
-from tongwen.model.loading.load import adapter_folder
+from tongwen.model.loading.adapter_folder import adapter_folder
 from tongwen.recipe.training import AdapterConfig
 
 # Recipe key -> peft's key.

@@ -14,7 +14,8 @@ from tongwen.core.i18n import _
 from tongwen.model.adapters import lineage
 from tongwen.model.adapters.config import is_lora
 from tongwen.model.adapters.read import check_not_empty, open_tensors, read_adapter
-from tongwen.model.loading.load import find_adapter, quiet
+from tongwen.model.loading.adapter_folder import find_adapter
+from tongwen.model.loading.quiet import quiet
 from tongwen.model.loading.tensors import FLOATS
 
 NOT_SAVED = ".ranknum.default"  # AdaLoRA's count of ranks, which only its training reads

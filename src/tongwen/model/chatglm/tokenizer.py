@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tongwen.core.chat_template import shipped_source
+from tongwen.core.shipped_templates import shipped_source
 from tongwen.model.loading.sentencepiece import BLANK, normalizer_of, read_model
 
 IMAGE_TOKENS = 20000  # before the text's, in the first checkpoints

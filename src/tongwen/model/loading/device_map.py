@@ -8,7 +8,8 @@ import torch
 from tongwen.core import console
 from tongwen.core.errors import MachineError
 from tongwen.core.i18n import _
-from tongwen.model.loading.load import ModelRef, build_on_meta, load_config
+from tongwen.model.loading.architecture import build_on_meta, load_config
+from tongwen.model.loading.model_ref import ModelRef
 
 SPARE = 1.2  # memory for weights and activations, relative to the weights
 BITS = {"8bit": "int8", "4bit": "nf4"}

@@ -16,7 +16,8 @@ from typing import Any
 from blake3 import blake3
 
 from tongwen.core.safetensors_io import TensorLocation, TensorSource, blocks, find_tensors, iter_bytes
-from tongwen.model.loading.load import ModelRef, cached_folder
+from tongwen.model.loading.locate import cached_folder
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import TorchTensors, load_bin
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.safetensors_io import find_tensors
-from tongwen.model.loading.load import ModelRef, build_on_meta, cached_folder, load_config
+from tongwen.model.loading.architecture import build_on_meta, load_config
+from tongwen.model.loading.locate import cached_folder
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import BUFFERS
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks, row_bytes, row_count
-from tongwen.model.loading.load import ModelRef, build_on_meta, load_config
+from tongwen.model.loading.architecture import build_on_meta, load_config
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.tensors import Array, from_fp32, read_fp32
 
 KINDS = ("nf4", "int8")

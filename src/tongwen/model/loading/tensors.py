@@ -28,7 +28,9 @@ from tongwen.core.safetensors_io import (
     row_count,
 )
 from tongwen.model.loading import limits
-from tongwen.model.loading.load import ModelRef, check_unquantised, load_model
+from tongwen.model.loading.config_json import check_unquantised
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.model_ref import ModelRef
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # non-weights in old files; models recompute them

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tongwen.core import console
+from tongwen.core.byte_letters import letter_of
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
@@ -102,8 +103,7 @@ def _read_tekken(file: Path) -> Tokenizer | None:
 
 
 def _tokenizer(ids: dict[bytes, int], patterns: Sequence[str], special: dict[str, int]) -> Tokenizer:
-    character_of = _characters()
-    entries = {piece: "".join(character_of[byte] for byte in piece) for piece in ids}
+    entries = {piece: "".join(letter_of()[byte] for byte in piece) for piece in ids}
     merges = [
         (entries[piece[:cut]], entries[piece[cut:]])
         for piece in sorted(ids, key=ids.__getitem__)
@@ -156,11 +156,3 @@ def fix_gguf_pretokenizer(tokenizer: Any, file: Path) -> None:
                 "the file's tokenizer splits text by the unknown rule {name!r}: some ids may differ from the original model's"
             ).format(name=name)
         )
-
-
-def _characters() -> dict[int, str]:
-    """Return byte -> its character in a byte-level vocabulary."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    found: dict[int, str] = bytes_to_unicode()
-    return found

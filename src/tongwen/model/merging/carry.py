@@ -14,7 +14,7 @@ import numpy as np
 
 from tongwen.core.safetensors_io import INDEX, SHARD_BYTES, TensorSource, blocks, find_tensors, plan_shards
 from tongwen.model.adapters.targets import text_part
-from tongwen.model.loading.load import ModelRef
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.names import unused_tensors
 from tongwen.model.loading.tensors import FLOATS, FileTensors, from_fp32, open_model, read_fp32
 

@@ -17,7 +17,11 @@ from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import TensorSource, blocks
 from tongwen.model.adapters.chain import merge_adapter, open_adapter, retie_if_equal
 from tongwen.model.adapters.read import AdapterChange, same_fp32
-from tongwen.model.loading.load import ModelRef, auto_class, explain_errors, load_config, load_model, quiet
+from tongwen.model.loading.architecture import auto_class, load_config
+from tongwen.model.loading.load import load_model
+from tongwen.model.loading.loader_errors import explain_errors
+from tongwen.model.loading.model_ref import ModelRef
+from tongwen.model.loading.quiet import quiet
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, read_fp32, torch_name
 from tongwen.model.merging import parity
 from tongwen.model.merging.merge import ROUNDING, MergeResult, MergeTarget, grow, targets_of, untie

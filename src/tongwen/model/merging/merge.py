@@ -249,12 +249,9 @@ def _check_changed(result: MergeResult) -> None:
         return
     never = len(result.untrained) == len(changed)
     raise ArtifactError(
-        _("the merged model equals the base: ")
-        + (
-            _("the adapter was never trained")
-            if never
-            else _("its changes are smaller than the precision of this dtype")
-        ),
+        _("the merged model equals the base: the adapter was never trained")
+        if never
+        else _("the merged model equals the base: its changes are smaller than the precision of this dtype"),
         place=changed[0].changes[0].place if changed else "",
         remedy="" if never else "--dtype fp32",
     )

@@ -16,14 +16,10 @@ from tongwen.model.loading import chat_setup
 from tongwen.model.loading.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Sft
+from tongwen.workflows.new_rows import are_rows_untrained, new_rows_of
+from tongwen.workflows.record_encoders import DialogueEncoder, make_dialogue_encoder
 from tongwen.workflows.stage_inputs import base_of_stage
-from tongwen.workflows.tokenized_data import (
-    DialogueEncoder,
-    are_rows_untrained,
-    encode_prepared,
-    make_dialogue_encoder,
-    new_rows_of,
-)
+from tongwen.workflows.tokenized_data import encode_prepared
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
 

@@ -9,17 +9,14 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Document
-from tongwen.model.loading import load
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.locate import locate
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Pretrain
+from tongwen.workflows.new_rows import are_rows_untrained, new_rows_of
+from tongwen.workflows.record_encoders import DocumentEncoder, make_document_encoder
 from tongwen.workflows.stage_inputs import advise_keep, base_of_stage
-from tongwen.workflows.tokenized_data import (
-    DocumentEncoder,
-    are_rows_untrained,
-    encode_prepared,
-    make_document_encoder,
-    new_rows_of,
-)
+from tongwen.workflows.tokenized_data import encode_prepared
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
 OPENING = 24  # characters of a held-out document that the model continues, for the report
@@ -63,7 +60,7 @@ def _check_new_rows(base: str, section: Pretrain) -> None:
 
 def _check_learns_text(base: str) -> None:
     """Raise RecipeError for a family that can be trained only on dialogues."""
-    kind = load.load_config(load.locate(base)).model_type
+    kind = load_config(locate(base)).model_type
     family = family_of(kind)
     if family and family.dialogues_only:
         raise RecipeError(

@@ -15,11 +15,11 @@ import torch
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
-from tongwen.data.encode import token_bytes
+from tongwen.data.token_bytes import token_bytes
 from tongwen.model.adapters.adalora import rank_allocator
 from tongwen.model.adapters.settings import check_continued
 from tongwen.model.kernels.loss import learned_loss
-from tongwen.model.loading import load
+from tongwen.model.loading import devices
 from tongwen.model.loading.fingerprint import fingerprint_tokenizer
 from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.train import trackers
@@ -60,7 +60,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
         trackers.check(job.recipe.track)
     check_continued(job.section.adapter, job.stage)
     report_ledger(job.data)
-    device = load.compute_device()
+    device = devices.compute_device()
     phases = plan_phases(job, device, artifact.partial_of(out) / "checkpoints")
     with _explain_out_of_memory(job, phases, device) as opened:
         # Prepare the model: open the base, attach the adapter, place both on the device.
@@ -293,7 +293,7 @@ def _out_of_memory(
         section = job.section.model_copy(update={"activation_checkpointing": "on"})
         recipe = recipe.model_copy(update={job.stage: section})
     micro_tokens = max(int(lengths[list(micro)].sum()) for phase in phases for micro in phase.plan.flat())
-    native = load.compute_dtype("auto", device)[0] != torch.float32
+    native = devices.compute_dtype("auto", device)[0] != torch.float32
     half = "auto" if native else "fp16" if device == "cuda" else ""
     firsts = dict[str, str]()
     for change in cheaper(recipe, job.stage, int(lengths.max()), micro_tokens, half):
@@ -301,10 +301,9 @@ def _out_of_memory(
     return MachineError(
         _("out of memory: {error}").format(error=first_line(error)[:160]),
         place=job.stage,
-        remedy=_("try in this order, each in addition to the ones before: ")
-        + " ".join(firsts.values())
-        + _("; then ")
-        + last_resort(job.section),
+        remedy=_("try in this order, each in addition to the ones before: {changes}; then {last}").format(
+            changes=" ".join(firsts.values()), last=last_resort(job.section)
+        ),
     )
 
 

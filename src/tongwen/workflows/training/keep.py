@@ -13,7 +13,7 @@ from tongwen.core import console
 from tongwen.core.i18n import _
 from tongwen.model.adapters.interpolation import Interpolation
 from tongwen.train.parallel import broadcast_from_rank0
-from tongwen.workflows.tokenized_data import are_rows_untrained, new_rows_of
+from tongwen.workflows.new_rows import are_rows_untrained, new_rows_of
 from tongwen.workflows.training.own_answers import OwnAnswers
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 

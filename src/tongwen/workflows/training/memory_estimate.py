@@ -24,8 +24,10 @@ from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import recompute
 from tongwen.model.kernels.fused_blocks import FUSED_DTYPES, fuse_blocks
 from tongwen.model.kernels.loss import head_rows, learned_loss, use_blockwise_head
-from tongwen.model.loading import load
+from tongwen.model.loading.architecture import build_on_meta
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.quantized import without_compiler
+from tongwen.model.loading.quiet import quiet
 from tongwen.recipe.training import AdapterConfig, TrainedPart
 from tongwen.train.memory import (
     CUDA_CONTEXT,
@@ -207,14 +209,14 @@ def estimate_files(
 
 def _build_on_meta(config: Any, setting: TrainingSetup) -> tuple[attach.AdaptedModel, list[int]]:
     """Return the adapted model on the meta device, and the sizes of its quantisable matrices."""
-    model = load.build_on_meta(config).to(attach.base_dtype(setting.parts, setting.dtype))
+    model = build_on_meta(config).to(attach.base_dtype(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
         for module in linear:
             module.__class__ = QuantizedLinear
     adapter = setting.adapter.model_copy(update={"continue_from": None})  # same shapes, no files
-    with torch.device("meta"), load.quiet(), without_compiler():
+    with torch.device("meta"), quiet(), without_compiler():
         rows = list(range(setting.rows))
         adapted = attach.make_trainable(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     return adapted, [module.weight.numel() for module in linear]
@@ -257,7 +259,7 @@ def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: M
     }
 
 
-def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
+def measure(place: ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
     """Return (seconds per token forward and backward, seconds per optimizer step), measured with the real weights on
     one micro-batch of the plan, after a warm-up."""
     model, _ = open_adapter_chain(place, attach.base_dtype(setting.parts, setting.dtype), setting.quantize)

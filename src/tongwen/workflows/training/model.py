@@ -22,14 +22,21 @@ from tongwen.data.token_store import TokenStore
 from tongwen.infer.generation import ROWS, Sampling, TextGenerator
 from tongwen.model.adapters import attach
 from tongwen.model.adapters.chain import open_adapter_chain, resize_for_adapter
+from tongwen.model.adapters.config import adapter_type
 from tongwen.model.kernels import checkpointing, packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss, use_blockwise_head
 from tongwen.model.kernels.recurrent import carries_state, missing_packages
-from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading import chat_setup, devices
+from tongwen.model.loading.adapter_folder import find_adapter
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.config_json import check_trainable
 from tongwen.model.loading.fingerprint import fingerprint_model
+from tongwen.model.loading.locate import locate
+from tongwen.model.loading.model_ref import ModelRef
 from tongwen.model.loading.names import unused_tensors
 from tongwen.model.loading.special_tokens import fix_stop_tokens
+from tongwen.model.loading.tokenizer import check_ids_have_rows, check_tokenizer
 from tongwen.model.merging.carry import restore_unchanged_tensors
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
@@ -38,7 +45,7 @@ from tongwen.train.packing import BatchPlan, MicroBatches, fill, pack, pad, to_d
 from tongwen.train.parallel import Engine, sharding_plan, trainable_to_fp32
 from tongwen.train.phase import Phase
 from tongwen.train.try_batch import fits
-from tongwen.workflows.tokenized_data import RecordEncoder
+from tongwen.workflows.record_encoders import RecordEncoder
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
 # What a model's own code raises for inputs that it was not written for.
@@ -48,18 +55,18 @@ FREE_SHARE = 0.03  # share of a GPU's memory to leave free when trying a micro-b
 
 def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: Engine) -> PreparedModel:
     """Open the base, check it against its tokenizer, attach what the recipe trains, and place it on the device."""
-    section, place = job.section, load.locate(job.base)
+    section, place = job.section, locate(job.base)
     tokenizer = job.record_encoder.tokenizer
-    dtype, dtype_reason = load.compute_dtype(section.precision, device)
+    dtype, dtype_reason = devices.compute_dtype(section.precision, device)
     trained = {part for phase in phases for part in phase.parts}
 
     # Open the base, and check what its files say.
-    load.check_trainable(place)
+    check_trainable(place)
     with console.waiting(_("opening the base")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         kept = attach.base_dtype(trained, dtype)
         if engine.name == "fsdp2" and attach.trains_base(trained):  # it becomes fp32 when it is sharded
-            kept = load.load_config(place).dtype or kept
+            kept = load_config(place).dtype or kept
         model, fingerprint = open_adapter_chain(place, kept, quantize)
         model.config.use_cache = False
         own_attention = packed_attention.name_in_use(model)
@@ -70,11 +77,11 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
             ).format(count=len(unused), first=unused[0])
         )
     if section.adapter.continue_from:
-        resize_for_adapter(model, load.find_adapter(Path(section.adapter.continue_from)))
-    if load.check_tokenizer(tokenizer, model, place):
+        resize_for_adapter(model, find_adapter(Path(section.adapter.continue_from)))
+    if check_tokenizer(tokenizer, model, place):
         rows = model.get_input_embeddings().weight.shape[0]
         for store in (job.data.store, *job.data.held_out_stores.values()):
-            load.check_ids_have_rows(store.ids, tokenizer, rows, str(job.prepared.path))
+            check_ids_have_rows(store.ids, tokenizer, rows, str(job.prepared.path))
     fix_stop_tokens(tokenizer, model, job.base)
     _check_lengths(model.config, job)
     audit.check_finite_base(model)
@@ -348,18 +355,18 @@ def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: d
     model, tokenizer = prepared.model, job.record_encoder.tokenizer
     packed_attention.restore(model, prepared.own_attention)
     model.config.use_cache = True
-    place = load.locate(job.base)
+    place = locate(job.base)
     if prepared.adapted.trains_only_rows:
-        base, _unused = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
+        base, _unused = open_adapter_chain(place, load_config(place).dtype or torch.float32)
         fix_stop_tokens(tokenizer, base, job.base)
         prepared.adapted.copy_rows_into(base, whole)
         base.save_pretrained(str(folder))
         restore_unchanged_tensors(base, place, folder)
     else:
         prepared.adapted.save(folder, whole)
-        if not load.adapter_type(model):
+        if not adapter_type(model):
             restore_unchanged_tensors(model, place, folder)
     chat_setup.save_tokenizer(tokenizer, job.template, folder)
     chat_setup.save_generation_config(model, prepared.stops, folder)
     check_adapter_saved(folder)
-    return fingerprint_model(load.ModelRef(str(folder), str(folder))) or ""
+    return fingerprint_model(ModelRef(str(folder), str(folder))) or ""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tongwen.core import artifact, console, distributed
-from tongwen.core.chat_template import separate_control_tokens
+from tongwen.core.control_tokens import separate_control_tokens
 from tongwen.core.errors import ModelError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Message

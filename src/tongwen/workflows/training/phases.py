@@ -14,7 +14,8 @@ from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.data.preference_store import Samples
-from tongwen.model.loading import load
+from tongwen.model.loading.architecture import load_config
+from tongwen.model.loading.locate import locate
 from tongwen.recipe.phases import training_phases
 from tongwen.train.checkpoints import newest_checkpoint, read_manifest, step_of
 from tongwen.train.memory import own_memory, token_budget
@@ -29,7 +30,7 @@ from tongwen.workflows.training.types import PreparedModel, TrainingJob
 def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]:
     """Return the recipe's phases with their batches. A phase begins with an epoch that no earlier one has used."""
     section, phases = job.section, list[Phase]()
-    config = load.load_config(load.locate(job.base))
+    config = load_config(locate(job.base))
     budget = token_budget(device, config, own_memory(device), full="full" in section.trained_parts)
     steps, epochs = 0, 0
     for number, resolved in enumerate(training_phases(section), 1):

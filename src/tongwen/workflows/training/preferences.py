@@ -22,8 +22,9 @@ from tongwen.model.loading.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Prefer
 from tongwen.train.packing import MicroBatches, fill, to_device
+from tongwen.workflows.record_encoders import PreferenceEncoder, make_preference_encoder
 from tongwen.workflows.stage_inputs import base_of_stage
-from tongwen.workflows.tokenized_data import PreferenceEncoder, encode_prepared, make_preference_encoder
+from tongwen.workflows.tokenized_data import encode_prepared
 from tongwen.workflows.training.dialogues import make_prompts
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 

@@ -15,8 +15,9 @@ from tongwen.model.adapters.attach import AdaptedModel
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Forgetting, Pretrain, Training
 from tongwen.train.parallel import Engine, reshard
+from tongwen.workflows.record_encoders import RecordEncoder
 from tongwen.workflows.stage_inputs import base_of_stage, training_settings
-from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData
+from tongwen.workflows.tokenized_data import TokenizedData
 
 
 @dataclass(frozen=True)

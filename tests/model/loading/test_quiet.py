@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from tongwen.model.loading.load import quiet
+from tongwen.model.loading.quiet import quiet
 
 
 def test_concurrent_loads_restore_stderr_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
