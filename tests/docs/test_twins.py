@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tests.docs.test_readme import ROOT
-
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ENGLISH = sorted(page.stem for page in DOCS.glob("*.md") if not page.stem.endswith("_zh"))
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
