@@ -235,6 +235,7 @@ def test_read_only_folder_exits_with_code_5(chat_model: Path, tmp_path: Path, to
     assert tongwen("run", write_recipe(tmp_path, chat_model))[0] == 5
 
 
+@pytest.mark.sample("error0")
 @pytest.mark.parametrize(
     "error",
     [

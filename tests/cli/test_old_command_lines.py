@@ -146,7 +146,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-@pytest.mark.sample("belle:8")
+@pytest.mark.sample()
 @pytest.mark.parametrize("name", WANTED)
 def test_training_command_writes_the_settings_of_its_readme(
     name: str,

@@ -70,7 +70,7 @@ def test_estimated_memory_matches_a_real_step(method: str, chat_model: Path) -> 
     assert found.bytes["optimizer"] == 8 * found.shape.trainable
 
 
-@pytest.mark.sample("lora-how1")
+@pytest.mark.sample()
 @pytest.mark.parametrize("how", [{}, {"dtype": torch.bfloat16, "checkpointing": True}])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_estimate_extrapolates_from_few_layers(

@@ -494,7 +494,7 @@ def test_prompt_learning_adapters_can_chat(kind: str, chat_model: Path, tmp_path
     assert led.chat([{"role": "user", "content": "你好"}], max_new_tokens=4)
 
 
-@pytest.mark.sample("1e-9-True")
+@pytest.mark.sample()
 @pytest.mark.parametrize(("rate", "reported"), [("1e-9", True), ("1e-2", False)])
 def test_flat_loss_is_reported(rate: str, reported: bool, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     code, out, _ = tongwen(

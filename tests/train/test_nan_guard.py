@@ -103,6 +103,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, name: str, before: Any) -> None:
     monkeypatch.setattr(PlannedTrainer, name, method)
 
 
+@pytest.mark.sample("loss")
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_before_the_weights_move(
     where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch

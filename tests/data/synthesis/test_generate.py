@@ -210,7 +210,7 @@ def test_transient_error_is_retried(faults: Callable[..., Any], fault: str, monk
     assert ask(section(server.url, seconds=seconds))[0][0] == storm.answer("q")
     assert server.requests["q"] == 3
     server = faults(fault)
-    (error,) = ask(section(server.url, seconds=seconds))
+    (error,) = ask(section(server.url, seconds=seconds / 2))
     assert isinstance(error, client.RequestFailed) and str(error) and server.requests["q"] == 3
 
 
