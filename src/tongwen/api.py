@@ -17,12 +17,13 @@ import yaml
 from tongwen.core.artifact import Artifact, read_json
 from tongwen.core.errors import ArtifactError, RecipeError, RowRejected
 from tongwen.core.i18n import _
+from tongwen.workflows.stage_inputs import TRAINING
 
 if TYPE_CHECKING:
     from tongwen.recipe.schema import Recipe
     from tongwen.workflows.chat_model import ChatModel
 
-TRAINING = ("prefer", "sft", "pretrain")  # the last one that ran is reported
+LATEST_FIRST = TRAINING[::-1]  # the last training stage that ran is reported
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class RunResult:
     @property
     def model(self) -> Path:
         """The folder of the run's last model or adapter. Raises ArtifactError if no stage makes one."""
-        for name in ("merge", *TRAINING, "vocab"):
+        for name in ("merge", *LATEST_FIRST, "vocab"):
             if name in self.stages:
                 return self.stages[name].path
         raise ArtifactError(_("no stage of this run makes a model"), place=str(self.folder))
@@ -63,7 +64,7 @@ class RunResult:
         return open_chat_model(str(self.model), **options)
 
     def _training(self, stage: str) -> Path:
-        names = [stage] if stage else TRAINING
+        names = [stage] if stage else LATEST_FIRST
         for name in names:
             if name in self.stages:
                 return self.stages[name].path
@@ -80,7 +81,7 @@ class RunResult:
             f"<tr><td>{escape(name)}</td><td>{escape(path)}</td><td>{seconds}</td></tr>" for name, path, seconds in rows
         )
         table = f"<table><tr><th>{_('stage')}</th><th>{_('folder')}</th><th>{_('seconds')}</th></tr>{body}</table>"
-        trained = [name for name in TRAINING if name in self.stages]
+        trained = [name for name in LATEST_FIRST if name in self.stages]
         points = [(line["step"], line["loss"]) for line in self.metrics(trained[0])] if trained else []
         return table + (str(html.curve(points, _("step"), _("loss"))) if points else "")
 
@@ -163,19 +164,11 @@ def merge(
 
     options: those of `tongwen.workflows.merging.MergeOptions`, such as dtype="bf16", to="pth", parity="full".
     """
-    from dataclasses import asdict
-
-    from tongwen.core import originals
+    from tongwen.commands.merge import merge_into
     from tongwen.workflows.merging import MergeOptions
-    from tongwen.workflows.merging import merge as merge_into
 
     names = [str(adapters)] if isinstance(adapters, (str, Path)) else [str(one) for one in adapters]
-    chosen = MergeOptions(**options)
-    originals.clear_path(Path(out), [str(base), *names], again=again)
-    settings = {"base": str(base), "adapters": names} | {
-        key: value for key, value in asdict(chosen).items() if key != "force"
-    }
-    return merge_into(str(base), names, Path(out), settings, chosen)
+    return merge_into(str(base), names, str(out), MergeOptions(**options), again=again)
 
 
 def load_data(path: str | Path, kind: str = "", **source: Any) -> LoadedData:

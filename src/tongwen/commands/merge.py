@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tongwen.core import console, originals
+from tongwen.core.artifact import Artifact
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.model.merging.combine import Combination
@@ -14,6 +15,12 @@ from tongwen.workflows.merging import MergeOptions, merge
 
 
 def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> int:
+    result = merge_into(base, adapters, out, options, again=again)
+    console.emit({"out": out, **{key: value for key, value in result.manifest.items() if key != "tensors"}})
+    return 0
+
+
+def merge_into(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> Artifact:
     """Merge into a new folder. again: rename an existing folder instead of refusing."""
     target = Path(out)
     originals.clear_path(target, [base, *adapters], again=again)
@@ -22,9 +29,7 @@ def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, agai
         "adapters": adapters,
         **{key: value for key, value in asdict(options).items() if key != "force"},
     }
-    result = merge(base, adapters, target, chosen, options)
-    console.emit({"out": out, **{key: value for key, value in result.manifest.items() if key != "tensors"}})
-    return 0
+    return merge(base, adapters, target, chosen, options)
 
 
 def make_combination(
