@@ -144,6 +144,17 @@ def test_llama_cpp_gives_the_same_ids_and_tokens(
         check_greedy(there, model, tokenizer(line)["input_ids"][:40], 24)
 
 
+def test_a_vocabulary_whose_ids_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    from tongwen.export.gguf_vocab import read_vocabulary
+
+    make_tokenizer(tmp_path, "byte level")
+    definition = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["model"]["vocab"] |= {"M": {"chosen": 455}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(ModelError, match="not a tokenizer"):
+        read_vocabulary(tmp_path, 400)
+
+
 def test_pretokenizer_pattern_is_recognised(tmp_path: Path) -> None:
     from tongwen.core.errors import ModelError
     from tongwen.core.model_families import PATTERNS

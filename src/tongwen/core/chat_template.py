@@ -56,11 +56,10 @@ from tongwen.core.shipped_templates import (
     shipped_source,
     with_prefix,
 )
-from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton
+from tongwen.core.template_cache import SENTINEL, RenderSkeleton, make_skeleton, outline
 from tongwen.core.template_environment import LEARN_FROM, LEARN_TO, compile_template, names_used
 from tongwen.core.template_guard import GUARD, TemplateFailure
 
-TAGS = frozenset(("<", "[", "◁"))  # begin a tag: such a text is never rendered from a skeleton
 OWN_THINKING = re.compile(r"reasoning|thinking|thought", re.IGNORECASE)
 SIMPLE = {"role", "content", "learn"}  # keys of a turn that every template reads in one way
 ANSWER: Turn = {"role": "assistant", "content": "A"}
@@ -80,6 +79,7 @@ TOOL = {
 CALL = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
 TRIES = 2  # rows of one outline for which all layouts are tried in vain
 SHAPES = 10_000  # proofs that are kept
+REPEATS = 3  # rows of one shape that are rendered before it gets a skeleton, where the shapes are many: calls of tools
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Template:
     usual: MessageLayout = DEFAULT_LAYOUT
     tools: Tools = ()
     tool_use: Template | ModelError | None = None
-    skeletons: dict[Any, RenderSkeleton | None] = field(default_factory=dict, compare=False, repr=False)
+    skeletons: dict[Any, RenderSkeleton | int | None] = field(default_factory=dict, compare=False, repr=False)
     shapes: dict[Any, TurnShape | RowRejected] = field(default_factory=dict, compare=False, repr=False)
     layouts: dict[Any, list[MessageLayout]] = field(default_factory=dict, compare=False, repr=False)
     failures: dict[Any, int] = field(default_factory=dict, compare=False, repr=False)
@@ -238,7 +238,7 @@ class Template:
             try:
                 if self._renders_here:
                     found = self.samples(dialogue, learn, thinking)
-                elif found := None if dialogue.tools else self._filled(dialogue, learn, thinking):
+                elif found := self._filled(dialogue, learn, thinking):
                     self._refuse_control_tokens(dialogue)
             except RowRejected as error:
                 out.append(error)
@@ -295,26 +295,28 @@ class Template:
 
     def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderSkeleton | None:
         """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
-        if dialogue.tools:
+        uses_tools = bool(dialogue.tools) or any(message.tool_calls for message in dialogue.messages)
+        if uses_tools and not self._renders_here:  # the other process has a skeleton of its own
             return None
-        parts: list[Any] = [learn, thinking]
-        for message in dialogue.messages:
-            if message.tool_calls or message.name is not None or message.tool_call_id is not None:
-                return None
-            thought = message.thinking
-            if message.content.lstrip()[:1] in TAGS or (thought is not None and thought.lstrip()[:1] in TAGS):
-                return None
-            parts += message.role, message.learn, thought is not None
-        shape = tuple(parts)
-        if shape not in self.skeletons:
-            self.skeletons[shape] = make_skeleton(
-                dialogue.messages,
-                lambda messages, prove: [
-                    sample.spans
-                    for sample in self._samples(replace(dialogue, messages=messages), learn, thinking, prove)
-                ],
-            )
-        return self.skeletons[shape]
+        if (common := outline(dialogue.messages)) is None:
+            return None
+        tools = json.dumps(dialogue.tools, ensure_ascii=False) if dialogue.tools else ""
+        shape = learn, thinking, tools, common
+        found = self.skeletons.get(shape, 0)
+        if not isinstance(found, int):
+            return found
+        if uses_tools and found < REPEATS:
+            if len(self.skeletons) >= SHAPES:
+                self.skeletons.clear()
+            self.skeletons[shape] = found + 1
+            return None
+        self.skeletons[shape] = made = make_skeleton(
+            dialogue.messages,
+            lambda messages, prove: [
+                sample.spans for sample in self._samples(replace(dialogue, messages=messages), learn, thinking, prove)
+            ],
+        )
+        return made
 
     def _render_turns(
         self, turns: list[Turn], tools: Tools, answers: Sequence[int], prove: bool = True

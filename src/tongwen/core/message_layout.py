@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
+from tongwen.core.template_cache import dump_json
+
 Turn = dict[str, Any]  # OpenAI's form of a message, as `Message.to_dict` writes it
 Tools = Sequence[dict[str, Any]]
 
@@ -113,13 +115,9 @@ def apply_layout(
         return out, definitions
     if not out or out[0]["role"] != "system":
         out.insert(0, {"role": "system", "content": ""})
-    listed: Any = definitions if layout.tools == "system" else _dump(definitions)
+    listed: Any = definitions if layout.tools == "system" else dump_json(definitions)
     out[0] = {**out[0], "tools": listed}
     return out, None
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def body_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -251,5 +249,5 @@ def _call(call: dict[str, Any], form: str) -> dict[str, Any]:
         inner = {key: call[key] for key in ("name", "arguments") if key in call}
     arguments = read_arguments(inner.get("arguments"))
     if form == "text" and not isinstance(arguments, str):
-        arguments = _dump(arguments if arguments is not None else {})
+        arguments = dump_json(arguments if arguments is not None else {})
     return {"type": "function", **head, "function": {**inner, "arguments": {} if arguments is None else arguments}}

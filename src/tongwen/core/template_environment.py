@@ -5,7 +5,6 @@ It follows transformers' (`utils/chat_template_utils.py`): sandboxed, trim_block
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ import jinja2.sandbox
 
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
+from tongwen.core.template_cache import dump_json
 
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
@@ -49,9 +49,7 @@ def compile_template(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options
-    )
+    environment.filters["tojson"] = dump_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:

@@ -128,7 +128,7 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict
     assert process.stdin and process.stdout
     line = b""
     with suppress(OSError):
-        process.stdin.write(json.dumps(request, default=_plain).encode() + b"\n")
+        process.stdin.write(_line(request))
         process.stdin.flush()
         line = process.stdout.readline()
     if line.endswith(b"\n"):
@@ -142,7 +142,8 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict
 def _batches(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     """Yield the rows as JSON, in requests of limited size."""
     batch: list[str] = []
-    for text in map(json.dumps, rows):
+    for row in rows:
+        text = json.dumps(row, ensure_ascii=False)
         if batch and (len(batch) == BATCH or sum(map(len, batch)) + len(text) > BATCH_BYTES):
             yield batch
             batch = []
@@ -165,8 +166,8 @@ def _limit_error(name: str, limit: str) -> ModelError:
 
 
 def _read_slot(slot: Sequence[Any]) -> Slot:
-    message, field, steps = slot
-    return Slot(message, field, tuple((method, text) for method, text in steps))
+    message, path, steps = slot
+    return Slot(message, tuple(path), tuple((method, text) for method, text in steps))
 
 
 def _read_reply(reply: Mapping[str, Any], trace: RenderTrace | None) -> str:
@@ -185,8 +186,13 @@ def _read_reply(reply: Mapping[str, Any], trace: RenderTrace | None) -> str:
     raise TemplateFailure(kind, message)
 
 
+def _line(message: Mapping[str, Any]) -> bytes:
+    """Return a request or a reply as a line of JSON, lone surrogates included."""
+    return json.dumps(message, ensure_ascii=False, default=_plain).encode("utf-8", "surrogatepass") + b"\n"
+
+
 def _plain(value: Any) -> Any:
-    return [value.message, value.field, value.steps] if isinstance(value, Slot) else list(value)
+    return [value.message, value.path, value.steps] if isinstance(value, Slot) else list(value)
 
 
 def serve(chat_template: Any) -> None:
@@ -207,15 +213,16 @@ def serve(chat_template: Any) -> None:
             if "rows" in request:
                 if number not in templates:
                     templates[number] = _make(chat_template, **json.loads(sources[number]))
-                answer = json.dumps(_samples(templates[number], request))
+                answer = _samples(templates[number], request)
             else:
-                answer = json.dumps(_render(compile_template, sources[number], request), default=_plain)
+                answer = _render(compile_template, sources[number], request)
         except MemoryError:
-            answer = json.dumps({"limit": "memory"})
+            answer = {"limit": "memory"}
         except Exception:
-            answer = json.dumps({"bug": traceback.format_exc()})
+            answer = {"bug": traceback.format_exc()}
+        reply = _line(answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(answer.encode() + b"\n")
+        sys.stdout.buffer.write(reply)
         sys.stdout.buffer.flush()
 
 

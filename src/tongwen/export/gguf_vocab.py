@@ -19,6 +19,7 @@ from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
 from tongwen.core.rowless_tokens import read_rowless
+from tongwen.core.tokenizer_json import open_definition
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
@@ -51,9 +52,10 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     Raises ModelError for a tokenizer that llama.cpp does not support.
     """
     definition = read_json(folder / "tokenizer.json")
+    open_definition(definition, str(folder / "tokenizer.json"))
     model = definition["model"]
-    if model["type"] != "BPE":
-        raise _unknown(f"model {model['type']}")
+    if model.get("type") != "BPE":
+        raise _unknown(f"model {model.get('type')}")
     tokens = {int(index): token for token, index in model["vocab"].items()}
     added = {int(token["id"]): token for token in definition.get("added_tokens", ())}
     spare, needed = read_rowless(folder, rows)
@@ -178,8 +180,6 @@ def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, st
     stops = stops if isinstance(stops, list) else [stops]
     for name, stop in zip(ENDS, dict.fromkeys(stop for stop in stops if isinstance(stop, int)), strict=False):
         special[name] = stop  # the stop tokens of training in the model's order, rather than the base's
-    from tongwen.core.tokenizer_json import open_definition
-
     before = open_definition(definition, str(folder / "tokenizer.json")).encode("").ids
     return special, "bos" in special and before[:1] == [special["bos"]]
 

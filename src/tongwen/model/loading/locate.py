@@ -29,7 +29,7 @@ def locate(name: str) -> ModelRef:
         check_header(path)
         return ModelRef(name, str(path.parent), gguf=path.name)
     if not path.exists():
-        if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        if not _is_hub_id(name):
             raise ModelError(
                 _("there is no such folder"),
                 place=name,
@@ -37,6 +37,17 @@ def locate(name: str) -> ModelRef:
             )
         return ModelRef(name, name)
     return _locate_local(name, path)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _locate_local(name: str, path: Path) -> ModelRef:
