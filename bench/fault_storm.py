@@ -127,7 +127,7 @@ def faults(sandbox: Sandbox, name: str, every: int) -> dict[str, Any]:
             wrong = {
                 "tracebacks": "Traceback" in said or code not in (0, 5),
                 "originals_touched": bool(touched or changed_files(before, snapshot(sandbox.work))),
-                "not_continued": again != 0 and not (code == 0 and again == 2),  # done, and so refused
+                "not_continued": again != 0 and not (again == 2 and storm.result() == wanted),  # done, and so refused
                 "other_result": (again == 0 or code == 0) and storm.result() != wanted,
             }
             found["faults"] += 1

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Errors of a path that cannot be what it is used for: too long, through a file, a folder, or in a circle.
 NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-# Messages of the writers of safetensors (Rust) and torch (C++) when a write to the disk fails.
-WRITE_FAILED = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +105,7 @@ def _fail(code: int, message: str) -> int:
 def _machine_cause(error: Exception) -> str | None:
     """Return a message for an error of the machine (disk, memory, permission); None for a bug of ours."""
     from tongwen.core.distributed import is_lost_peer
-    from tongwen.core.errors import is_disk_full, is_out_of_memory
+    from tongwen.core.errors import is_disk_error, is_disk_full, is_out_of_memory
 
     text = str(error)
     if is_out_of_memory(error):
@@ -128,7 +126,7 @@ def _machine_cause(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _("permission denied: {text}\n  → choose another `out`").format(text=text)
-    if number == errno.EIO or any(fragment in text for fragment in WRITE_FAILED):
+    if is_disk_error(error):
         return _("the disk reports an error: {text}\n  → nothing committed is lost: the same command continues").format(
             text=text
         )

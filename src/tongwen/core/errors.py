@@ -121,6 +121,12 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk itself failed, in reading or in writing; safetensors (Rust) and torch (C++) set no errno."""
+    phrases = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
+    return getattr(error, "errno", None) == errno.EIO or any(phrase in str(error) for phrase in phrases)
+
+
 def raise_all(errors: Sequence[TongwenError]) -> None:
     """Raise the one error, or all of them together; do nothing for an empty list."""
     if len(errors) == 1:

@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tongwen.core.errors import MachineError, MissingPackage, ModelError, first_line, is_out_of_memory
+from tongwen.core.errors import (
+    MachineError,
+    MissingPackage,
+    ModelError,
+    first_line,
+    is_disk_error,
+    is_disk_full,
+    is_out_of_memory,
+)
 from tongwen.core.i18n import _
 from tongwen.model.loading.config_json import read_model_type
 from tongwen.model.loading.model_ref import ModelRef
@@ -27,7 +35,7 @@ class explain_errors:  # noqa: N801
             return
         if isinstance(error, (ModelError, MachineError)):
             return
-        if is_out_of_memory(error):  # the command itself reports the remedy
+        if is_out_of_memory(error) or is_disk_full(error) or is_disk_error(error):  # the command reports the remedy
             return
         text = str(error)
         reason = first_line(error)
