@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,8 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
             length = store.lengths[index]
             console.header(str(store.origin(index)), ngettext("{n} token", "{n} tokens", length).format(n=length))
             _print(tokenizer, store, index, stop)
-    console.info(f"\n{description}")
+    legend = "" if page or console.has_colour() else _("⟦…⟧: learned") + "\n"
+    console.info(f"\n{legend}{description}")
     first = {one["reason"]: one for one in reversed(rejected)}
     for reason, count in Counter(one["reason"] for one in rejected).most_common():
         console.notice(
@@ -93,6 +96,12 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
 
 
 def _print(tokenizer: Any, store: TokenStore, index: int, stop: int) -> None:
+    """Print a sample, what is learned in colour, or in double brackets where there is none."""
+    if not console.has_colour():
+        groups = groupby(pieces(tokenizer, store, index), key=itemgetter(2))
+        texts = ((learned, "".join(text for text, _token, _learned in group)) for learned, group in groups)
+        console.show(console.styled(*(f"⟦{text}⟧" if learned else text for learned, text in texts)))
+        return
     parts = [
         (text, ("black on yellow" if token == stop else "black on green") if learned else "dim")
         for text, token, learned in pieces(tokenizer, store, index)

@@ -52,6 +52,11 @@ def styled(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*((visible(text.replace("\r\n", "\n")), style) for text, style in pairs))
 
 
+def has_colour() -> bool:
+    """Whether the terminal shows colours: it is one, and NO_COLOR is not set."""
+    return SCREEN.console.color_system is not None and not SCREEN.console.no_color
+
+
 def show(shown: RenderableType, *, soft_wrap: bool = False) -> None:
     """Print styled text, a tree or a table."""
     if SCREEN.is_active:

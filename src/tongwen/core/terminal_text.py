@@ -23,6 +23,8 @@ ASCII = {
     "—": "-",
     "–": "-",
     "≤": "<=",
+    "⟦": "[[",
+    "⟧": "]]",
 }
 DEGRADED = "tongwen.degraded"  # the name of the error handler
 
