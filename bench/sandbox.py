@@ -118,7 +118,7 @@ class Sandbox:
         for name in ("manifest.json", "report.json", "report.html", "metrics.jsonl"):
             (self.models / "adapter" / name).unlink(missing_ok=True)
         write_rows(self.models / "data.jsonl", dialogues(12))
-        (self.models / "prompts.txt").write_text("鲲鹏，你好\n鲲鹏今天\n", encoding="utf-8")
+        (self.models / "prompts.txt").write_text("鲲鹏展翅，鲲鹏展翅\n" * 2, encoding="utf-8")
         (self.models / "recipe.yaml").write_bytes(recipe_with()["recipe.yaml"])
         self.backend: Any = None
 
