@@ -42,16 +42,17 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
     )
     rows = list[dict[str, Any]]()
     for position, result in enumerate(_read(list(inputs)) if to_run else outcomes, 1):
-        _report(result)
+        target = out or (f"{result.recipe['out']}.yaml" if to_run and result.recipe else "")
+        mark = "# " if result.recipe and not target else ""  # what is printed is a recipe file as it stands
+        _report(result, mark)
         lines, text = result.commands, ""
         if result.recipe:
             text = as_yaml(result.recipe, result.old)
-            target = out or (f"{result.recipe['out']}.yaml" if to_run else "")
             read(text, target or "recipe.yaml")  # as `run` would, with every problem
             _output_recipe(text, target)
             lines = [["run", target or "RECIPE", *(_device_overrides(result.recipe) if to_run else [])]]
         for line in lines:
-            console.info(f"  {_assignments(result)}{shlex.join(['tongwen', *line])}")
+            console.info(f"{mark}  {_assignments(result)}{shlex.join(['tongwen', *line])}")
         if to_run:
             os.environ.update(result.environment)
         for number, line in enumerate(lines, 1):
@@ -109,10 +110,11 @@ def _read(inputs: list[str]) -> Iterator[MigrationResult]:
         yield migrate_command(inputs, current_id)
 
 
-def _report(result: MigrationResult) -> None:
-    console.header(result.project, result.old)
+def _report(result: MigrationResult, mark: str) -> None:
+    """Print what became of the old command. mark: what each line begins with."""
+    console.header(mark + result.project, result.old)
     for note in result.notes:
-        console.notice(note)
+        console.show(console.styled(mark, ("!", "yellow"), f" {note}"), soft_wrap=True)
     verdicts = {
         "kept": _("kept"),
         "renamed": _("renamed"),
@@ -123,14 +125,14 @@ def _report(result: MigrationResult) -> None:
         flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
         new = f" → {verdict.becomes}" if verdict.becomes else ""
         why = f"  ({verdict.why})" if verdict.why else ""
-        console.info(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
+        console.info(f"{mark}  {verdicts[verdict.verdict]}  {flag}{new}{why}")
     if result.instead:
-        console.info(f"  {result.instead}")
+        console.info(f"{mark}  {result.instead}")
     if result.launch:
         options = " ".join(f"--{name} {value}" for name, value in result.launch.items())
         if "nnodes" in result.launch:
-            console.info(_("on each machine:"))
-        console.info(f"  {_assignments(result)}torchrun {options} -m tongwen run RECIPE")
+            console.info(mark + _("on each machine:"))
+        console.info(f"{mark}  {_assignments(result)}torchrun {options} -m tongwen run RECIPE")
 
 
 def _assignments(result: MigrationResult) -> str:
