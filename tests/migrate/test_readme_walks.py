@@ -114,7 +114,7 @@ def test_chinese_llm_sft(walk: Walk, small_ice: Path) -> None:  # noqa: F811
     walk.run("torchrun")
     walk.check_complete()
     type_lines(("你好", "晚上睡不着应该怎么办"), walk.monkeypatch)  # test_sft_model.py
-    code, out, err = walk.tongwen(
+    code, _out, err = walk.tongwen(
         "chat", "model_hub/chatglm-6b", "--adapter", "output_dir/sft", "--max-new-tokens", "8"
     )
     assert code == 0, err
