@@ -360,9 +360,7 @@ class PlannedTrainer(Trainer):
         self.current_gradient_accumulation_steps = len(inputs)
         for place, micro in enumerate(inputs, 1):
             is_last = place == len(inputs)
-            self.accelerator.sync_gradients = is_last
-            if self.job.engine.is_deepspeed:
-                model.set_gradient_accumulation_boundary(is_last)
+            self.accelerator.sync_gradients = is_last  # DeepSpeed ends a step by it, whatever its own count says
             waits = not is_last and not self.job.engine.is_deepspeed
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 losses.append(super().training_step(model, micro, num_items_in_batch))
