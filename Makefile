@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lowest newest gpu docs messages pages bench bench-large families learn templates crash-storm fuzz storms synthesize clean
+.PHONY: demo test lowest newest gpu docs messages pages bench bench-check bench-large families learn templates crash-storm fuzz storms synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -35,6 +35,10 @@ pages: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	@echo "see bench/README.md: each script opens with its command"
+
+# make bench-check MODEL=FOLDER TEXT=zh_docs.txt OTHER=en_wiki.txt: what the README quotes, measured again in short form
+bench-check: $(VENV)/installed-dev
+	$(BIN)/python bench/check.py --model $(MODEL) --text $(TEXT) --other $(OTHER) $(CHECK)
 
 # make bench-large TEXT=zh_docs.txt TOKENIZER=FOLDER: two gigabytes through the data pipeline, unattended (half an hour)
 bench-large: $(VENV)/installed-dev

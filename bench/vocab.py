@@ -32,12 +32,13 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--other", help="text of the base's own language")
     parser.add_argument("--out")
+    parser.add_argument("--short", action="store_true", help="the whole text, 2,000 pieces and the smallest model only")
     parser.add_argument("--grow", help="internal: folder of a model to grow in this process")
     args = parser.parse_args()
     if args.grow:
         grow(Path(args.grow))
         return
-    found = {"machine": machine(), "learning": learning(args), "growing": growing()}
+    found = {"machine": machine(), "learning": learning(args), "growing": growing(args.short)}
     Path(args.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
@@ -54,7 +55,7 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
     library = sorted(Path(json.__file__).parents[1].glob("*.py"))  # Python's own
     python = [line for file in library for line in file.read_text(encoding="utf-8").splitlines()]
     costs = {}
-    for part in (8, 4, 2, 1):
+    for part in (1,) if args.short else (8, 4, 2, 1):
         began = time.process_time()
         learned = vocab_pieces.learn(base, rest[::part], han, 8000)
         costs[f"{sum(len(line.encode()) for line in rest[::part]) / 1e6:.2f} MB"] = {
@@ -63,7 +64,7 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
         }
     out: dict[str, Any] = {"cpu_seconds_of_8000_merges": costs, "characters_per_token": {}}
     out["characters_per_token"]["base"] = measure.fertility(base.coder, held_out)["characters_per_token"]
-    for pieces in (1000, 2000, 4000, 8000):
+    for pieces in (2000,) if args.short else (1000, 2000, 4000, 8000):
         made = learned.extended(pieces).files.coder
         out["characters_per_token"][pieces] = measure.fertility(made, held_out)["characters_per_token"]
         speeds = [measure.seconds_per_megabyte(one, lines[:20_000]) for one in (base.coder, made)]
@@ -80,9 +81,9 @@ def learning(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def growing() -> dict[str, Any]:
+def growing(short: bool) -> dict[str, Any]:
     out = {}
-    for name, (hidden, layers, rows) in SHAPES.items():
+    for name, (hidden, layers, rows) in list(SHAPES.items())[: 1 if short else None]:
         with tempfile.TemporaryDirectory() as folder:
             size = make_model(Path(folder), hidden, layers, rows)
             done = subprocess.run(

@@ -33,6 +33,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 CASES = [
     *itertools.product(("ddp", "fsdp2"), ("lora", "full")),
     *(pytest.param("zero2", method, marks=needs_deepspeed) for method in ("lora", "full")),
+    pytest.param("zero2+offload", "full", marks=needs_deepspeed),
     pytest.param("zero3", "lora", marks=needs_deepspeed),
     *(pytest.param(engine, "qlora", marks=needs_bitsandbytes) for engine in ("ddp", "fsdp2")),
 ]
@@ -100,19 +101,44 @@ def kill_at_step(step: int) -> Any:
     return install
 
 
+def write_micro_batches(folder: Path) -> Any:
+    """Return a function that lets each rank write down how many micro-batches its steps have."""
+
+    def install(rank: int) -> None:
+        original = PlannedTrainer.training_step
+
+        def step(self: Any, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+            with (folder / f"rank-{rank}").open("a") as file:
+                file.write(f"{len(inputs)}\n")
+            if self.deepspeed:
+                assert self.deepspeed.gradient_accumulation_steps() == self.job.phase.plan.accumulate
+            return original(self, model, inputs, *arguments, **options)
+
+        PlannedTrainer.training_step = step  # type: ignore[method-assign]
+
+    return install
+
+
 @pytest.mark.sample("fsdp2-full")
 @pytest.mark.parametrize(("engine", "method"), CASES)
 def test_two_killed_and_resumed_processes_match_one(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
 ) -> None:
-    recipe = recipe_for(tmp_path, chat_model, method, engine)
+    engine, _, option = engine.partition("+")
+    sft = f", micro_batch_tokens: 84{f', {option}: true' if option else ''}"
+    recipe = recipe_for(tmp_path, chat_model, method, engine, sft)
     first = run_ranks(2, "run", recipe, before=kill_at_step(5))
     assert first[1] == -signal.SIGKILL and first[0] == 5, "the other process ends too, and says why"
     assert not (tmp_path / "out" / "sft").exists()
-    assert run_ranks(2, "run", recipe) == [0, 0]
+    assert run_ranks(2, "run", recipe, before=write_micro_batches(tmp_path)) == [0, 0]
+    counts = [(tmp_path / f"rank-{rank}").read_text().split() for rank in range(2)]
+    assert counts[0] == counts[1] and len(counts[0]) == 5 and len({*counts[0]}) > 1
     stage = tmp_path / "out" / "sft"
     assert [line["step"] for line in metrics(stage)] == list(range(1, 9))
     assert json.loads((stage / "manifest.json").read_text())["engine"] == engine
+    for line, expected in zip(metrics(stage), metrics(alone[method].parent / "sft"), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4), (name, line["step"])
     made = tmp_path / "out" / ("sft" if method == "full" else "merge")
     assert torch.allclose(logits(made), logits(alone[method]), atol=1e-5)
     for folder, wanted in ((made, alone[method]), (stage, alone[method].parent / "sft")):

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import dialogues, manifest, tensors, write_recipe, write_rows
 from tests.launching import kill_at_step, run_forked
@@ -195,6 +197,45 @@ def test_result_is_independent_of_the_batch_partition(chat_model: Path, tmp_path
         for (loss, norm), (wanted_loss, wanted_norm) in zip(lines, found[0][1], strict=True):
             assert loss == pytest.approx(wanted_loss, abs=1e-6)
             assert norm == pytest.approx(wanted_norm, rel=1e-5)
+
+
+def test_each_step_matches_plain_transformers_however_many_micro_batches_it_has(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradient norm of each step: the sum over its samples one by one, divided by their learned tokens."""
+    original, steps = PlannedTrainer.training_step, list[list[dict[str, Any]]]()
+
+    def record(self: Any, model: Any, inputs: Any, *arguments: Any) -> Any:
+        steps.append(inputs)
+        return original(self, model, inputs, *arguments)
+
+    monkeypatch.setattr(PlannedTrainer, "training_step", record)
+    recipe = write_recipe(tmp_path, chat_model, sft=", micro_batch_tokens: 84", merge=False)
+    text = recipe.read_text().replace("{rank: 4}", "{method: full}")
+    recipe.write_text(text.replace("1e-2", "1e-12"))  # so that every step starts with the weights of the base
+    assert main(["run", str(recipe)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == len(steps) and len({len(step) for step in steps}) > 1
+    model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    for line, step in zip(lines, steps, strict=True):
+        model.zero_grad()
+        nats = sum(nats_of_documents(model, micro) for micro in step)
+        learned = sum(len(micro["targets"]) for micro in step)
+        (nats / learned).backward()
+        norm = torch.stack([part.grad.norm() for part in model.parameters()]).norm()
+        assert line["loss"] == pytest.approx(float(nats.detach()) / learned, rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def nats_of_documents(model: Any, micro: dict[str, Any]) -> torch.Tensor:
+    """Return the loss of a packed micro-batch, computed document by document."""
+    total = torch.zeros(())
+    for begin, end in pairwise(micro["cu_seq_lens_q"].tolist()):
+        ids = micro["input_ids"][:, begin:end]
+        places = [place + 1 - begin for place in micro["rows"].tolist() if begin <= place < end]
+        log_probabilities = model(input_ids=ids).logits[0].log_softmax(-1)
+        total = total - sum(log_probabilities[place - 1, ids[0, place]] for place in places)
+    return total
 
 
 def test_activation_checkpointing_changes_no_number(chat_model: Path, tmp_path: Path) -> None:

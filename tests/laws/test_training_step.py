@@ -59,13 +59,39 @@ def test_packing_keeps_every_sample_and_the_steps(budget: int, world: int) -> No
         assert sorted(samples) == list(range(53))
     assert plan.steps[:7] != plan.steps[7:]
     for step, micro in zip(plan.steps, plan.micro, strict=True):
-        assert len(micro) == plan.accumulate * world
+        assert len(micro) % world == 0
         assert sorted(sample for part in micro for sample in part) == sorted(step)
         sizes = [int(store.lengths[list(part)].sum()) for part in micro]
-        assert max(sizes) <= plan.budget or plan.accumulate * world >= 8
+        assert max(sizes) <= plan.budget
     batches = MicroBatches(store, plan.flat(), packed=True)
     assert sum(batches[index]["tokens"] for index in range(len(batches))) == 2 * len(store.ids)
     assert sum(batches[index]["learned"] for index in range(len(batches))) == 2 * store.learned_tokens
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_uniform_plan_has_the_parts_of_version_0_1(world: int) -> None:
+    store = random_store(53)
+    plan, per_step = (plan_for(store, budget=50, world=world, uniform=uniform) for uniform in (True, False))
+    assert len({*plan.slots}) == 1 < len({*per_step.slots}) and plan.accumulate >= per_step.accumulate
+    for count in range(1, 9):  # version 0.1: the first number of parts with which every step stays within the budget
+        micro = tuple(deal(step, store.lengths, count * world) for step in plan.steps)
+        if all(store.lengths[list(part)].sum() <= plan.budget for step in micro for part in step):
+            break
+    assert plan.micro == micro
+
+
+def test_every_step_has_the_fewest_micro_batches() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.2, 0.8, 10_000), 8, 2048).astype(np.int64)
+    plan = make_plan(
+        lengths,
+        lambda epoch: order(len(lengths), 42, "epoch", epoch),
+        batch_size=1024,
+        stop_after=Duration(count=1, unit="epochs"),
+        budget=4096,
+    )
+    assert plan.fill(lengths) > 0.95
+    for step, slots in zip(plan.steps, plan.slots, strict=True):
+        assert slots <= -(-int(lengths[list(step)].sum()) // 4096) + 1
 
 
 def test_stop_after_counts_steps_tokens_and_part_epochs() -> None:
@@ -631,7 +657,7 @@ def test_token_batches_cover_the_epoch(world: int) -> None:
     plan = plan_for(store, batch_tokens=256, budget=64, world=world)
     first = [sample for step in plan.steps[: plan.steps_per_epoch] for sample in step]
     assert sorted(first) == list(range(203))
-    assert all(len(step) == plan.accumulate * world for step in plan.micro)
+    assert {*plan.slots[: plan.steps_per_epoch - 1]} == {plan.accumulate}
     assert max(plan.tokens_of(store.lengths)) <= 256
     assert plan.fill(store.lengths) > 0.9
     assert len(plan) == 2 * plan.steps_per_epoch

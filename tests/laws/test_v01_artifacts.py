@@ -20,6 +20,8 @@ import torch
 
 import tongwen as package
 from tests.conftest import tensors, type_lines
+from tongwen.train.packing import BatchPlan, make_plan
+from tongwen.workflows.training import phases
 
 DATA = Path(__file__).parents[1] / "data" / "v0.1"
 ATOL = (
@@ -75,8 +77,18 @@ def is_of_this_version(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_stopped_run_resumes_to_the_same_result(name: str, place: Path, tongwen: Any) -> None:
-    """`phases` was stopped in its second phase, and its base is a vocabulary stage."""
+def test_stopped_run_resumes_to_the_same_result(
+    name: str, place: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`phases` was stopped in its second phase, and its base is a vocabulary stage. The sums of version 0.1 stay: all
+    its steps have the same number of micro-batches."""
+    uniform = list[bool]()
+
+    def plan(*args: Any, **kwargs: Any) -> BatchPlan:
+        uniform.append(kwargs["uniform"])
+        return make_plan(*args, **kwargs)
+
+    monkeypatch.setattr(phases, "make_plan", plan)
     stage, steps = RUNS[name]
     expected = place / ("finished/sft" if name == "sft" else f"expected/{name}")
     left = place / name / f"{stage}.partial"
@@ -87,6 +99,7 @@ def test_stopped_run_resumes_to_the_same_result(name: str, place: Path, tongwen:
 
     code, out, err = tongwen("run", f"{name}.yaml", f"--until={stage}")
     assert code == 0, err
+    assert uniform and all(uniform)
     assert f"continuing after step {done} of {steps}" in out
     assert "prepare: already done" in out
     if stage != "sft":  # the text of its template has changed since: its tokens are encoded again

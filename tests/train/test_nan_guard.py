@@ -33,7 +33,7 @@ SFT = ", save_every: 2, stop_after: 6 steps, micro_batch_tokens: 64"
 
 def guard(ranks: list[list[float]], **kwargs: Any) -> NanGuard:
     """Return a guard for two processes with two micro-batches each; `ranks` are the rows that they exchange."""
-    plan = BatchPlan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 2, 8, 99)
+    plan = BatchPlan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 8, 99)
     defaults = {
         "stop_requested": bool,
         "last_checkpoint": lambda: "the last checkpoint is c-4",

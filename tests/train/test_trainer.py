@@ -13,6 +13,7 @@ from tongwen.train.trainer import PlannedTrainer
 OVERRIDDEN = {
     "_prepare_for_training": None,  # passed through as they come
     "_get_num_items_in_batch": ["batch_samples", "device"],
+    "_track_num_input_tokens": ["inputs"],
     "_get_grad_norm": ["model", "grad_norm"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_optimizer_and_scheduler": ["checkpoint"],

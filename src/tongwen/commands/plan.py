@@ -371,7 +371,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
         if section.batch_tokens
         else _("{batch_size} samples").format(batch_size=section.batch_size)
     )
-    parts, budget = f"{facts['micro_batches_per_step']} x {facts['devices']}", facts["micro_batch_tokens"]
+    parts, budget = f"≤ {facts['micro_batches_per_step']} x {facts['devices']}", facts["micro_batch_tokens"]
     lengths = ", ".join(str(phase.config.stop_after) for phase in training_phases(section))
     note = _(" with activation checkpointing") if facts["activation_checkpointing"] else ""
     if not facts["rehearsed"]:

@@ -24,6 +24,9 @@ RUN = "run.json"
 BEFORE = "before.json"  # scores of the untrained model; a run on other data computes them again
 # Settings that shape the weights and the optimizer's state: a fork cannot change them. Of an adapter, only dropout may change.
 SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
+PER_STEP = (
+    "accumulation"  # in run.json unless an earlier version began the run: each step has as few micro-batches as hold it
+)
 PARTS = {"run": str, "settings": dict, "identity": dict, "forks": list}
 PARTLY = re.compile(r"\w+\.(engine_file|adapter\.\w+)")
 DATA, DTYPE = "prepare (fingerprint)", "dtype"
@@ -96,7 +99,14 @@ def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
     identity: fingerprints and other facts that are known only after loading the base model. Raises RecipeError when they
     differ from those at the start of the run.
     """
-    run = _read(folder) or {"run": _new_id(), "began": _now(), "settings": settings, "identity": {}, "forks": []}
+    run = _read(folder) or {
+        "run": _new_id(),
+        "began": _now(),
+        "settings": settings,
+        "identity": {},
+        "forks": [],
+        PER_STEP: "per step",
+    }
     changed = _differing(run["identity"], identity)
     # A base model at another path is the same if its fingerprint is. `check` has compared the rest, except under a launcher.
     differing = differences(run["settings"], json.loads(json.dumps(settings)))
@@ -106,6 +116,12 @@ def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
     if is_main_process():
         artifact.write_json(folder / RUN, run)
     return run
+
+
+def has_uniform_steps(folder: Path) -> bool:
+    """Return whether the interrupted run in this folder has the same number of micro-batches in every step."""
+    run = _read(folder)
+    return run is not None and PER_STEP not in run
 
 
 def ids(run: Mapping[str, Any]) -> set[str]:

@@ -18,7 +18,7 @@ from tongwen.core.control_tokens import APART
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.core.records import Span
-from tongwen.data.tiktoken_encoder import TiktokenEncoder, make_tiktoken_encoder
+from tongwen.data.tiktoken_encoder import TiktokenEncoder, Unproven, make_tiktoken_encoder
 
 ANCHORS = ("\n", ":", "a")
 FAST_FROM = 500  # texts from which a faster encoder pays off: creating it takes a second or two
@@ -72,8 +72,14 @@ class Encoder:
 
     def _find_fast(self, texts: list[str]) -> TiktokenEncoder | None:
         """Return tiktoken with the same vocabulary, if it provably gives the same ids and does so for these texts."""
-        fast = make_tiktoken_encoder(self.backend)
-        if fast is None:
+        try:
+            fast = make_tiktoken_encoder(self.backend)
+        except Unproven as reason:
+            console.info(
+                _("the tokenizers library encodes the texts; tiktoken would be faster, but {reason}").format(
+                    reason=reason
+                )
+            )
             return None
         for text, wanted in zip(texts, self._slow_ids(texts), strict=True):
             found = fast.encode(text)

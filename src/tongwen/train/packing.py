@@ -1,8 +1,8 @@
 """Choose the samples of each step and distribute them over micro-batches without padding.
 
-Seed and epoch alone determine the samples of an optimizer step. Within a step they go, longest first, into micro-batches
-of a token budget, the same number for every step and rank. The result of a step therefore does not depend on packing,
-devices or accumulation, except for the order of floating-point sums.
+Seed and epoch alone determine the samples of an optimizer step. Within a step they go, longest first, into as few
+micro-batches of a token budget as hold them, the same number for every rank. The result of a step therefore does not depend
+on packing, devices or accumulation, except for the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,11 @@ class BatchPlan:
     """All steps of a run, planned before it starts.
 
     steps: per optimizer step, its samples in the order of the epoch
-    micro: per optimizer step, accumulate x world micro-batches (lists of samples), rank by rank within a slot
+    micro: per optimizer step, slots x world micro-batches (lists of samples), rank by rank within a slot
     """
 
     steps: tuple[tuple[int, ...], ...]
     micro: tuple[tuple[tuple[int, ...], ...], ...]
-    accumulate: int
     world: int
     budget: int
     steps_per_epoch: int
@@ -43,9 +43,28 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.steps)
 
+    @property
+    def slots(self) -> list[int]:
+        """The micro-batches of each step on one rank."""
+        return [len(step) // self.world for step in self.micro]
+
+    @property
+    def accumulate(self) -> int:
+        """The micro-batches of the step that has the most, on one rank."""
+        return max(self.slots)
+
     def flat(self) -> list[tuple[int, ...]]:
-        """Return micro-batches in accelerate's order: slot after slot, rank after rank."""
+        """Return all micro-batches: step after step, slot after slot, rank after rank."""
         return [micro for step in self.micro for micro in step]
+
+    def by_rank(self) -> list[range]:
+        """Return the places in `flat` of each step's micro-batches on each rank: step after step, rank after rank."""
+        ends = list(accumulate(len(step) for step in self.micro))
+        return [
+            range(end - len(step) + rank, end, self.world)
+            for end, step in zip(ends, self.micro, strict=True)
+            for rank in range(self.world)
+        ]
 
     def fill(self, lengths: np.ndarray) -> float:
         """Return the share of the budget that real tokens fill; empty micro-batches at an epoch's end do not count."""
@@ -65,15 +84,16 @@ def make_plan(
     stop_after: Duration,
     budget: int,
     world: int = 1,
+    uniform: bool = False,
 ) -> BatchPlan:
     """Plan a run. lengths: (S,) tokens per sample; draw(epoch): the samples of an epoch in order.
 
     With batch_tokens an epoch is packed best-fit, and a step is a fixed number of packs; else a step is batch_size
-    samples.
+    samples. uniform: all steps get as many micro-batches as the one that needs the most, as in earlier versions.
     """
     budget = max(budget, int(lengths.max()))
     if batch_tokens:
-        return _packed_plan(lengths, draw, batch_tokens, stop_after, budget, world)
+        return _packed_plan(lengths, draw, batch_tokens, stop_after, budget, world, uniform)
     steps: list[tuple[int, ...]] = []
     tokens = epoch = per_epoch = 0
     while epoch == 0 or not _done(stop_after, len(steps), tokens, per_epoch):
@@ -85,24 +105,27 @@ def make_plan(
             if _done(stop_after, len(steps), tokens, per_epoch):
                 break
         epoch += 1
+    groups = [tuple(steps)] if uniform else [(step,) for step in steps]
+    micro = tuple(parts for group in groups for parts in _deal_alike(group, lengths, budget, world))
+    return BatchPlan(tuple(steps), micro, world, budget, per_epoch)
+
+
+def _deal_alike(
+    steps: tuple[tuple[int, ...], ...], lengths: np.ndarray, budget: int, world: int
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Distribute the samples of each step over equally many parts, the fewest that stay within the budget."""
     largest = max(int(lengths[list(step)].sum()) for step in steps)
-    most = -(-batch_size // world)  # a sample to each micro-batch
-    accumulate = min(-(-largest // (budget * world)), most)
-    while (micro := _deal_all(steps, lengths, accumulate * world, budget if accumulate < most else None)) is None:
-        accumulate += 1
-    return BatchPlan(tuple(steps), micro, accumulate, world, budget, per_epoch)
-
-
-def _deal_all(
-    steps: list[tuple[int, ...]], lengths: np.ndarray, parts: int, budget: int | None
-) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
-    """Distribute the samples of each step; None as soon as a part is over the budget. budget: None for no limit."""
-    dealt = []
-    for step in steps:
-        dealt.append(deal(step, lengths, parts))
-        if budget is not None and max(int(lengths[list(part)].sum()) for part in dealt[-1]) > budget:
-            return None
-    return tuple(dealt)
+    most = -(-max(map(len, steps)) // world)  # a sample to each part
+    slots = min(-(-largest // (budget * world)), most)
+    while True:
+        dealt = []
+        for step in steps:
+            dealt.append(deal(step, lengths, slots * world))
+            if slots < most and int(lengths[list(dealt[-1][0])].sum()) > budget:
+                break
+        else:
+            return dealt
+        slots += 1
 
 
 def _packed_plan(
@@ -112,25 +135,27 @@ def _packed_plan(
     stop_after: Duration,
     budget: int,
     world: int,
+    uniform: bool,
 ) -> BatchPlan:
-    accumulate = max(1, -(-batch_tokens // (budget * world)))
-    capacity = max(int(lengths.max()), batch_tokens // (accumulate * world))
-    accumulate = max(1, batch_tokens // (capacity * world))
-    _check_step_size(accumulate * capacity * world, capacity * world, batch_tokens, world)
+    slots = max(1, -(-batch_tokens // (budget * world)))
+    capacity = max(int(lengths.max()), batch_tokens // (slots * world))
+    slots = max(1, batch_tokens // (capacity * world))
+    _check_step_size(slots * capacity * world, capacity * world, batch_tokens, world)
     micro: list[tuple[tuple[int, ...], ...]] = []
     tokens = epoch = per_epoch = 0
     while epoch == 0 or not _done(stop_after, len(micro), tokens, per_epoch):
         packs = best_fit(lengths, draw(epoch), capacity)
-        per_epoch = per_epoch or -(-len(packs) // (accumulate * world))
-        for begin in range(0, len(packs), accumulate * world):
-            step = packs[begin : begin + accumulate * world]
-            micro.append(tuple(step + [()] * (accumulate * world - len(step))))
+        per_epoch = per_epoch or -(-len(packs) // (slots * world))
+        for begin in range(0, len(packs), slots * world):
+            step = packs[begin : begin + slots * world]
+            missing = slots * world - len(step) if uniform else -len(step) % world
+            micro.append(tuple(step + [()] * missing))
             tokens += int(sum(lengths[list(pack)].sum() for pack in step))
             if _done(stop_after, len(micro), tokens, per_epoch):
                 break
         epoch += 1
     steps = tuple(tuple(sample for pack in step for sample in pack) for step in micro)
-    return BatchPlan(steps, tuple(micro), accumulate, world, capacity, per_epoch)
+    return BatchPlan(steps, tuple(micro), world, capacity, per_epoch)
 
 
 def _check_step_size(held: int, unit: int, wanted: int, world: int) -> None:
@@ -228,6 +253,19 @@ class MicroBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         samples = self.store.take(self.micro[index])
         return (pack if self.packed else pad)(samples) if samples else empty(self.packed)
+
+
+class StepBatches(Dataset[list[dict[str, Any]]]):
+    """The micro-batches of a plan by step and rank: an item is what one rank computes in one step."""
+
+    def __init__(self, micro: Dataset[dict[str, Any]], plan: BatchPlan) -> None:
+        self.micro, self.places = micro, plan.by_rank()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.micro[place] for place in self.places[index]]
 
 
 def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:

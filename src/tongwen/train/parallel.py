@@ -111,6 +111,13 @@ class Engine:
                 {**self.arguments["fsdp_config"], "auto_wrap_policy": "NO_WRAP"}
             )
 
+    def reserve_accumulation(self, accelerator: Any, most: int) -> None:
+        """Tell DeepSpeed how many micro-batches a step has at most: told one, some versions keep no sum in host memory."""
+        if self.is_deepspeed:
+            config = accelerator.state.deepspeed_plugin.deepspeed_config
+            config["gradient_accumulation_steps"] = most
+            config["train_batch_size"] = most * accelerator.num_processes
+
     def check_resumes(self, checkpoint: Path) -> None:
         """Raise RecipeError for a checkpoint of another engine, or one that DeepSpeed split over another process count."""
         shards, world = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), distributed.world_size()

@@ -1,6 +1,7 @@
-"""Train a phase with transformers' Trainer, which handles optimizer, schedule, accumulation, ranks and resume.
+"""Train a phase with transformers' Trainer, which handles optimizer, schedule, ranks and resume.
 
-Differences: the batches come from a plan (no padding, no sampler). The loss is summed over learned tokens and divided by
+Differences: the batches come from a plan (no padding, no sampler). A batch of the Trainer is a whole optimizer step; its
+micro-batches, of which each step has as many as it needs, are accumulated here. The loss is summed over learned tokens and divided by
 all learned tokens of the optimizer step over all ranks. A checkpoint is committed by a rename after its bytes are on the
 disk. A NaN stops the run before the weights move. A stop signal leads to a checkpoint.
 """
@@ -44,7 +45,7 @@ from tongwen.train.memory import keep_freed_memory
 from tongwen.train.metrics import MetricsCallback
 from tongwen.train.nan_guard import NanGuard
 from tongwen.train.neftune import Neftune
-from tongwen.train.packing import MicroBatches
+from tongwen.train.packing import MicroBatches, StepBatches
 from tongwen.train.parallel import FSDP_FILE, Engine, gather, scatter
 from tongwen.train.phase import Phase
 from tongwen.train.shutdown import ShutdownRequest
@@ -239,7 +240,7 @@ def training_arguments(
     ours: dict[str, Any] = {
         "output_dir": str(job.phase.checkpoints),
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": plan.accumulate,
+        "gradient_accumulation_steps": 1,  # a batch is a whole step: see training_step
         "max_steps": total,
         "learning_rate": job.phase.learning_rate,
         "optim": OPTIMIZERS.get(section.optimizer, "adamw_torch_fused"),
@@ -283,11 +284,12 @@ def training_arguments(
 class PlannedTrainer(Trainer):
     """transformers' Trainer over the batches of a plan.
 
-    Overrides seven private methods of Trainer, as in transformers 5.17 to 5.18; tests/train/test_trainer.py fails when a
+    Overrides eight private methods of Trainer, as in transformers 5.17 to 5.18; tests/train/test_trainer.py fails when a
     name or a signature changes:
 
     _prepare_for_training            the engine verifies the model and optimizer that accelerate returns
     _get_num_items_in_batch          learned tokens of the whole step, over all ranks
+    _track_num_input_tokens          counts the micro-batches of a step
     _get_grad_norm                   the last call before a step is taken: NaN stops the run here
     _load_from_checkpoint            FSDP2 shards, DeepSpeed's folder, AdaLoRA's ranks
     _load_optimizer_and_scheduler    a fork keeps its new learning rates
@@ -296,11 +298,11 @@ class PlannedTrainer(Trainer):
 
     def __init__(self, job: PhaseRun, shutdown: ShutdownRequest) -> None:
         self.job, self.shutdown = job, shutdown
-        self.micro = self.make_micro_batches()
+        self.batches = StepBatches(self.make_micro_batches(), job.phase.plan)
         self._staging: Path | None = None
         self.noise = Neftune(job.model, job.phase.config.neftune) if job.phase.config.neftune else None
         super().__init__(**self.arguments_of_base())
-        self.train_dataset = self.micro
+        self.train_dataset = self.batches
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
         self.guard = NanGuard(
             job.phase.plan,
@@ -313,7 +315,7 @@ class PlannedTrainer(Trainer):
         )
 
     def make_micro_batches(self) -> Any:
-        """Return the micro-batches of the phase, in order."""
+        """Return the micro-batches of the phase, in the order of its plan."""
         return MicroBatches(self.job.store, self.job.phase.plan.flat(), packed=self.job.packed)
 
     def arguments_of_base(self) -> dict[str, Any]:
@@ -322,7 +324,7 @@ class PlannedTrainer(Trainer):
         return {
             "model": job.model,
             "args": training_arguments(job),
-            "train_dataset": self.micro,
+            "train_dataset": self.batches,
             "processing_class": job.tokenizer,
             "optimizer_cls_and_kwargs": muon_of(job) if job.phase.config.optimizer == "muon" else None,
         }
@@ -334,6 +336,7 @@ class PlannedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.job.engine.enforce(self.accelerator)
+        self.job.engine.reserve_accumulation(self.accelerator, self.job.phase.plan.accumulate)
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, DataLoader]:
@@ -342,14 +345,33 @@ class PlannedTrainer(Trainer):
         return prepared
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the plan's micro-batches in order; accelerate distributes them over the ranks one by one."""
-        loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_single)
+        """Return the plan's steps in order, rank by rank; accelerate gives every rank its own."""
+        loader = DataLoader(self.batches, batch_size=1, sampler=SequentialSampler(self.batches), collate_fn=_single)
         return self.accelerator.prepare(loader)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[list[dict[str, Any]]], device: torch.device) -> torch.Tensor:
         """Return the learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
-        count = torch.tensor(sum(batch["learned"] for batch in batch_samples), device=device)
+        count = torch.tensor(sum(micro["learned"] for step in batch_samples for micro in step), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Accumulate the gradient of this rank's micro-batches of a step; the ranks exchange it with the last of them."""
+        losses = []
+        self.current_gradient_accumulation_steps = len(inputs)
+        for place, micro in enumerate(inputs, 1):
+            is_last = place == len(inputs)
+            self.accelerator.sync_gradients = is_last  # DeepSpeed ends a step by it, whatever its own count says
+            waits = not is_last and not self.job.engine.is_deepspeed
+            with self.accelerator.no_sync(model) if waits else nullcontext():
+                losses.append(super().training_step(model, micro, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> int:
+        return sum(super(PlannedTrainer, self).floating_point_ops(micro) for micro in inputs)
+
+    def _track_num_input_tokens(self, inputs: list[dict[str, Any]]) -> None:
+        for micro in inputs:
+            super()._track_num_input_tokens(micro)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -364,7 +386,7 @@ class PlannedTrainer(Trainer):
             mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
         self.guard.note(nats.sum(), num_items_in_batch)
         if self.job.allocator and self.job.allocates_ranks:
-            mean = mean + self.job.allocator.penalty() / self.job.phase.plan.accumulate
+            mean = mean + self.job.allocator.penalty() / self.current_gradient_accumulation_steps
         return mean
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
@@ -570,5 +592,5 @@ def _rejected_settings(arguments: Mapping[str, Any], error: Exception) -> Recipe
     )
 
 
-def _single(batch: list[dict[str, Any]]) -> dict[str, Any]:
+def _single(batch: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return batch[0]

@@ -32,6 +32,7 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
     section, phases = job.section, list[Phase]()
     config = load_config(locate(job.base))
     budget = token_budget(device, config, own_memory(device), full="full" in section.trained_parts)
+    uniform = resume.has_uniform_steps(checkpoints.parent)
     steps, epochs = 0, 0
     for number, resolved in enumerate(training_phases(section), 1):
         settings = resolved.config
@@ -43,6 +44,7 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
             stop_after=settings.stop_after,
             budget=settings.micro_batch_tokens or budget,
             world=distributed.world_size(),
+            uniform=uniform,
         )
         folder = checkpoints / f"phase-{number}" if len(section.trains) > 1 else checkpoints
         phases.append(Phase(*resolved, plan, folder, steps, epochs))
@@ -53,12 +55,13 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
 def report_plan(phases: list[Phase], store: Samples, counts: dict[str, Any]) -> None:
     """Print steps, tokens and trained parameters, and notices about settings that the plan never reaches."""
     plan = phases[0].plan
+    slots = "–".join(str(count) for count in sorted({min(plan.slots), plan.accumulate}))
     steps = " + ".join(str(len(phase.plan)) for phase in phases)
     tokens = console.human_count(sum(sum(phase.plan.tokens_of(store.lengths)) for phase in phases))
     console.info(
         _(
             "{steps} steps, {tokens} tokens; each step has {accumulate} x {world} micro-batches of at most {budget} tokens"
-        ).format(steps=steps, tokens=tokens, accumulate=plan.accumulate, world=plan.world, budget=plan.budget)
+        ).format(steps=steps, tokens=tokens, accumulate=slots, world=plan.world, budget=plan.budget)
     )
     for phase in phases:
         if notice := unreached_rate(phase.config, len(phase.plan)):

@@ -41,7 +41,12 @@ def facts_of(job: TrainingJob, model: PreparedModel, phases: list[Phase], throug
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
         "engine": model.engine.name,
-        "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
+        "micro_batches": {
+            "accumulate": plan.accumulate,
+            "world": plan.world,
+            "token_budget": plan.budget,
+            "fill": round(plan.fill(job.data.store.lengths), 4),
+        },
         "stop_tokens": [job.record_encoder.tokenizer.convert_ids_to_tokens(index) for index in model.stops],
         **job.facts,
     }
