@@ -67,7 +67,7 @@ def test_what_is_no_workbook_is_refused_by_name(tmp_path: Path, change: str) -> 
             if change == "bomb":
                 archive.writestr("xl/workbook.xml", bytes(1 << 29))
             else:
-                archive.writestr("word/document.xml" if change == "other archive" else "xl/workbook.xml", "<broken")
+                archive.writestr("other/part.xml" if change == "other archive" else "xl/workbook.xml", "<broken")
     with pytest.raises(DataError) as caught:
         list(read_rows(file))
     assert caught.value.place.startswith(str(file))

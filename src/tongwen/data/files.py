@@ -23,12 +23,16 @@ from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
 
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-TEXT_SUFFIXES = {".txt", ".md"}
+MARKDOWN_SUFFIXES = {".md", ".markdown"}
+TEXT_SUFFIXES = {".txt"} | MARKDOWN_SUFFIXES
 CSV_SUFFIXES = {".csv", ".tsv"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".feather", ".ipc"}
 WORKBOOK_SUFFIXES = {".xlsx", ".xlsm"}
 PACKED_SUFFIXES = {".gz", ".zst", ".xz"}
-DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES | WORKBOOK_SUFFIXES
+HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
+DOCUMENT_SUFFIXES = {".pdf", ".docx", ".pptx", ".epub"} | HTML_SUFFIXES
+ARCHIVE_SUFFIXES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
+DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES | WORKBOOK_SUFFIXES | DOCUMENT_SUFFIXES
 # Files in a data folder that are not data.
 _BESIDE = re.compile(
     r"\.|~\$|(README|LICENSE|CHANGELOG)\b|(manifest|dataset_infos?|dataset_dict|state)\.json$", re.IGNORECASE
@@ -44,14 +48,13 @@ GZIP, ZSTD, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0"
 _PACKED = {GZIP: "gzip", ZSTD: "zstd", XZ: "xz"}
 _ARCHIVES = {
     b"PK\x03\x04": "ZIP",
-    b"PK\x05\x06": "ZIP",
+    b"PK\x05\x06": "empty ZIP",
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!\x1a\x07": "RAR",
 }
 _OLD_OFFICE = "Office 97"  # also the container of an encrypted workbook
 _FOREIGN = {
     b"BZh": "bzip2",
-    b"%PDF": "PDF",
     b"\x89PNG\r\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"SQLite format 3\0": "SQLite",
@@ -158,20 +161,28 @@ def _in_folder(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = directory / name
-            if _BESIDE.match(name):
+            if is_beside(name):
                 continue
             if suffix(file) in DATA_SUFFIXES:
                 found.append(_checked(file, _kind(file)))
-            elif file.suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".rar"):
-                archives.append(name)
+            elif file.suffix.lower() in ARCHIVE_SUFFIXES:
+                archives.append(file)
+    found = found or [_checked(file, _kind(file)) for file in archives if file.suffix.lower() == ".zip"]
     if found:
         return sorted(found)
     known = sorted(DATA_SUFFIXES)
     raise DataError(
         _("no data file ({known}; also .gz, .zst, .xz) in this folder").format(known=_(", ").join(known)),
         place=printable(folder),
-        remedy=_("archives are not read; unpack {archives}").format(archives=archives[0]) if archives else "",
+        remedy=_("of archives only .zip is read; unpack {archives}").format(archives=archives[0].name)
+        if archives
+        else "",
     )
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file of this name lies beside data and holds none."""
+    return bool(_BESIDE.match(name))
 
 
 def _cannot_open(place: Path, error: OSError) -> DataError:
@@ -379,13 +390,31 @@ def is_zip(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-def is_workbook(file: Path) -> bool:
-    """Whether a ZIP archive is an Excel workbook, by its parts."""
+def zip_kind(file: Path) -> str:
+    """Return what a ZIP archive is by its parts: xlsx, docx, pptx, epub, or zip."""
+    parts = {
+        "xl/workbook.xml": "xlsx",
+        "word/document.xml": "docx",
+        "ppt/presentation.xml": "pptx",
+        "META-INF/container.xml": "epub",
+    }
     try:
         with zipfile.ZipFile(file) as archive:
-            return "xl/workbook.xml" in archive.namelist()
+            names = {*archive.namelist()}
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return False
+        return "zip"
+    return next((kind for part, kind in parts.items() if part in names), "zip")
+
+
+def document_kind(file: Path, head: bytes) -> str:
+    """Return pdf, docx, pptx, epub, html, or "" for a file that is no document. A web page counts only where its name says so:
+    elsewhere it is what a failed download leaves."""
+    if head.startswith(b"%PDF"):
+        return "pdf"
+    if is_zip(head):
+        kind = zip_kind(file)
+        return kind if kind in ("docx", "pptx", "epub") else ""
+    return "html" if suffix(file) in HTML_SUFFIXES else ""
 
 
 def is_table(head: bytes) -> bool:
@@ -402,9 +431,9 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
     archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
     if head[257:262] == b"ustar":
         archive = "tar"
-    if archive and not (archive == "ZIP" and not packed and is_workbook(file)):
+    if archive and (archive != "ZIP" or packed):
         raise refuse(
-            _("this is a {archive} archive; archives are not read").format(archive=archive),
+            _("this is a {archive} archive; only ZIP is read").format(archive=archive),
             _("unpack it and name the files in the recipe"),
         )
     if inner := next((name for sign, name in _PACKED.items() if packed and head.startswith(sign)), ""):
@@ -417,11 +446,13 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
             _("unpack it"),
         )
     if foreign := next((name for sign, name in _FOREIGN.items() if head.startswith(sign)), ""):
-        remedy = _("save it as .xlsx, without a password") if foreign == _OLD_OFFICE else ""
+        new = {".doc": ".docx", ".docx": ".docx", ".ppt": ".pptx", ".pptx": ".pptx"}.get(suffix(file), ".xlsx")
+        remedy = _("save it as {new}, without a password").format(new=new) if foreign == _OLD_OFFICE else ""
         raise refuse(_("this is a {kind} file; it contains no rows").format(kind=foreign), remedy)
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise refuse(_("this is a Git LFS pointer, not the data"), "git lfs pull")
-    if re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE):
+    is_page = re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE)
+    if is_page and (packed or suffix(file) not in HTML_SUFFIXES):
         raise refuse(
             _("this is a web page (HTML or XML), perhaps an error page of the download"),
             _("look at its content, then fetch the data again"),

@@ -5,17 +5,19 @@ The check whether a finished `prepare` is still up to date uses this list, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import dataset_info, formats
 from tongwen.data.files import find_files, printable
-from tongwen.data.message_log import names_of_log
+from tongwen.data.message_log import join_messages, names_of_log
 from tongwen.data.preference import is_preference
 from tongwen.data.reader import read_rows
+from tongwen.data.row import RawRow
 from tongwen.recipe.data import Prepare, SourceConfig
 
 Notify = Callable[[str], None]
@@ -25,7 +27,8 @@ KINDS = ("documents", "dialogues", "preferences")
 @dataclass(frozen=True)
 class InputPart:
     """One file of one source. index: among all files; kind: one of KINDS; role: `train`, `held_out` (a file
-    of the recipe) or `evaluation`; number: index of its source among those of its kind."""
+    of the recipe) or `evaluation`; number: index of its source among those of its kind; rows: how many are read, None
+    for all."""
 
     index: int
     kind: str
@@ -33,6 +36,7 @@ class InputPart:
     number: int
     source: SourceConfig
     file: Path
+    rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -61,11 +65,15 @@ def list_parts(
             for one in dataset_info.entry_source(source, of_preferences=of_preferences) if source.entry else [source]:
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": download(one.path, notify)})
+                left = one.rows
                 for file in find_files(one.path):
+                    if left == 0:
+                        break
                     is_of = kind or kind_of(file, one, may_be_preferences=bool(section.preferences))
-                    part = InputPart(len(out), is_of, role, number, one, file)
+                    part = InputPart(len(out), is_of, role, number, one, file, left)
                     _check_held_out(part, section)
                     out.append(part)
+                    left = left and left - sum(1 for _row in raw_rows(part, _ignore))
         except (DataError, RecipeError) as error:
             found.append(error)
 
@@ -79,6 +87,18 @@ def list_parts(
     if errors is None:
         raise_all(found)
     return out
+
+
+def raw_rows(part: InputPart, notify: Notify) -> Iterator[RawRow]:
+    """Yield the rows of a file, as many as its source wants; of a log of messages, its sessions."""
+    rows = read_rows(part.file, part.source, notify)
+    if part.kind == "dialogues" and not part.source.format:
+        rows = join_messages(rows, part.source, lambda text: notify(f"{part.name}: {text}"))
+    return islice(rows, part.rows)
+
+
+def _ignore(text: str) -> None:
+    """Ignore the message: it comes again when the rows are read."""
 
 
 def _check_held_out(part: InputPart, section: Prepare) -> None:

@@ -25,10 +25,9 @@ from tongwen.core.i18n import _
 from tongwen.core.records import Origin, Record, from_dict
 from tongwen.data import dedup, formats, preference_rows
 from tongwen.data.clean import Cleaner, RejectedText
-from tongwen.data.input_parts import KINDS, InputPart, Notify
+from tongwen.data.input_parts import KINDS, InputPart, Notify, raw_rows
 from tongwen.data.ledger import Ledger, RejectedRow
-from tongwen.data.message_log import join_messages
-from tongwen.data.reader import read_rows
+from tongwen.data.office_files import UNREADABLE
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
 from tongwen.recipe.data import Prepare
@@ -39,14 +38,6 @@ SHOWN = 20  # unread fields shown in a message
 
 
 # -- one file ------------------------------------------------------------------------------------------------------
-
-
-def raw_rows(part: InputPart, notify: Notify) -> Iterator[RawRow]:
-    """Yield the rows of a file; of a log of messages, its sessions."""
-    rows = read_rows(part.file, part.source, notify)
-    if part.kind != "dialogues" or part.source.format:
-        return rows
-    return join_messages(rows, part.source, lambda text: notify(f"{part.name}: {text}"))
 
 
 def iter_rows(
@@ -90,7 +81,8 @@ def iter_records(
 @dataclass
 class ScanCounts:
     """Counts of scanned rows: the ledger, the number of unreadable rows, the first of them as (place, rule), and the kept
-    rows with a field that nothing reads: {file: {field: rows}}."""
+    rows with a field that nothing reads: {file: {field: rows}}. A scanned page or a locked document is normal among many, and
+    not counted as an unreadable row."""
 
     ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
     bad: int = 0
@@ -106,8 +98,8 @@ class ScanCounts:
             return
         self.ledger.lose(record.reason, raw.size)
         if isinstance(record, RowRejected):
-            self.bad += 1
-            if self.bad <= FIRST:
+            self.bad += raw.reason not in UNREADABLE
+            if len(self.first_bad) < FIRST:
                 self.first_bad.append((f"{raw.file}:{raw.row}", record.rule))
 
 
@@ -156,7 +148,7 @@ def scan(part: InputPart, section: Prepare, out: Path, notify: Notify) -> None:
         "bad": tally.bad,
         "first_bad": tally.first_bad,
         "changed": dict(cleaner.changed),
-        "unread": tally.unread.get(part.name, {}),
+        "unread": sum(tally.unread.values(), Counter()),
     }
     artifact.sync_tree(folder)
     artifact.write_json(folder / "scan.json", facts)

@@ -11,12 +11,13 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError, RowRejected
 from tongwen.core.i18n import _
-from tongwen.data import charset, files, tables, workbooks
+from tongwen.data import archives, charset, files, office_files, tables, workbooks
 from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile, Stream, printable
 from tongwen.data.formats import LISTS, TURNS
@@ -37,9 +38,19 @@ def _ignore(text: str) -> None:
 def read_rows(file: Path, source: SourceConfig | None = None, notify: Notify = _ignore) -> Iterator[RawRow]:
     """Yield the rows of one file. notify: called with messages about the detected format.
 
-    Raises DataError when the file as a whole cannot be read; an unreadable row is yielded with its problem.
+    Raises DataError when the file as a whole cannot be read; an unreadable row is yielded with its problem, and so is a
+    document that cannot be read, such as an encrypted one: it is one of many.
     """
     source = source or SourceConfig(path=str(file))
+    try:
+        yield from _rows_of_file(file, source, notify)
+    except DataError as error:
+        if files.suffix(file) not in files.DOCUMENT_SUFFIXES:
+            raise
+        yield RawRow(printable(file), 1, "", 0, f"{error.rule}; {error.remedy}".strip("; "), "unreadable_file")
+
+
+def _rows_of_file(file: Path, source: SourceConfig, notify: Notify) -> Iterator[RawRow]:
     name, seen = printable(file), 0
     with files.open_stream(file) as stream:
         try:
@@ -66,7 +77,15 @@ def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify) -> It
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
         notify(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
+    if not stream.packed and (kind := files.document_kind(stream.file, stream.head)):
+        encoding = charset.choose(stream.head, source.encoding, stream.whole).codec if kind == "html" else ""
+        pages = office_files.read_pages(stream.file, kind, name, encoding, notify)
+        return _joined(pages) if source.records == "file" else pages
     if files.is_zip(stream.head):
+        if files.zip_kind(stream.file) == "zip":
+            if suffix in files.WORKBOOK_SUFFIXES | files.DOCUMENT_SUFFIXES:
+                raise DamagedFile(_("named {suffix}, but it has none of its parts").format(suffix=suffix))
+            return archives.read_archive(stream.file, name, lambda file: read_rows(file, source, notify), notify)
         return workbooks.read_workbook(stream.file, name, _names_of_lists(source), notify)
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:
@@ -100,7 +119,21 @@ def _read_as(
     if kind == "lines":
         _check_one_object(head, source)
         return _read_json_lines(_lines(stream.blocks, found), name, source)
-    return _read_text(_lines(stream.blocks, found), name, _records(head, source, notify))
+    records = "file" if files.suffix(stream.file) in files.MARKDOWN_SUFFIXES and not source.records else ""
+    return _read_text(_lines(stream.blocks, found), name, records or _records(head, source, notify))
+
+
+def _joined(pages: Iterator[RawRow]) -> Iterator[RawRow]:
+    """Yield the pages that have text as one row, those that have none as they are."""
+    texts = list[RawRow]()
+    for page in pages:
+        if page.problem:
+            yield page
+        else:
+            texts.append(page)
+    if texts:
+        text = "\n\n".join(page.value["text"] for page in texts)
+        yield replace(texts[0], value={"text": text}, size=len(text.encode("utf-8", "surrogatepass")))
 
 
 def _names_of_lists(source: SourceConfig) -> set[str]:

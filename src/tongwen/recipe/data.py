@@ -32,10 +32,11 @@ class SourceConfig(Section):
     )
     records: Literal["line", "paragraph", "file"] | None = setting(
         None,
-        "unit of one record in a text file; absent: paragraphs if blank lines are frequent, else lines",
+        "unit of one record in a text file; absent: paragraphs if blank lines are frequent, else lines; `file` also joins the pages of a document",
     )
     encoding: str | None = setting(None, "character encoding; detected when absent")
     entry: str | None = setting(None, "entry name, when path is a dataset_info.json")
+    rows: Count | None = setting(None, "read only so many rows, the first ones of its files in order", ge=1)
     weight: Number | None = setting(
         None,
         "passes over its rows per epoch; 0.5 takes a different half each epoch",
@@ -56,11 +57,12 @@ class SourceConfig(Section):
         )
 
     @model_serializer(mode="wrap")
-    def _without_empty_ignore(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out an empty `ignore`: results of versions before it came have the same settings."""
+    def _without_later_settings(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out settings without a value that came later: results of versions before them have the same settings."""
         settings: dict[str, Any] = dump(self)
-        if not settings.get("ignore"):
-            settings.pop("ignore", None)
+        for name in ("ignore", "rows"):
+            if not settings.get(name):
+                settings.pop(name, None)
         return settings
 
 

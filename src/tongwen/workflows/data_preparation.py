@@ -40,6 +40,8 @@ def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) ->
         )
         scans = prepare_steps.read_scans(parts, draft.path)
         prepare_steps.check_readable(parts, scans, section.max_bad)
+        for place, rule in [first for scan in scans for first in scan["first_bad"]][: prepare_steps.FIRST]:
+            console.notice(f"{place}: {rule}")
         with console.waiting(_("comparing all rows")):
             prepare_steps.compare(parts, section, seed, draft.path)
         run_tasks(

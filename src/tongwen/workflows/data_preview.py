@@ -18,7 +18,7 @@ from tongwen.core.i18n import _
 from tongwen.core.records import Record
 from tongwen.data import formats, prepare_steps, token_store
 from tongwen.data.clean import Cleaner, RejectedText
-from tongwen.data.input_parts import InputPart, kind_of
+from tongwen.data.input_parts import InputPart, kind_of, raw_rows
 from tongwen.data.ledger import Ledger, RejectedRow, table_rows
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.data import Prepare, SourceConfig
@@ -50,7 +50,7 @@ def inspect(file: Path) -> DataPreview:
     kind = kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
     part = InputPart(0, kind, "train", 0, source, file)
-    first = next(prepare_steps.raw_rows(part, lambda text: None))
+    first = next(raw_rows(part, lambda text: None))
     name = "text" if kind == "documents" else formats.recognise_row(first, source)
     found = DataPreview(kind, name, prepare_steps.ScanCounts())
     for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda text: None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,16 @@ def _seeds(file: str | None) -> list[ParsedTask]:
 
 def read_documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
     for source in sources:
-        for file in find_files(source.path):
-            for row in read_rows(file, source, console.notice):
-                origin = Origin(row.file, row.row)
-                try:
-                    if row.problem:
-                        raise RowRejected("unreadable", row.problem)
-                    value = row.value if isinstance(row.value, dict) else {"text": row.value}
-                    yield read_document(value, source, origin).text, str(origin)
-                except RowRejected as error:
-                    console.notice(f"{origin}: {error.rule}")
+        rows = (row for file in find_files(source.path) for row in read_rows(file, source, console.notice))
+        for row in islice(rows, source.rows):
+            origin = Origin(row.file, row.row)
+            try:
+                if row.problem:
+                    raise RowRejected("unreadable", row.problem)
+                value = row.value if isinstance(row.value, dict) else {"text": row.value}
+                yield read_document(value, source, origin).text, str(origin)
+            except RowRejected as error:
+                console.notice(f"{origin}: {error.rule}")
 
 
 def _check_made(made: generate.GeneratedDialogues) -> None:

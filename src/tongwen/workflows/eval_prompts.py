@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
@@ -116,12 +118,15 @@ def _report_unread(records: Iterable[EvalPrompt | Document | Dialogue], path: st
 
 
 def _rows(source: SourceConfig) -> Iterator[RawRow]:
-    for file in find_files(source.path):
-        rows = read_rows(file, source, console.notice)
-        for row in rows if source.format else join_messages(rows, source, console.notice):
-            if row.problem:
-                raise DataError(row.problem, place=_place(row))
-            yield row
+    for row in islice(chain.from_iterable(_rows_of(file, source) for file in find_files(source.path)), source.rows):
+        if row.problem:
+            raise DataError(row.problem, place=_place(row))
+        yield row
+
+
+def _rows_of(file: Path, source: SourceConfig) -> Iterator[RawRow]:
+    rows = read_rows(file, source, console.notice)
+    return rows if source.format else join_messages(rows, source, console.notice)
 
 
 def _place(row: RawRow) -> str:

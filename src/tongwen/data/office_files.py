@@ -1,0 +1,177 @@
+"""Read PDF, Word, PowerPoint, EPUB and HTML files as documents: a page or a slide is a row, and so is a file without either.
+
+markitdown writes them as Markdown, with tables, notes and formulas; PDF is read by pdfminer.six, which markitdown uses as well,
+because it knows the pages. A page that holds no text is a row with its reason: the rest of the file is read.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import MissingPackage, first_line
+from tongwen.core.i18n import _
+from tongwen.data.files import DamagedFile, check_unpacked_size
+from tongwen.data.pdf_layout import text_of
+from tongwen.data.row import CAP, RawRow
+
+Notify = Callable[[str], None]
+# Reasons for which a page, a document or a member of an archive has no row.
+UNREADABLE = frozenset(
+    ("scanned_page", "unknown_glyphs", "no_text", "encrypted", "damaged_file", "unreadable_file", "nested_archive")
+)
+SLIDE = re.compile(r"<!-- Slide number: (\d+) -->\n?")
+UNMAPPED = re.compile(r"\(cid:\d+\)")  # a glyph for which the file names no character
+MOST_UNMAPPED = 0.02  # share of a page's characters
+# The parts of a file that hold text, and the elements with it.
+TEXT_PARTS = re.compile(
+    r"word/(?:document|footnotes|endnotes|comments|header\d*|footer\d*)\.xml|ppt/(?:slides|notesSlides)/[^/]+\.xml"
+)
+RUNS = re.compile(r"<(?:w|a):t(?:\s[^>]*)?>([^<]*)</(?:w|a):t>")
+MARKUP = re.compile(r"[\s\\*_|#]+")
+
+
+def read_pages(file: Path, kind: str, name: str, encoding: str, notify: Notify) -> Iterator[RawRow]:
+    """Yield the pages of a file. kind: pdf, docx, pptx, epub or html; encoding: of HTML."""
+    reader = _pdf_pages if kind == "pdf" else _markdown_pages
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for number, text, reason, problem in reader(file, kind, encoding, notify):
+                size = len(text.encode("utf-8", "surrogatepass"))
+                if size > CAP:
+                    reason, problem = (
+                        "too_large",
+                        _("this page has {size:,} bytes; the limit is {cap:,}").format(size=size, cap=CAP),
+                    )
+                value: Any = text[:200] if problem else {"text": text}
+                yield RawRow(name, number, value, size, problem, reason)
+    except (DamagedFile, MissingPackage):
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged part makes them meet
+        if "password" in type(error).__name__.lower() or "encrypt" in str(error).lower():
+            yield _unreadable(name, _("it is encrypted: save it without a password"), "encrypted")
+        else:
+            rule = _("this {kind} file is damaged: {reason}").format(kind=kind, reason=first_line(error)[:200])
+            yield _unreadable(name, rule, "damaged_file")
+
+
+def _unreadable(name: str, rule: str, reason: str) -> RawRow:
+    return RawRow(name, 1, "", 0, rule, reason)
+
+
+Page = tuple[int, str, str, str]  # number, text, and reason and problem when it cannot be used
+
+
+# -- PDF -----------------------------------------------------------------------------------------------------------
+
+
+def _pdf_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Iterator[Page]:
+    try:
+        from pdfminer.high_level import extract_pages
+        from pdfminer.layout import LAParams
+    except ImportError:
+        raise _missing("pdfminer.six", "PDF") from None
+    logging.getLogger("pdfminer").setLevel(logging.ERROR)  # it warns of each odd operator
+    empty, total = list[int](), 0
+    for number, page in enumerate(extract_pages(str(file), laparams=LAParams()), 1):
+        total = number
+        text = text_of(page)
+        if _is_vertical(text):
+            vertical = LAParams(
+                detect_vertical=True
+            )  # where lines are horizontal, it would join those of one character
+            text = text_of(next(extract_pages(str(file), page_numbers=[number - 1], laparams=vertical)))
+        if not text:
+            if _has_picture(page):
+                yield (
+                    number,
+                    "",
+                    "scanned_page",
+                    _("page {number} holds a picture and no text: it needs OCR").format(number=number),
+                )
+            else:
+                empty.append(number)
+            continue
+        unmapped = UNMAPPED.findall(text)
+        text = UNMAPPED.sub("", text)
+        if len(unmapped) > MOST_UNMAPPED * (len(text) + len(unmapped)):
+            rule = _("page {number}: for {count} of {total} glyphs the file names no character: it needs OCR").format(
+                number=number, count=len(unmapped), total=len(text) + len(unmapped)
+            )
+            yield number, text, "unknown_glyphs", rule
+            continue
+        if unmapped:
+            notify(
+                _("page {number}: {count} glyphs without a character are left out").format(
+                    number=number, count=len(unmapped)
+                )
+            )
+        yield number, text, "", ""
+    if empty and len(empty) == total:
+        yield 1, "", "no_text", _("none of its pages holds a text or a picture")
+
+
+def _is_vertical(text: str) -> bool:
+    """Whether a page's lines run from top to bottom: read as horizontal ones, most have one character."""
+    lines = text.split()
+    return len(lines) > 4 and sum(len(line) == 1 for line in lines) > 0.5 * len(lines)
+
+
+def _has_picture(part: Any) -> bool:
+    from pdfminer.layout import LTFigure, LTImage
+
+    return any(isinstance(one, (LTImage, LTFigure)) for one in part)
+
+
+# -- the rest ------------------------------------------------------------------------------------------------------
+
+
+def _markdown_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Iterator[Page]:
+    try:
+        from markitdown import StreamInfo
+        from markitdown.converters import DocxConverter, EpubConverter, HtmlConverter, PptxConverter
+    except ImportError:
+        raise _missing("markitdown", kind) from None
+    converters = {"docx": DocxConverter, "pptx": PptxConverter, "epub": EpubConverter, "html": HtmlConverter}
+    if kind != "html":
+        with zipfile.ZipFile(file) as archive:
+            check_unpacked_size(file, sum(part.file_size for part in archive.infolist()))
+    content = file.read_bytes()
+    text = converters[kind]().convert(io.BytesIO(content), StreamInfo(extension=f".{kind}", charset=encoding)).markdown
+    if kind in ("docx", "pptx"):
+        _name_lost_parts(file, text, notify)
+    pages = SLIDE.split(text)
+    slides = [("1", pages[0]), *zip(pages[1::2], pages[2::2], strict=True)]
+    found = [(int(number), page.strip()) for number, page in slides if page.strip()]
+    for number, page in found:
+        yield number, page, "", ""
+    if not found:
+        yield 1, "", "no_text", _("it holds no text")
+
+
+def _name_lost_parts(file: Path, text: str, notify: Notify) -> None:
+    """Name the parts of a file whose text is not in the result, such as headers and footers."""
+    import html
+
+    plain = MARKUP.sub("", html.unescape(text))
+    with zipfile.ZipFile(file) as archive:
+        for part in sorted(filter(TEXT_PARTS.fullmatch, archive.namelist())):
+            content = archive.read(part).decode("utf-8", "replace")
+            runs = [MARKUP.sub("", html.unescape(run)) for run in RUNS.findall(content)]
+            if lost := [run for run in runs if run and run not in plain]:
+                notify(
+                    _("{count} characters of {part} are not read, such as {text!r}").format(
+                        count=sum(map(len, lost)), part=part, text=lost[0][:40]
+                    )
+                )
+
+
+def _missing(package: str, kind: str) -> MissingPackage:
+    return MissingPackage(package, _("{kind} files").format(kind=kind), "documents")
