@@ -282,7 +282,7 @@ def test_show_plan_look_schema_print_output(finished: Path, tongwen: Any, tmp_pa
     assert tongwen("plan", finished / "recipe.yaml", "--gpu", "lots")[0] == 2
     code, out, _ = tongwen("look", finished / "recipe.yaml", "-n", "1")
     assert code == 0 and "<|im_end|>" in out and "tokens count toward the loss" in out
-    assert re.search(r"assistant\n⟦.+<\|im_end\|>⟧", out), "without colours, what is learned stands in brackets"
+    assert re.search(r"assistant\n⟦.+<\|im_end\|>⟧", out), "without colours, brackets mark what is learned"
     assert tongwen("look", finished / "recipe.yaml", "--html", tmp_path / "look.html")[0] == 0
     page = (tmp_path / "look.html").read_text(encoding="utf-8")
     assert '<span class="s"' in page and "http" not in page

@@ -36,7 +36,7 @@ class SourceConfig(Section):
     )
     encoding: str | None = setting(None, "character encoding; detected when absent")
     entry: str | None = setting(None, "entry name, when path is a dataset_info.json")
-    rows: Count | None = setting(None, "read only so many rows, the first ones of its files in order", ge=1)
+    rows: Count | None = setting(None, "most rows that are read: the first ones of its files in order", ge=1)
     weight: Number | None = setting(
         None,
         "passes over its rows per epoch; 0.5 takes a different half each epoch",
