@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tongwen.core.errors import DataError
 from tongwen.data.message_log import join_messages, names_of_log
 from tongwen.data.reader import read_rows
+from tongwen.data.row import RawRow
 from tongwen.recipe.data import SourceConfig
 
 HEAD = ["session_id", "role", "content"]
@@ -86,3 +89,65 @@ def test_sizes_add_up(tmp_path: Path) -> None:
 )
 def test_other_rows_are_no_log(row: Any) -> None:
     assert names_of_log(row, SourceConfig(path="f")) is None
+
+
+def refusal(folder: Path, rows: list[list[str]], **settings: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        joined(folder, rows, **settings)
+    return caught.value
+
+
+TALK = [
+    *(["1", "客户", "发票怎么开？"], ["1", "坐席小王", "请提供抬头。"], ["1", "客户", "某公司。"], ["1", "坐席小王", "已开具。"]),
+    *(["2", "客户", "怎么退货？"], ["2", "坐席小李", "七天内可以退。"]),
+]  # fmt: skip
+
+
+def remedied(error: DataError) -> dict[str, Any]:
+    """The source that a refusal proposes."""
+    found = yaml.safe_load(error.remedy.partition(": ")[2])
+    assert found.pop("path").endswith("log.csv")
+    return dict(found)
+
+
+def test_senders_are_refused_together_with_a_mapping_that_works(tmp_path: Path) -> None:
+    rows = [["工单号", "发言人", "内容"], *TALK]
+    error = refusal(tmp_path, rows)
+    assert "坐席小王, 坐席小李" in error.rule
+    settings = remedied(error)
+    assert settings == {"roles": {"坐席小王": "assistant", "坐席小李": "assistant"}}
+    assert len(joined(tmp_path, rows, **settings)) == 2
+
+
+def test_customers_by_their_names_are_any_other_name(tmp_path: Path) -> None:
+    rows = [HEAD, *(row for n in range(30) for row in ([str(n), f"顾客{n}", "问"], [str(n), "阿明", "答"]))]
+    settings = remedied(refusal(tmp_path, rows))
+    assert settings == {"roles": {"阿明": "assistant", "*": "user"}}
+    assert len(joined(tmp_path, rows, **settings)) == 30
+
+
+def test_columns_of_other_names_are_proposed_from_what_they_hold(tmp_path: Path) -> None:
+    rows = [["batch", "ab", "words", "nr"], *([a, b, c, str(n)] for n, (a, b, c) in enumerate(TALK))]
+    settings = remedied(refusal(tmp_path, rows))
+    assert settings == {"columns": {"session_id": "batch", "role": "ab", "content": "words"}}
+    assert "坐席小王" in refusal(tmp_path, rows, **settings).rule
+
+
+def test_a_log_without_sessions_says_what_it_lacks(tmp_path: Path) -> None:
+    assert "session_id" in refusal(tmp_path, [["发言人", "内容"], *(row[1:] for row in TALK)]).remedy
+
+
+def test_messages_go_by_their_times_where_the_file_does_not(tmp_path: Path) -> None:
+    rows = [[*HEAD, "时间"], ["1", "assistant", "b", "2026/01/02 10:00:00"], ["1", "user", "a", "2026/01/02 09:59:00"]]
+    (dialogue,) = joined(tmp_path, rows)
+    assert turns(dialogue) == [("user", "a"), ("assistant", "b")] and dialogue.row == 2
+    rows[1][3] = "10 o'clock"
+    assert turns(joined(tmp_path, rows)[0]) == [("assistant", "b"), ("user", "a")]
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "a", "output": "b"}, {"text": "a", "id": "1"}, {"prompt": "a", "completion": "b"}]
+)
+def test_rows_of_other_formats_are_left_alone(row: dict[str, str]) -> None:
+    rows = [RawRow("f", n, row, 1) for n in range(9)]
+    assert list(join_messages(iter(rows), SourceConfig(path="f"), lambda text: None)) == rows

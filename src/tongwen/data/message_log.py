@@ -1,27 +1,62 @@
-"""Join a log of one message a row, as help desks export it, to dialogues: one for each session, in the order of the file.
+"""Join a log of one message a row, as help desks export it, to dialogues: one for each session, in the order of the file, or
+of the messages' times where the file is not.
 
-A session, its sender and its text have many names. The recipe's `columns` names others: {session_id: …, role: …, content: …}.
+A session, its sender and its text have many names. The recipe's `columns` names others: {session_id: …, role: …, content: …}, and
+`roles` the senders. A refusal proposes both from what the rows hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from itertools import chain
+from datetime import datetime
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
-from tongwen.data.formats import TURNS
+from tongwen.data.formats import TURNS, recognise, with_columns
 from tongwen.data.row import RawRow
+from tongwen.data.texts import as_yaml
+from tongwen.data.turns import EVERYONE, ROLES
 from tongwen.recipe.data import SourceConfig
 
 SESSIONS = (
     *("session_id", "session", "conversation_id", "dialogue_id", "dialog_id", "chat_id", "thread_id", "ticket_id"),
-    *("会话id", "会话编号", "会话号", "会话", "对话id", "对话编号", "工单号", "工单id"),
+    *("conversation", "chat", "thread", "ticket"),
+    *("会话id", "会话编号", "会话号", "会话", "对话id", "对话编号", "工单号", "工单id", "工单编号", "咨询编号"),
 )
-SENDERS = ("role", "from", "sender", "speaker", "author", "发送方", "发送者", "发送人", "发言人", "说话人", "角色")
-TEXTS = ("content", "text", "message", "value", "内容", "消息", "消息内容", "文本", "发言内容")
+SENDERS = (
+    "role",
+    "from",
+    "sender",
+    "speaker",
+    "author",
+    "发送方",
+    "发送者",
+    "发送人",
+    "发言人",
+    "说话人",
+    "角色",
+    "身份",
+)
+TEXTS = ("content", "text", "message", "msg", "value", "内容", "消息", "消息内容", "文本", "发言内容", "聊天内容")
+TIMES = (
+    "time",
+    "timestamp",
+    "date",
+    "datetime",
+    "created_at",
+    "sent_at",
+    "时间",
+    "发送时间",
+    "消息时间",
+    "发言时间",
+    "日期",
+)
+PEEK = 200  # rows from which a refusal proposes a mapping
+SHOWN = 20  # senders that it names; where there are more, most are customers
 LARGEST = 1 << 28  # bytes of a log: its sessions are held until the file ends, because they may be mixed
 
 
@@ -45,7 +80,9 @@ def join_messages(rows: Iterator[RawRow], source: SourceConfig, notify: Callable
     rows = chain([first], rows)
     names = names_of_log(first.value, source)
     if names is None:
-        yield from rows
+        peeked = [first, *islice(rows, 1, PEEK)] if _is_like_a_log(first.value, source) else []
+        _refuse_unnamed([raw.value for raw in peeked if not raw.problem], source, f"{first.file}:{first.row}")
+        yield from chain(peeked, rows)
         return
     notify(_("read as a log of one message a row; {session} tells which belong together").format(session=names.session))
     sessions: dict[str, list[RawRow]] = {}
@@ -66,6 +103,10 @@ def join_messages(rows: Iterator[RawRow], source: SourceConfig, notify: Callable
             yield raw if raw.problem else replace(raw, problem=_lacking(raw.value, names), reason="missing_key")
             damaged |= {before} if before else set()
             is_after_damage = True
+    _check_senders(sessions.values(), names, source, f"{first.file}:{first.row}")
+    time = next((key for key in first.value if str(key).strip().lower() in TIMES), "")
+    if time and (late := [session for session, messages in sessions.items() if _sort_by_time(messages, time)]):
+        notify(_("{count} sessions are not in the order of {time}: sorted by it").format(count=len(late), time=time))
     for session, messages in sessions.items():
         yield _dialogue(messages, names, source, is_damaged=session in damaged)
 
@@ -80,6 +121,92 @@ def names_of_log(row: Any, source: SourceConfig) -> Names | None:
         for ours, usual in (("session_id", SESSIONS), ("role", SENDERS), ("content", TEXTS))
     ]
     return Names(*map(str, found)) if all(name in row for name in found) and len({*found}) == len(found) else None
+
+
+def _is_like_a_log(row: Any, source: SourceConfig) -> bool:
+    """Whether a row may be one message: several columns of plain values, and no format of dialogues."""
+    return (
+        isinstance(row, dict)
+        and len(row) > 1
+        and not any(isinstance(value, (dict, list)) for value in row.values())
+        and recognise(with_columns(row, source)) in (None, "", "text")
+    )
+
+
+def _refuse_unnamed(rows: list[dict[str, Any]], source: SourceConfig, place: str) -> None:
+    """Raise DataError for a log whose columns have other names, with the mapping that its rows suggest, or without a session."""
+    columns = {str(key): [row.get(key) for row in rows] for key in (rows[0] if rows else {})}
+    if found := _propose(columns):
+        raise DataError(
+            _("this looks like a log of one message a row, whose columns have other names"),
+            place=place,
+            remedy=_(
+                "if that is right: {{path: {path}, columns: {{session_id: {session}, role: {sender}, content: {text}}}}}"
+            ).format(path=source.path, session=found.session, sender=found.sender, text=found.text),
+        )
+    keys = {key.strip().lower() for key in columns}
+    if keys.intersection(SENDERS) and keys.intersection(TEXTS) and not recognise(with_columns(rows[0], source)):
+        raise DataError(
+            _("this looks like a log of one message a row, but no column tells which messages belong together"),
+            place=place,
+            remedy=_("add a column `session_id` that is the same for all messages of one conversation"),
+        )
+
+
+def _propose(columns: dict[str, list[Any]]) -> Names | None:
+    """Return which columns hold the session, the sender and the text: the text is the longest, senders are few and take turns, the
+    rows of a session stand together. None where that is not clear."""
+    texts = {key: sum(len(str(value or "")) for value in values) for key, values in columns.items()}
+    text = max(texts, key=lambda key: texts[key], default="")
+    senders, sessions = list[tuple[int, str]](), list[tuple[int, str]]()
+    for key, values in columns.items():
+        distinct, runs = len({str(value) for value in values}), sum(1 for _group in groupby(map(str, values)))
+        if key == text or None in values or len(values) < 4:
+            continue
+        if 1 < distinct <= len(values) // 2 and runs > distinct and runs > len(values) // 2:
+            senders.append((distinct, key))
+        elif runs == distinct <= len(values) // 2:
+            sessions.append((-distinct, key))
+    return Names(min(sessions)[1], min(senders)[1], text) if senders and sessions else None
+
+
+def _check_senders(sessions: Collection[list[RawRow]], names: Names, source: SourceConfig, place: str) -> None:
+    """Raise DataError when most sessions have senders without a role, with a mapping of them all: who begins most of their
+    sessions is a user."""
+    begun, seen, lost = Counter[str](), Counter[str](), 0
+    for messages in sessions:
+        senders = dict.fromkeys(str(raw.value[names.sender]) for raw in messages)
+        begun[next(iter(senders))] += 1
+        seen.update(senders.keys())
+        lost += any(one not in source.roles and one.lower() not in ROLES for one in senders)
+    if EVERYONE in source.roles or 2 * lost <= len(sessions):
+        return
+    unknown = [one for one in seen if one not in source.roles and one.lower() not in ROLES]
+    roles = {one: "user" if 2 * begun[one] > seen[one] else "assistant" for one in unknown}
+    if len(unknown) > SHOWN:  # customers by their names
+        few = {one: role for one, role in roles.items() if role == "assistant"}
+        roles = {**dict(islice(few.items(), SHOWN)), EVERYONE: "user"}
+    shown = _(", ").join(map(str, unknown[:SHOWN])) + (" …" if len(unknown) > SHOWN else "")
+    raise DataError(
+        _("the role of these senders is not known: {shown}").format(shown=shown),
+        place=place,
+        remedy=_("if that is right: {{path: {path}, roles: {{{roles}}}}}").format(
+            path=source.path, roles=", ".join(f"{as_yaml(one)}: {role}" for one, role in roles.items())
+        ),
+    )
+
+
+def _sort_by_time(messages: list[RawRow], key: str) -> bool:
+    """Sort a session's messages by their times, if each has one; return whether that moved any."""
+    try:
+        times = [datetime.fromisoformat(str(raw.value[key]).strip().replace("/", "-")) for raw in messages]
+        if times == sorted(times):
+            return False
+    except (KeyError, ValueError, TypeError):  # no time, or some with a zone and some without
+        return False
+    order = sorted(range(len(messages)), key=times.__getitem__)
+    messages[:] = [messages[place] for place in order]
+    return True
 
 
 def _session_of(row: Any, names: Names) -> str:
@@ -106,7 +233,7 @@ def _dialogue(messages: list[RawRow], names: Names, source: SourceConfig, *, is_
         else:
             turns.append({role: sender, content: text, **rest})
     value = {source.columns.get("messages", "messages"): turns}
-    row = RawRow(messages[0].file, messages[0].row, value, sum(raw.size for raw in messages))
+    row = RawRow(messages[0].file, min(raw.row for raw in messages), value, sum(raw.size for raw in messages))
     if not is_damaged:
         return row
     rule = _("a row beside this session cannot be read, so that a message of it may be missing")

@@ -20,6 +20,7 @@ from tongwen.data.texts import as_yaml, double_encoded, is_blank, keys_of, parse
 from tongwen.data.tool_calls import calls_of, optional_string, read_call, read_tools
 from tongwen.recipe.data import SourceConfig
 
+EVERYONE = "*"  # among `roles`: any other name
 ROLES = {
     "human": "user",
     "user": "user",
@@ -282,7 +283,7 @@ def read_learn(turn: Fields, number: int, role: str) -> bool | None:
 def _role(value: Any, number: int, source: SourceConfig, turns: Any) -> str:
     role = None
     if isinstance(value, str):
-        role = source.roles.get(value) or ROLES.get(value.lower())
+        role = source.roles.get(value) or ROLES.get(value.lower()) or source.roles.get(EVERYONE)
     if role is None:
         raise RowRejected(
             "unknown_role",

@@ -25,7 +25,7 @@ class SourceConfig(Section):
     ignore: list[str] = setting(
         [], "fields of the rows that are not to be read, as the notice on unread fields names them, e.g. [id, label]"
     )
-    roles: dict[str, str] = setting({}, "role names, the file's to ours, e.g. {Customer: user}")
+    roles: dict[str, str] = setting({}, "role names, the file's to ours, e.g. {Customer: user}; '*' is any other name")
     separator: str = setting(
         "\n",
         "text between instruction and input, instruct and query; BELLE has none",
