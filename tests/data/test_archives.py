@@ -34,6 +34,18 @@ def test_members_are_read_in_order_with_their_names(tmp_path: Path) -> None:
     assert any("图.png" in one for one in notices)
 
 
+def test_a_member_is_named_by_its_place_in_the_archive(tmp_path: Path) -> None:
+    file = write_zip(tmp_path / "a.zip", {"../../up.txt": "一\n二\n"})
+    rows, notices = read(file)
+    assert {row.file for row in rows} == {f"{file}/../../up.txt"} and len(rows) == 2
+    assert notices and all(one.startswith(f"{file}/../../up.txt: ") for one in notices)
+    with pytest.raises(DataError, match="no member of this archive is a data file"):
+        read(write_zip(tmp_path / "b.zip", {"a.png": "x"}))
+    (tmp_path / "c.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    with pytest.raises(DataError, match="this archive is empty"):
+        read(tmp_path / "c.zip")
+
+
 def test_names_in_gbk(tmp_path: Path) -> None:
     info = zipfile.ZipInfo("x.txt")
     info.filename = "资料.txt".encode("gb18030").decode("cp437")

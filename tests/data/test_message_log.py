@@ -137,6 +137,21 @@ def test_a_log_without_sessions_says_what_it_lacks(tmp_path: Path) -> None:
     assert "session_id" in refusal(tmp_path, [["发言人", "内容"], *(row[1:] for row in TALK)]).remedy
 
 
+def test_neighbours_of_one_role_are_one_turn_and_notices_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        HEAD,
+        ["1", "客户", "a"],
+        ["1", "客服", "b"],
+        ["1", "主管", "c"],
+        ["1", "系统", "已转接"],
+        ["1", "客户", " "],
+        ["1", "系统", "结束"],
+    ]
+    (dialogue,) = joined(tmp_path, rows, roles={"主管": "assistant"})
+    assert turns(dialogue) == [("客户", "a"), ("客服", "b\nc")]
+    assert dialogue.size == sum(raw.size for raw in read_rows(tmp_path / "log.csv"))
+
+
 def test_messages_go_by_their_times_where_the_file_does_not(tmp_path: Path) -> None:
     rows = [[*HEAD, "时间"], ["1", "assistant", "b", "2026/01/02 10:00:00"], ["1", "user", "a", "2026/01/02 09:59:00"]]
     (dialogue,) = joined(tmp_path, rows)

@@ -40,7 +40,8 @@ def test_other_sheets_are_named(tmp_path: Path) -> None:
     said: list[str] = []
     file = workbook(tmp_path / "a.xlsx", [["question", "answer"], ["a", "b"]], [["c"]])
     list(read_rows(file, SourceConfig(path=str(file)), said.append))
-    assert said == [f"{file}: only the first sheet, sheet 1, is read; the others are sheet 2"]
+    told = "only the first sheet, sheet 1, is read; the others are sheet 2; `records: file` reads each as a document"
+    assert said == [f"{file}: {told}"]
 
 
 def test_lists_in_cells_are_json(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from tongwen.core.errors import DataError, first_line
@@ -18,22 +17,25 @@ UTF8_NAME, ENCRYPTED = 0x800, 0x1  # flags of a member
 
 
 def read_archive(
-    file: Path, name: str, read: Callable[[Path], Iterator[RawRow]], notify: Callable[[str], None]
+    file: Path, name: str, read: Callable[[Path, str], Iterator[RawRow]], notify: Callable[[str], None]
 ) -> Iterator[RawRow]:
     """Yield the rows of each data file in an archive; their file is ARCHIVE/MEMBER. A member that cannot be read is a row with
-    its reason. read: yields the rows of a file. Raises DamagedFile when it is no archive."""
+    its reason. read(copy, name): yields the rows of a member. Raises DamagedFile when it is no archive."""
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise files.DamagedFile(_("this archive is damaged: {reason}").format(reason=first_line(error))) from None
     with archive, tempfile.TemporaryDirectory() as folder:
         members = [(member_name(one), one) for one in archive.infolist() if not one.is_dir()]
+        if not any(files.suffix(Path(member)) in files.DATA_SUFFIXES for member, _one in members):
+            raise files.DamagedFile(_("no member of this archive is a data file"))
         files.check_unpacked_size(file, sum(one.file_size for _member, one in members))
         for number, (member, one) in enumerate(sorted(members, key=lambda pair: pair[0])):
             place = f"{name}/{files.printable(member)}"
             path = PurePosixPath(member)
             suffix = files.suffix(Path(path.name))
-            if any(part.startswith((".", "__MACOSX")) for part in path.parts) or files.is_beside(path.name):
+            hidden = any(part.startswith((".", "__MACOSX")) and part != ".." for part in path.parts)
+            if hidden or files.is_beside(path.name):
                 continue
             if suffix in files.ARCHIVE_SUFFIXES:
                 yield RawRow(
@@ -51,13 +53,16 @@ def read_archive(
 
 
 def _read_member(
-    archive: zipfile.ZipFile, one: zipfile.ZipInfo, copy: Path, place: str, read: Callable[[Path], Iterator[RawRow]]
+    archive: zipfile.ZipFile,
+    one: zipfile.ZipInfo,
+    copy: Path,
+    place: str,
+    read: Callable[[Path, str], Iterator[RawRow]],
 ) -> Iterator[RawRow]:
     try:
         with archive.open(one) as source, copy.open("wb") as target:
             shutil.copyfileobj(source, target, files.BLOCK)
-        for row in read(copy):
-            yield replace(row, file=place)
+        yield from read(copy, place)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
         rule = _("this archive is damaged: {reason}").format(reason=first_line(error))
         yield RawRow(place, 1, "", 0, rule, "damaged_file")

@@ -48,11 +48,11 @@ GZIP, ZSTD, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0"
 _PACKED = {GZIP: "gzip", ZSTD: "zstd", XZ: "xz"}
 _ARCHIVES = {
     b"PK\x03\x04": "ZIP",
-    b"PK\x05\x06": "empty ZIP",
+    b"PK\x05\x06": "ZIP",
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!\x1a\x07": "RAR",
 }
-_OLD_OFFICE = "Office 97"  # also the container of an encrypted workbook
+_OLD_OFFICE = "pre-2007 or encrypted Office"
 _FOREIGN = {
     b"BZh": "bzip2",
     b"\x89PNG\r\n": "PNG",
@@ -431,7 +431,13 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
     archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
     if head[257:262] == b"ustar":
         archive = "tar"
-    if archive and (archive != "ZIP" or packed):
+    if packed and (head.startswith(b"%PDF") or archive == "ZIP"):
+        raise refuse(
+            _("this is a document or an archive compressed with {packed}").format(packed=packed), _("unpack it")
+        )
+    if head.startswith(b"PK\x05\x06"):
+        raise refuse(_("this archive is empty"), _("remove it from the recipe"))
+    if archive and archive != "ZIP":
         raise refuse(
             _("this is a {archive} archive; only ZIP is read").format(archive=archive),
             _("unpack it and name the files in the recipe"),

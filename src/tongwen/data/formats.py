@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError, RecipeError, RowRejected
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data.fields import Fields, is_empty
+from tongwen.data.files import CSV_SUFFIXES, WORKBOOK_SUFFIXES, suffix
 from tongwen.data.preference import check_preferences, verdicts
 from tongwen.data.row import RawRow, kind
 from tongwen.data.texts import as_yaml, check_data, check_text, double_encoded, is_blank, keys_of
@@ -133,7 +135,8 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     columns = _similar_columns(row)
     if columns:
         rule += _suggestion(*next(iter(columns.items())))
-    if raw.row > 1:
+    first = 2 if suffix(Path(raw.file)) in CSV_SUFFIXES | WORKBOOK_SUFFIXES else 1  # below the names of the columns
+    if raw.row > first:
         raise RowRejected("unknown_format", rule)
     raise DataError(rule, place=place, remedy=_columns_line(columns, raw.value))
 

@@ -107,6 +107,11 @@ def join_messages(rows: Iterator[RawRow], source: SourceConfig, notify: Callable
     time = next((key for key in first.value if str(key).strip().lower() in TIMES), "")
     if time and (late := [session for session, messages in sessions.items() if _sort_by_time(messages, time)]):
         notify(_("{count} sessions are not in the order of {time}: sorted by it").format(count=len(late), time=time))
+    left_out = sum(_leave_out_notices(messages, names, source) for messages in sessions.values())
+    if left_out:
+        notify(
+            _("{count} messages without a text, or of the system amid a session, are left out").format(count=left_out)
+        )
     for session, messages in sessions.items():
         yield _dialogue(messages, names, source, is_damaged=session in damaged)
 
@@ -222,13 +227,33 @@ def _lacking(row: Any, names: Names) -> str:
     return _("a message without {names}").format(names=_(", ").join(lacking or [names.text]))
 
 
+def _leave_out_notices(messages: list[RawRow], names: Names, source: SourceConfig) -> int:
+    """Leave out what no turn can hold, unless nothing else is there: messages without a text, and a system's notices that come
+    after a session has begun. Their sizes go to the message before. Return how many."""
+    kept = list[RawRow]()
+    for raw in messages:
+        is_notice = _role_of(raw.value[names.sender], source) == "system"
+        if kept and (is_notice or not raw.value[names.text].strip()):
+            kept[-1] = replace(kept[-1], size=kept[-1].size + raw.size)
+        else:
+            kept.append(raw)
+    count = len(messages) - len(kept)
+    messages[:] = kept
+    return count
+
+
+def _role_of(sender: Any, source: SourceConfig) -> str:
+    name = str(sender)
+    return source.roles.get(name) or ROLES.get(name.lower()) or source.roles.get(EVERYONE) or name
+
+
 def _dialogue(messages: list[RawRow], names: Names, source: SourceConfig, *, is_damaged: bool) -> RawRow:
     role, content = source.columns.get("role", "role"), source.columns.get("content", "content")
     turns: list[dict[str, Any]] = []
     for raw in messages:
         rest = {key: value for key, value in raw.value.items() if key not in names}
         sender, text = raw.value[names.sender], raw.value[names.text]
-        if turns and turns[-1][role] == sender:
+        if turns and _role_of(turns[-1][role], source) == _role_of(sender, source):
             turns[-1][content] += f"\n{text}"
         else:
             turns.append({role: sender, content: text, **rest})

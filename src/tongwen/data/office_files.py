@@ -24,7 +24,16 @@ from tongwen.data.row import CAP, RawRow
 Notify = Callable[[str], None]
 # Reasons for which a page, a document or a member of an archive has no row.
 UNREADABLE = frozenset(
-    ("scanned_page", "unknown_glyphs", "no_text", "encrypted", "damaged_file", "unreadable_file", "nested_archive")
+    (
+        "scanned_page",
+        "unknown_glyphs",
+        "no_text",
+        "encrypted",
+        "damaged_file",
+        "unreadable_file",
+        "nested_archive",
+        "too_large",
+    )
 )
 SLIDE = re.compile(r"<!-- Slide number: (\d+) -->\n?")
 UNMAPPED = re.compile(r"\(cid:\d+\)")  # a glyph for which the file names no character
@@ -74,28 +83,25 @@ Page = tuple[int, str, str, str]  # number, text, and reason and problem when it
 
 def _pdf_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Iterator[Page]:
     try:
-        from pdfminer.high_level import extract_pages
-        from pdfminer.layout import LAParams
+        from tongwen.data.pdf_pages import PageTooLarge, read_pdf
     except ImportError:
         raise _missing("pdfminer.six", "PDF") from None
     logging.getLogger("pdfminer").setLevel(logging.ERROR)  # it warns of each odd operator
     empty, total = list[int](), 0
-    for number, page in enumerate(extract_pages(str(file), laparams=LAParams()), 1):
+    for number, lay_out in enumerate(read_pdf(file), 1):
         total = number
-        text = text_of(page)
-        if _is_vertical(text):
-            vertical = LAParams(
-                detect_vertical=True
-            )  # where lines are horizontal, it would join those of one character
-            text = text_of(next(extract_pages(str(file), page_numbers=[number - 1], laparams=vertical)))
+        try:
+            page = lay_out(False)
+            text = text_of(page)
+            if _is_vertical(text):  # where lines are horizontal, it would join those of one character
+                text = text_of(lay_out(True))
+        except PageTooLarge as error:
+            yield number, "", "too_large", _("page {number}: {reason}").format(number=number, reason=error)
+            continue
         if not text:
             if _has_picture(page):
-                yield (
-                    number,
-                    "",
-                    "scanned_page",
-                    _("page {number} holds a picture and no text: it needs OCR").format(number=number),
-                )
+                rule = _("page {number} holds a picture and no text: it needs OCR").format(number=number)
+                yield number, "", "scanned_page", rule
             else:
                 empty.append(number)
             continue
@@ -144,15 +150,17 @@ def _markdown_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Ite
         with zipfile.ZipFile(file) as archive:
             check_unpacked_size(file, sum(part.file_size for part in archive.infolist()))
     content = file.read_bytes()
-    text = converters[kind]().convert(io.BytesIO(content), StreamInfo(extension=f".{kind}", charset=encoding)).markdown
+    found = converters[kind]().convert(io.BytesIO(content), StreamInfo(extension=f".{kind}", charset=encoding))
+    title = (found.title or "").strip() if kind == "html" else ""
+    text = f"# {title}\n\n{found.markdown}" if title and title not in found.markdown else found.markdown
     if kind in ("docx", "pptx"):
         _name_lost_parts(file, text, notify)
     pages = SLIDE.split(text)
     slides = [("1", pages[0]), *zip(pages[1::2], pages[2::2], strict=True)]
-    found = [(int(number), page.strip()) for number, page in slides if page.strip()]
-    for number, page in found:
+    full = [(int(number), page.strip()) for number, page in slides if page.strip()]
+    for number, page in full:
         yield number, page, "", ""
-    if not found:
+    if not full:
         yield 1, "", "no_text", _("it holds no text")
 
 
@@ -165,7 +173,8 @@ def _name_lost_parts(file: Path, text: str, notify: Notify) -> None:
         for part in sorted(filter(TEXT_PARTS.fullmatch, archive.namelist())):
             content = archive.read(part).decode("utf-8", "replace")
             runs = [MARKUP.sub("", html.unescape(run)) for run in RUNS.findall(content)]
-            if lost := [run for run in runs if run and run not in plain]:
+            never = part.startswith(("word/header", "word/footer"))
+            if lost := [run for run in runs if run and (never or run not in plain)]:
                 notify(
                     _("{count} characters of {part} are not read, such as {text!r}").format(
                         count=sum(map(len, lost)), part=part, text=lost[0][:40]

@@ -35,26 +35,29 @@ def _ignore(text: str) -> None:
     """Ignore the message."""
 
 
-def read_rows(file: Path, source: SourceConfig | None = None, notify: Notify = _ignore) -> Iterator[RawRow]:
-    """Yield the rows of one file. notify: called with messages about the detected format.
+def read_rows(
+    file: Path, source: SourceConfig | None = None, notify: Notify = _ignore, name: str = ""
+) -> Iterator[RawRow]:
+    """Yield the rows of one file. notify: called with messages about the detected format; name: what rows and messages call
+    the file, by default its path.
 
     Raises DataError when the file as a whole cannot be read; an unreadable row is yielded with its problem, and so is a
     document that cannot be read, such as an encrypted one: it is one of many.
     """
     source = source or SourceConfig(path=str(file))
     try:
-        yield from _rows_of_file(file, source, notify)
+        yield from _rows_of_file(file, source, notify, name or printable(file))
     except DataError as error:
         if files.suffix(file) not in files.DOCUMENT_SUFFIXES:
             raise
-        yield RawRow(printable(file), 1, "", 0, f"{error.rule}; {error.remedy}".strip("; "), "unreadable_file")
+        yield RawRow(name or printable(file), 1, "", 0, f"{error.rule}; {error.remedy}".strip("; "), "unreadable_file")
 
 
-def _rows_of_file(file: Path, source: SourceConfig, notify: Notify) -> Iterator[RawRow]:
-    name, seen = printable(file), 0
+def _rows_of_file(file: Path, source: SourceConfig, notify: Notify, name: str) -> Iterator[RawRow]:
+    seen = 0
     with files.open_stream(file) as stream:
         try:
-            for raw in _rows(stream, name, source, lambda text: notify(f"{name}: {text}")):
+            for raw in _rows(stream, name, source, lambda text: notify(f"{name}: {text}"), notify):
                 seen += 1
                 yield raw
         except DamagedFile as error:
@@ -73,7 +76,7 @@ def _rows_of_file(file: Path, source: SourceConfig, notify: Notify) -> Iterator[
             )
 
 
-def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify) -> Iterator[RawRow]:
+def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify, notify_of_other: Notify) -> Iterator[RawRow]:
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
         notify(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
@@ -85,7 +88,11 @@ def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify) -> It
         if files.zip_kind(stream.file) == "zip":
             if suffix in files.WORKBOOK_SUFFIXES | files.DOCUMENT_SUFFIXES:
                 raise DamagedFile(_("named {suffix}, but it has none of its parts").format(suffix=suffix))
-            return archives.read_archive(stream.file, name, lambda file: read_rows(file, source, notify), notify)
+            return archives.read_archive(
+                stream.file, name, lambda copy, member: read_rows(copy, source, notify_of_other, member), notify
+            )
+        if source.records == "file":
+            return workbooks.read_sheets(stream.file, name)
         return workbooks.read_workbook(stream.file, name, _names_of_lists(source), notify)
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:

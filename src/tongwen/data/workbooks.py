@@ -7,6 +7,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,39 @@ def read_workbook(file: Path, name: str, lists: Collection[str], notify: Callabl
     Values are what the cells show as text: a formula gives the value that was stored with it. lists: columns that hold lists,
     as JSON. Raises DamagedFile.
     """
+    with _sheets(file) as sheets:
+        sheet, *others = sheets
+        if others:
+            notify(
+                _(
+                    "only the first sheet, {sheet}, is read; the others are {others}; `records: file` reads each as a document"
+                ).format(sheet=sheet.title, others=_(", ").join(one.title for one in others))
+            )
+        yield from _rows(enumerate(sheet.iter_rows(values_only=True), 1), name, lists)
+
+
+def read_sheets(file: Path, name: str) -> Iterator[RawRow]:
+    """Yield each sheet as a document, a table in Markdown under its name; a row's number is that of the sheet. Raises
+    DamagedFile."""
+    with _sheets(file) as sheets:
+        for number, sheet in enumerate(sheets, 1):
+            rows = [
+                [_text(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+                for row in sheet.iter_rows(values_only=True)
+            ]
+            rows = [row for row in rows if any(row)]
+            if not rows:
+                yield RawRow(name, number, "", 0, _("the sheet {sheet} is empty").format(sheet=sheet.title), "no_text")
+                continue
+            width = max(max(place for place, cell in enumerate(row, 1) if cell) for row in rows)
+            lines = ["| " + " | ".join(row[:width] + [""] * (width - len(row))) + " |" for row in rows]
+            lines.insert(1, "|" + " --- |" * width)
+            text = f"## {sheet.title}\n\n" + "\n".join(lines)
+            yield RawRow(name, number, {"text": text}, len(text.encode("utf-8", "surrogatepass")))
+
+
+@contextmanager
+def _sheets(file: Path) -> Iterator[list[Any]]:
     try:
         from openpyxl import load_workbook
     except ImportError:
@@ -33,15 +67,9 @@ def read_workbook(file: Path, name: str, lists: Collection[str], notify: Callabl
         with warnings.catch_warnings(), file.open("rb") as raw:  # by its name it would refuse other suffixes
             warnings.simplefilter("ignore")  # of styles that it does not know
             book = load_workbook(raw, read_only=True, data_only=True, keep_links=False)
-            sheet, others = book.worksheets[0], [one.title for one in book.worksheets[1:]]
-            if others:
-                notify(
-                    _("only the first sheet, {sheet}, is read; the others are {others}").format(
-                        sheet=sheet.title, others=_(", ").join(others)
-                    )
-                )
-            sheet.reset_dimensions()  # a file may claim any
-            yield from _rows(enumerate(sheet.iter_rows(values_only=True), 1), name, lists)
+            for sheet in book.worksheets:
+                sheet.reset_dimensions()  # a file may claim any
+            yield book.worksheets
             book.close()
     except (DamagedFile, MissingPackage):
         raise
