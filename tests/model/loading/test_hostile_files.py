@@ -185,6 +185,7 @@ IN_CONFIG: dict[str, Change] = {
     "heads as an object": fields(num_attention_heads={"a": 4}),
     "more heads for keys than for queries": fields(num_key_value_heads=3),
     "a huge head": fields(head_dim=10**9),
+    "a head of no width": fields(head_dim=0),
     "an unknown activation": fields(hidden_act="os.system"),
     "an activation that is a list": fields(hidden_act=["silu"]),
     "an unknown family": fields(model_type="strange"),
