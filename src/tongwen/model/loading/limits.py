@@ -98,7 +98,8 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
             is_elsewhere = value is None and (key not in NEEDED or "text_config" in part)
             if key not in part or isinstance(value, list) or is_elsewhere:
                 continue
-            least = 0 if key == "head_dim" else 1  # of the part with positions, which GLM-5 does without
+            # Beside qk_nope_head_dim it is the part with positions, which GLM-5 does without.
+            least = 0 if key == "head_dim" and part.get("qk_nope_head_dim") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
                 raise ModelError(
                     _("{key} is {value!r}, which these weights do not have").format(key=key, value=value),
