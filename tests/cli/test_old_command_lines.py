@@ -130,16 +130,17 @@ def again(tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | list
 @pytest.fixture()
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A page is visited once instead of served until Ctrl-C: the answer, and where its knobs stood."""
-    pytest.importorskip("gradio")
+    pytest.importorskip("starlette")
     from tests.serving.web import page_server
 
     seen: list[Any] = []
 
     def serve(backend: Any, host: str, port: int) -> int:
         with page_server.serving(backend) as address, page_server.client(address) as web:
-            parts = web.get("/en/config").json()["components"]
-            knobs = [part["props"]["value"] for part in parts if part["type"] == "slider"]
-            seen.append((page_server.ask(address, "你好", model=backend.chat.chosen[0])[-1]["content"], knobs))
+            knobs = web.get("/en/api/state").json()["sampling"]
+            seen.append(
+                (page_server.ask(address, "你好", model=backend.chat.chosen[0])["text"], list(knobs.values())[:5])
+            )
         return 0
 
     monkeypatch.setattr("tongwen.serving.web.server.serve", serve)

@@ -37,7 +37,7 @@ def test_rows_are_counted_and_refusals_name_their_row(chat_model: Path, tmp_path
 
 
 def test_data_preview_works_when_the_model_cannot_read_the_file(chat_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gradio")
+    pytest.importorskip("starlette")
     from tongwen.commands.web import make_backend
     from tongwen.serving.web.backend import ChatBackend
     from tongwen.workflows.workspace import Workspace

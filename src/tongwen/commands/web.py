@@ -169,6 +169,7 @@ def _runs_backend(workspace: Workspace) -> RunsBackend:
         out = workspace.run(name)
         return RunView(
             running=lock_holder(out) is not None,
+            finished=run_manager.is_finished(out),
             facts=run_manager.facts(out),
             curves=run_manager.curves(out),
             log=run_manager.log(out),

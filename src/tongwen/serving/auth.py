@@ -12,12 +12,11 @@ import hashlib
 import hmac
 import ipaddress
 import os
-import re
 import secrets
 import signal
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from starlette.datastructures import Headers
@@ -40,7 +39,6 @@ REQUEST_SECONDS = 20  # a complete request must arrive within this time
 ARENAS = 2
 MMAP_BYTES = 1 << 20  # glibc maps larger blocks on their own (with a threshold of 128 KiB, answers take a third longer)
 DRAIN_SECONDS = 30  # for answers in progress when the server has to stop
-ENDING_SECONDS = 0.5  # until an endless stream sees that the server has to stop
 
 
 def error_response(status: int, kind: str, message: str, **headers: str) -> JSONResponse:
@@ -164,33 +162,14 @@ def freeze_objects() -> None:
     gc.freeze()
 
 
-def serve(
-    app: App,
-    listening: socket.socket,
-    *,
-    lifespan: Literal["on", "off"] = "off",
-    endless: re.Pattern[str] | None = None,
-) -> None:
-    """Serve until SIGTERM or Ctrl-C; then accept no new requests and finish the answers in progress.
-
-    endless: paths whose streams last as long as their client; they end at once.
-    """
+def serve(app: App, listening: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C; then accept no new requests and finish the answers in progress."""
     share_heaps()
     freeze_objects()
 
     async def ending(scope: Scope, receive: Receive, send: Send) -> None:
-        async def receive_or_end() -> MutableMapping[str, Any]:
-            message = asyncio.ensure_future(receive())
-            try:
-                while not server.should_exit and not message.done():
-                    await asyncio.wait({message}, timeout=ENDING_SECONDS)
-                return message.result() if message.done() else {"type": "http.disconnect"}
-            finally:
-                message.cancel()
-
-        lasts = endless is not None and scope["type"] == "http" and endless.fullmatch(scope["path"])
         try:
-            await app(scope, receive_or_end if lasts else receive, send)
+            await app(scope, receive, send)
         except asyncio.CancelledError:  # an answer that took longer than DRAIN_SECONDS
             if not server.should_exit:
                 raise
@@ -199,7 +178,7 @@ def serve(
         ending,
         http=TimeoutProtocol,
         ws="none",
-        lifespan=lifespan,
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,

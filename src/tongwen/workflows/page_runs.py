@@ -34,8 +34,11 @@ def start(workspace: Workspace, name: str, changes: Sequence[str]) -> str:
 
 
 def resume(workspace: Workspace, name: str) -> None:
-    """Continue a run with the recipe in its folder. Raises RecipeError if that recipe writes to another folder."""
+    """Continue a run with the recipe in its folder. Raises RecipeError if that recipe writes to another folder, MachineError
+    if the run is finished."""
     out = workspace.run(name)
+    if run_manager.is_finished(out):
+        raise MachineError(_("this run is finished: there is nothing to resume"), place=display_path(out))
     file = workspace.inside(str(out / "recipe.yaml"))
     if workspace.inside(load_recipe(file)[0].out) != out:
         raise RecipeError(_("the recipe of this run writes to another folder"), place=str(file))

@@ -33,13 +33,16 @@ WAIT_SECONDS = 60.0  # for a run to take its lock, on a machine that has other w
 
 
 def start(arguments: Sequence[str], out: Path) -> None:
-    """Start `tongwen run ARGUMENTS` in a new session, with its output in OUT/run.log. Returns when it holds the lock.
+    """Start `tongwen run ARGUMENTS` in a new session, with its output in OUT/run.log. Returns when it holds the lock and has
+    written its recipe.
 
     Raises MachineError if a run is in progress there, or if it ends at once (with its output).
     """
     if lock_holder(out):
         raise MachineError(_("this run is already in progress"), place=str(out))
     originals.check_output(out, inside=True)
+    if out.exists() and not out.is_dir():
+        raise RecipeError(_("this is not a folder"), place=str(out))
     if (out / LOG).exists() and not (out / LOCK).exists() and not (out / LOG).read_bytes().startswith(LOG_HEAD):
         raise RecipeError(
             _("this file is yours, and a run that the page starts writes its own here"), place=str(out / LOG)
@@ -58,11 +61,15 @@ def start(arguments: Sequence[str], out: Path) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TONGWEN_LANG": language()},
         )
     deadline = time.monotonic() + WAIT_SECONDS
-    while lock_holder(out) != process.pid and process.poll() is None and time.monotonic() < deadline:
+    while not _has_begun(out, process.pid) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if process.poll():
         output = (out / LOG).read_bytes()[log_start:].decode("utf-8", "replace").strip()
         raise MachineError(_("it ended immediately: {reason}").format(reason=output), place=str(out))
+
+
+def _has_begun(out: Path, number: int) -> bool:
+    return lock_holder(out) == number and (out / "recipe.yaml").is_file()
 
 
 def stop(out: Path) -> None:
@@ -168,12 +175,16 @@ def _state(out: Path, running: int | None) -> str:
         under_way = sorted(out.glob("*.partial"), key=lambda folder: folder.stat().st_mtime)
         stage = under_way[-1].name.removesuffix(".partial") if under_way else ""
         return _("running {stage}").format(stage=stage).strip()
+    return _("finished") if is_finished(out) else _("stopped")
+
+
+def is_finished(out: Path) -> bool:
+    """Return whether every stage of the run's recipe is finished."""
     try:
         recipe, _unused = load_recipe(out / "recipe.yaml")
-        finished = all(artifact.find(out / stage) for stage in recipe.stages)
+        return all(artifact.find(out / stage) for stage in recipe.stages)
     except TongwenError:
-        finished = False
-    return _("finished") if finished else _("stopped")
+        return False
 
 
 def _memory(running: int) -> int:

@@ -6,20 +6,15 @@ import json
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import uvicorn
-from gradio_client.utils import apply_diff
 
 from tongwen.core.errors import NumbersError
 from tongwen.serving.web.backend import ChatBackend, PageBackend
-from tongwen.serving.web.conversation import (
-    text_of,
-)
 from tongwen.serving.web.login import UploadLimits
 from tongwen.serving.web.server import make_app
 
@@ -90,40 +85,19 @@ def client(address: str, token: str = TOKEN, **headers: str) -> httpx.Client:
 
 def ask(
     address: str, text: str, language: str = "en", history: Sequence[dict[str, Any]] = (), model: str = "parrot"
-) -> list[dict[str, Any]]:
-    """What the board shows after a question, sent as the browser sends it."""
-    board = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in history]
+) -> dict[str, Any]:
+    """The answer to a question, sent as the browser sends it: text, problem and pace."""
     with client(address) as web:
-        events = web.get(f"/{language}/config").json()["dependencies"]
-        box = next(one["id"] for one in events if one["targets"] and one["targets"][0][1] == "submit")
-        answer = next(one["id"] for one in events if one["api_name"] == "ask")
-        session = uuid.uuid4().hex
-        assert at_once(web, language, session, box, [text]).status_code == 200
-        board = call(web, language, session, answer, [None, board, [], False, model, model, "", 64, 0, 1, 0, 1, None])[
-            0
-        ]
-    return [{**one, "content": text_of(one["content"])} for one in board]
+        return call(web, language, [*history, {"role": "user", "content": text}], model)
 
 
-def at_once(web: httpx.Client, language: str, session: str, number: int, given: list[Any]) -> httpx.Response:
-    """An event that does not wait in line."""
-    body = {"data": given, "fn_index": number, "session_hash": session}
-    return web.post(f"/{language}/gradio_api/run/predict", json=body)
-
-
-def call(web: httpx.Client, language: str, session: str, number: int, given: list[Any]) -> list[Any]:
-    """The outputs of an event; those of a stream come as differences."""
-    body = {"data": given, "fn_index": number, "session_hash": session}
-    joined = web.post(f"/{language}/gradio_api/queue/join", json=body)
-    assert joined.status_code == 200, joined.text
-    shown: list[Any] = []
-    with web.stream("GET", f"/{language}/gradio_api/queue/data", params={"session_hash": session}) as events:
+def call(web: httpx.Client, language: str, messages: list[dict[str, Any]], model: str) -> dict[str, Any]:
+    body = {"model": model, "system": "", "messages": messages, "sampling": {}}
+    shown: dict[str, Any] = {"text": ""}
+    with web.stream("POST", f"/{language}/api/chat", json=body) as events:
+        assert events.status_code == 200, events.read()
         for line in events.iter_lines():
             event = json.loads(line[6:]) if line.startswith("data: ") else {}
-            if event.get("msg") == "process_generating":
-                new = event["output"]["data"]
-                shown = [apply_diff(old, change) for old, change in zip(shown, new, strict=True)] if shown else new
-            if event.get("msg") == "process_completed":
-                assert event["success"], event
-                return shown or list(event["output"]["data"])
-    raise AssertionError("the stream ended before the answer did")
+            shown["text"] += event.pop("text", "")
+            shown.update(event)
+    return shown

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
 pytest.importorskip("playwright")
 
 from playwright.sync_api import sync_playwright
@@ -90,7 +91,7 @@ def page(request: Any, browser: Any, address: str, parrot: Parrot) -> Iterator[A
     shown.on("console", lambda message: message.type == "error" and shown.complaints.append(message.text))
     shown.on("pageerror", lambda error: shown.complaints.append(str(error)))
     shown.goto(f"{address}/{language}/?token={TOKEN}")
-    shown.wait_for_selector("#question textarea")
+    shown.wait_for_selector("#question")
     yield shown
     assert shown.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
     assert shown.evaluate("window.hurt") is None
@@ -119,12 +120,12 @@ def leave(page: Any, go: Callable[[], Any]) -> None:
 
 
 def ask(page: Any, text: str) -> None:
-    page.fill("#question textarea", text)
-    page.press("#question textarea", "Enter")
+    page.fill("#question", text)
+    page.press("#question", "Enter")
 
 
 def answer(page: Any, side: int = 0) -> str:
-    found = page.locator(f"#board{side} .bot .message-content")
+    found = page.locator(f"#board{side} .bot .said")
     return found.last.inner_text() if found.count() else ""
 
 
@@ -132,12 +133,12 @@ def test_answer_is_streamed_and_stopped(page: Any, parrot: Parrot) -> None:
     parrot.pause = 0.03
     closed = parrot.closed
     ask(page, "一二三四五六七八九十" * 40)
-    assert page.input_value("#question textarea") in ("", "一二三四五六七八九十" * 40)
+    assert page.input_value("#question") in ("", "一二三四五六七八九十" * 40)
     first = wait_for(lambda: len(answer(page)))
     wait_for(lambda: len(answer(page)) > first + 5)
-    page.click(".stop-button")
+    page.click("#halt")
     wait_for(lambda: parrot.closed > closed)
-    page.wait_for_selector(".submit-button")
+    page.wait_for_selector("#send")
     length = len(answer(page))
     time.sleep(0.5)
     assert 0 < len(answer(page)) == length < 400, "it went on after it was stopped"
@@ -148,14 +149,13 @@ def test_answer_is_streamed_and_stopped(page: Any, parrot: Parrot) -> None:
 
 def test_conversations_are_kept_and_exported(page: Any, parrot: Parrot) -> None:
     ask(page, "记住我")
-    wait_for(lambda: page.locator("#export a").count() == 2)
+    wait_for(lambda: page.locator("#export button").count() == 4)
     with page.expect_download() as taken:
-        page.locator("#export a").first.click()
+        page.locator("#export button").first.click()
     assert "记住我" in Path(taken.value.path()).read_text(encoding="utf-8")
     leave(page, page.reload)
-    page.wait_for_selector("#question textarea")
-    page.click("#conversations input")
-    page.get_by_role("option", name="记住我").click()
+    page.wait_for_selector("#question")
+    page.select_option("#conversations", label="记住我")
     wait_for(lambda: answer(page) == "记住我")
     ask(page, "还在吗")
     wait_for(lambda: answer(page) == "还在吗")
@@ -163,6 +163,18 @@ def test_conversations_are_kept_and_exported(page: Any, parrot: Parrot) -> None:
     wait_for(lambda: page.locator("#pace0").inner_text().strip())
     page.click("#fresh")
     wait_for(lambda: not page.locator("#pace0").inner_text().strip())
+
+
+def test_stored_conversation_is_opened(page: Any) -> None:
+    """What v0.1 kept, in the form that the page keeps today."""
+    stored = (Path(__file__).parents[2] / "data" / "v0.1" / "shelf.json").read_text(encoding="utf-8")
+    page.evaluate("text => localStorage.setItem('tongwen.chats', text)", stored)
+    leave(page, page.reload)
+    page.wait_for_selector("#question")
+    page.select_option("#conversations", "1")
+    wait_for(lambda: answer(page) == "今天天气很好。")
+    assert page.locator("#board0 .mine .said").inner_text() == "你好 <b> & `<i>`"
+    assert page.input_value("#system") == "简短"
 
 
 def test_two_models_answer_side_by_side(page: Any) -> None:
@@ -177,15 +189,50 @@ def test_hostile_model_output_is_shown_as_text(page: Any) -> None:
     assert "<script>window.hurt=1</script>" in answer(page), "the output can be read"
     assert "window.hurt=4" in answer(page)
     for forbidden in ("script", "iframe", "svg[onload]", "[onerror]", "a[href^='javascript']"):
-        assert page.locator(f"#board0 .message-content {forbidden}").count() == 0, forbidden
+        assert page.locator(f"#board0 .said {forbidden}").count() == 0, forbidden
 
 
 def test_code_formulas_and_thinking_are_rendered(page: Any) -> None:
     ask(page, "<think>我想想</think>好：\\(x^2\\)\n\n```python\nx = 1 < 2\n```\n")
-    page.wait_for_selector("#board0 .bot .katex")
+    page.wait_for_selector("#board0 .bot code.language-python")
     assert "x = 1 < 2" in page.locator("#board0 .bot code.language-python").inner_text()
-    text = page.locator("#board0").inner_text()
+    assert "x^2" in answer(page), "a formula stays text"
+    text = page.locator("#board0 .bot").inner_text()
     assert "<think>" not in text and ("思考" if "/zh" in page.url else "Reasoning") in text
+    assert not page.get_by_text("我想想", exact=True).first.is_visible(), "thinking is folded"
+
+
+def test_problem_stays_until_the_next_try(page: Any) -> None:
+    ask(page, "OOM")
+    page.wait_for_selector("#board0 .notice")
+    assert page.locator("#board0 .notice").get_attribute("role") == "alert"
+    assert page.is_enabled("#question")
+
+
+def test_question_is_edited_and_answered_again(page: Any, parrot: Parrot) -> None:
+    ask(page, "错字")
+    wait_for(lambda: answer(page) == "错字" and page.locator("#board0 .edit").count())
+    page.locator("#board0 .edit").first.click()
+    page.fill("#board0 .draft", "正字")
+    page.locator("#board0 .turn.mine .main").click()
+    wait_for(lambda: answer(page) == "正字" and page.locator(".retry").count())
+    assert [one["content"] for one in parrot.requests[-1]] == ["正字"]
+    before = len(parrot.requests)
+    page.locator(".retry").first.click()
+    wait_for(lambda: len(parrot.requests) > before and page.locator(".retry").count())
+    assert answer(page) == "正字" and page.locator("#board0 .turn").count() == 2
+
+
+def test_every_control_has_a_name(page: Any) -> None:
+    for name in range(4):
+        tab(page, name)
+        nameless = page.evaluate(
+            """() => [...document.querySelectorAll("button,input,select,textarea")].filter(one => one.offsetParent &&
+            !(one.textContent.trim() || one.getAttribute("aria-label") || one.closest("label"))).map(one => one.outerHTML)"""
+        )
+        assert not nameless
+    page.press("[role=tab][aria-selected=true]", "ArrowRight")
+    assert page.locator("[role=tab]").first.get_attribute("aria-selected") == "true"
 
 
 def test_dropped_file_is_inspected(page: Any, tmp_path: Path) -> None:
@@ -193,9 +240,8 @@ def test_dropped_file_is_inspected(page: Any, tmp_path: Path) -> None:
     with file.open("a", encoding="utf-8") as stream:
         stream.write('{"instruction": "坏\n')
     tab(page, 1)
-    page.click("#template input")
-    page.get_by_role("option", name="chatml", exact=True).click()
-    page.set_input_files("#dropped input[type=file]", str(file))
+    page.select_option("#template", "chatml")
+    page.set_input_files("#dropped", str(file))
     page.wait_for_selector("#samples .l")
     assert "not_json" in page.locator(".problems").inner_text()
     assert page.locator("#samples .tokens .s").count() == 5
@@ -204,7 +250,7 @@ def test_dropped_file_is_inspected(page: Any, tmp_path: Path) -> None:
 
 def test_text_is_tokenized(page: Any) -> None:
     tab(page, 2)
-    page.fill("#text textarea", "你好，世界。<b>")
+    page.fill("#text", "你好，世界。<b>")
     page.click("#cut")
     page.wait_for_selector("#tokens .tokens span")
     assert page.locator("#tokens .tokens").inner_text() == "你好，世界。<b>"
@@ -217,13 +263,13 @@ def test_run_is_started_stopped_and_resumed(page: Any, folder: Path) -> None:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     tab(page, 3)
-    wait_for(lambda: page.input_value("#recipe input"))
+    wait_for(lambda: page.input_value("#recipe"))
     page.click("#start")
     page.wait_for_selector("#picture polyline")
     drawn = page.locator("#picture polyline").first.get_attribute("points")
     wait_for(lambda: page.locator("#picture polyline").first.get_attribute("points") != drawn)
     leave(page, page.reload)
-    page.wait_for_selector("#question textarea")
+    page.wait_for_selector("#question")
     tab(page, 3)
     page.wait_for_selector("#picture polyline")
     if lock_holder(out):

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import random
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
 
 import httpx
-from starlette.routing import Mount
+from starlette.testclient import TestClient
 
-from tests.serving.web.page_server import SECRET, TOKEN, Parrot, ask, at_once, client, make_chat_backend, serving
+from tests.conftest import byte_level_tokenizer
+from tests.serving.web.page_server import SECRET, TOKEN, Parrot, ask, client, make_chat_backend, serving
+from tongwen.commands.web import make_backend
 from tongwen.core.errors import RecipeError, TongwenError
-from tongwen.serving.web.backend import PageBackend
-from tongwen.serving.web.conversation import (
-    StreamedAnswer,
-    as_json,
-    as_markdown,
-    drawn,
-    model_messages,
-    note,
-    stream,
-    text_of,
-)
-from tongwen.serving.web.login import OPEN_ROUTES, UploadLimits
-from tongwen.serving.web.server import SESSIONS, make_app
+from tongwen.serving.web.api import LANGUAGES, routes
+from tongwen.serving.web.backend import ChatBackend, PageBackend
+from tongwen.serving.web.conversation import StreamedAnswer, model_messages
+from tongwen.serving.web.login import UploadLimits
+from tongwen.serving.web.server import make_app
 from tongwen.workflows.workspace import Workspace
 
-GOLDEN = Path(__file__).parent / "page_routes.txt"
+CHAT = {"model": "parrot", "system": "", "messages": [{"role": "user", "content": "x"}], "sampling": {}}
 
 
 @pytest.fixture(scope="module")
@@ -54,55 +50,38 @@ def address(parrot: Parrot, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 # -- who may come in -----------------------------------------------------------------------------------------------
 
 
-def routes_of(app: Any, prefix: str = "") -> Iterator[str]:
-    """Every path that is registered, in what is mounted and included too."""
-    for route in app.routes:
-        if inner := getattr(route, "original_router", None):
-            yield from routes_of(inner, prefix)
-        elif isinstance(route, Mount):
-            yield from routes_of(route.app, prefix + route.path)
-        else:
-            yield prefix + route.path
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> PageBackend:
+    """The page with all its tabs."""
+    top = tmp_path_factory.mktemp("whole")
+    byte_level_tokenizer(top / "base")
+    (top / "base" / "config.json").write_text("{}", encoding="utf-8")
+    place = Workspace.of([str(top)], uploads=str(tmp_path_factory.mktemp("uploads")))
+    return make_backend(place, make_chat_backend(Parrot(), "parrot"))
 
 
-def test_only_questions_are_queued(address: str) -> None:
-    """A click is lost if its event goes through a stream that is just being closed."""
-    with client(address) as web:
-        events = web.get("/en/config").json()["dependencies"]
-        waiting = {one["api_name"]: one["id"] for one in events if one["queue"]}
-        assert waiting.keys() == {"ask", "again", "again_1", "mend", "mend_1"}
-        for number in waiting.values():
-            assert at_once(web, "en", uuid.uuid4().hex, number, []).status_code == 404
-        fresh = next(one["id"] for one in events if one["api_name"] == "_begin")
-        assert at_once(web, "en", uuid.uuid4().hex, fresh, []).json()["data"]
-
-
-def test_routes_match_the_golden_list_and_require_a_token(address: str) -> None:
-    door = make_app(PageBackend("t", make_chat_backend(Parrot(), "m")), TOKEN, port=7860)
-    routes = sorted(set(routes_of(door.app)))
-    listed = "".join(f"{'open  ' if OPEN_ROUTES.fullmatch(_example(path)) else 'closed'} {path}\n" for path in routes)
-    if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.write_text(listed, encoding="utf-8")
-    assert listed == GOLDEN.read_text(encoding="utf-8"), (
-        "Gradio's routes have changed: look at each, then UPDATE_GOLDEN=1"
-    )
-    assert sum(line.startswith("closed") for line in listed.splitlines()) > 60
-    with client(address, token="") as web:
-        for path in routes:
+def test_every_route_requires_a_token(whole: PageBackend) -> None:
+    listed = routes(whole)
+    assert {f"/{name}/api/{one}" for name in LANGUAGES for one in ("chat", "upload", "start", "stop")} <= {
+        one.path for one in listed
+    }
+    web = TestClient(make_app(whole, TOKEN, port=7860), base_url="http://127.0.0.1:7860")
+    with web:
+        for route in listed:
             for method in ("GET", "POST", "HEAD", "DELETE"):
-                assert web.request(method, _example(path)).status_code == 401, (method, path)
+                answer = web.request(method, route.path, headers={"origin": "http://127.0.0.1:7860"})
+                assert answer.status_code == 401, (method, route.path)
+
+
+def test_what_is_not_listed_is_not_there(whole: PageBackend, address: str) -> None:
     with client(address) as web:
-        for path in routes:
-            if not OPEN_ROUTES.fullmatch(_example(path)):
-                assert web.get(_example(path)).status_code == 404, path
-                assert web.post(_example(path), json={}).status_code == 404, path
-
-
-def _example(path: str) -> str:
-    """A path that such a route would match."""
-    return "".join(
-        part.partition("}")[2] if place else part for place, part in enumerate(path.replace("{", "x{").split("{"))
-    )
+        for path in ("/docs", "/openapi.json", "/static/", "/static/x.js", "/static/../api.py", "/en", "/fr/", "/EN/"):
+            assert web.get(path).status_code == 404, path
+        for route in routes(whole):  # the page at this address has the chat alone
+            if any(route.path.endswith(f"/{name}") for name in ("inspect", "upload", "vocabulary", "start", "stop")):
+                assert web.post(route.path, json={}).status_code == 404, route.path
+        assert web.get("/report", params={"name": "report.html"}).status_code == 404
+        assert web.get("/en/api/chat").status_code == 405 and web.post("/en/", json={}).status_code == 405
 
 
 @pytest.mark.parametrize("token", ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "错"])
@@ -137,7 +116,7 @@ def test_other_origin_is_refused(address: str, origin: str) -> None:
             web.headers["origin"] = origin
         else:
             del web.headers["origin"]
-        answer = web.post("/en/gradio_api/queue/join", json={"data": []})
+        answer = web.post("/en/api/chat", json=CHAT)
     assert answer.status_code == 403
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
@@ -154,54 +133,74 @@ def test_page_loads_no_external_resource(address: str) -> None:
         policy = page.headers["content-security-policy"]
         assert "unsafe-eval" not in policy and "'unsafe-inline'" not in policy.split("style-src")[0]
         assert "default-src 'none'" in policy and "http" not in policy
+        assert "script-src 'self';" in policy, "no script in the page itself"
         assert not [name for name in page.headers if name.startswith("access-control-")]
-        for asset in ("theme.css", "static/js/iframeResizer.contentWindow.min.js"):
-            assert web.get(f"/en/{asset}").status_code == 200
+        found = [part.split('"')[0] for mark in ('src="', 'href="') for part in page.text.split(mark)[1:]]
+        assert "/static/studio.js" in found and all(one.startswith("/") for one in found)
+        for asset in found:
+            answer = web.get(asset)
+            assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
 
 
 FORMS = ["../", "..%2f", "..%252f", "%2e%2e/", "%252e%252e/", "..\\", "..%5c", "..%00/", "....//", ".%2e/", "..;/", "/"]
 TARGETS = ["{up}{file}", "{up}proc/self/environ", "//{file}", "file://{file}", "\\\\host\\{file}"]
-PLACES = [
-    "en/assets/",
-    "en/static/",
-    "report?name=",
-    "en/gradio_api/file=",
-    "en/gradio_api/heartbeat/",
-    "",
-    "zh/svelte/",
-]
+PLACES = ["static/", "en/static/", "report?name=", "en/api/run?name=", "en/api/recipe?name=", "", "zh/api/"]
 
 
-def test_path_traversal_is_refused(address: str, tmp_path: Path) -> None:
+def test_path_traversal_is_refused(whole: PageBackend, tmp_path: Path) -> None:
     canary = tmp_path / "canary.txt"
     canary.write_text("canary-content", encoding="utf-8")
     tried = 0
-    with client(address) as web:
+    with serving(whole) as address, client(address) as web:
         for place in PLACES:
             for form in FORMS:
                 for target in TARGETS:
                     path = place + target.format(up=form * 12, file=str(canary).lstrip("/"))
                     answer = web.get(f"{address}/{path}")
-                    assert answer.status_code in (400, 403, 404), (path, answer)
+                    assert answer.status_code in (400, 403, 404, 422), (path, answer)
                     assert "canary-content" not in answer.text
                     tried += 1
     assert tried >= 60
 
 
-def test_oversized_body_is_refused_at_once(address: str) -> None:
+def test_oversized_body_is_refused_at_once(whole: PageBackend) -> None:
+    with serving(whole) as address, client(address) as web:
+        assert web.post("/en/api/chat", content=b"x" * (UploadLimits.body + 1)).status_code == 413
+        assert web.post("/en/api/upload", content=b"x" * (UploadLimits.body + 1)).status_code == 200
+        assert web.post("/en/api/chat", content=iter([b"x"])).status_code == 411
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{broken",
+        b"[" * 200_000,
+        b"[]",
+        b"\xff\xfe",
+        json.dumps({**CHAT, "more": 1}).encode(),
+        json.dumps({**CHAT, "model": {"path": "/etc/passwd"}}).encode(),
+        json.dumps({**CHAT, "messages": [{"role": "system", "content": "x"}]}).encode(),
+        json.dumps({**CHAT, "messages": [{"role": "user", "content": [{"type": "file"}]}]}).encode(),
+        json.dumps({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}).encode(),
+        json.dumps({**CHAT, "sampling": {"max_new_tokens": 10**9}}).encode(),
+        json.dumps({**CHAT, "sampling": {"temperature": float("nan")}}).encode(),
+    ],
+)
+def test_other_bodies_are_refused(body: bytes, address: str, parrot: Parrot) -> None:
+    before = len(parrot.requests)
     with client(address) as web:
-        assert web.post("/en/gradio_api/queue/join", content=b"x" * (UploadLimits.body + 1)).status_code == 413
-        assert web.post("/en/gradio_api/upload", content=b"x" * (UploadLimits.body + 1)).status_code != 413
-        assert web.post("/en/gradio_api/queue/join", content=iter([b"x"])).status_code == 411
-        assert web.post("/en/gradio_api/queue/join", content=b"{broken").status_code == 422
+        answer = web.post("/en/api/chat", content=body)
+    assert answer.status_code == 422 and answer.json()["problem"]
+    assert len(parrot.requests) == before
 
 
-@pytest.mark.parametrize("route", ["run/predict", "queue/join", "upload"])
+@pytest.mark.parametrize("route", ["chat", "upload"])
 def test_chunks_beside_a_length_are_refused(address: str, route: str) -> None:
     """The chunks would count, so that the length limits nothing."""
     port = int(address.rpartition(":")[2])
     head = (
-        f"POST /en/gradio_api/{route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: {address}\r\n"
+        f"POST /en/api/{route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: {address}\r\n"
         f"Authorization: Bearer {TOKEN}\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
@@ -210,47 +209,44 @@ def test_chunks_beside_a_length_are_refused(address: str, route: str) -> None:
 
 
 def test_uploads_have_a_limit_together(tmp_path: Path) -> None:
-    backend = PageBackend("t", make_chat_backend(Parrot(), "m"), uploads=tmp_path)
+    backend = make_backend(Workspace.of([], uploads=str(tmp_path)), make_chat_backend(Parrot(), "m"))
     limits = UploadLimits(upload=2000, uploads=3000)
     with serving(backend, limits) as url, client(url) as web:
         sent = [
-            web.post("/en/gradio_api/upload", files={"files": (f"{number}.txt", os.urandom(size))}).status_code
-            for number, size in enumerate((1500, 3000, 1500, 500))
+            web.post("/en/api/upload", params={"name": "a.txt"}, content=os.urandom(size)).status_code
+            for size in (1500, 3000, 1600, 500)
         ]
     assert sent == [200, 413, 413, 200]
 
 
 def test_page_without_uploads_takes_none() -> None:
     with serving(PageBackend("t", make_chat_backend(Parrot(), "m"))) as url, client(url) as web:
-        assert web.post("/en/gradio_api/upload", files={"files": ("a.txt", b"x")}).status_code == 404
+        assert web.post("/en/api/upload", content=b"x").status_code == 404
 
 
 # -- messages ------------------------------------------------------------------------------------------------------
 
 
 def test_answer_is_complete_and_model_failure_is_reported(address: str, parrot: Parrot) -> None:
-    assert ask(address, "你好 👍🏽 `x < y`")[-1]["content"] == "你好 👍🏽 `x < y`"
+    whole = ask(address, "你好 👍🏽 `x < y` <b>")
+    assert whole["text"] == "你好 👍🏽 `x < y` <b>" and not whole["problem"] and "characters/s" in whole["pace"]
     half = ask(address, "NAN 之后没有")
-    assert half[-2]["content"] == "NAN" and "NaN" in half[-1]["content"] and half[-1]["metadata"]["title"]
-    assert "out of memory" in ask(address, "OOM")[-1]["content"]
-    ours = ask(address, "BUG")[-1]["content"]
+    assert half["text"] == "NAN" and "NaN" in half["problem"]
+    assert "out of memory" in ask(address, "OOM")["problem"]
+    ours = ask(address, "BUG")["problem"]
     assert SECRET not in ours and "the terminal has the details" in ours
-    assert "终端" in ask(address, "BUG", language="zh")[-1]["content"]
-    assert ask(address, "还在吗")[-1]["content"] == "还在吗"
-
-
-def test_page_notes_are_not_sent_to_the_model(address: str, parrot: Parrot) -> None:
-    history = ({"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}, note("out of memory"))
-    ask(address, "三", history=history)
-    assert [one["content"] for one in parrot.requests[-1]] == ["一", "二", "三"]
+    assert "终端" in ask(address, "BUG", language="zh")["problem"]
+    assert ask(address, "还在吗")["text"] == "还在吗"
 
 
 def test_too_long_conversation_is_refused(address: str, parrot: Parrot) -> None:
     before = len(parrot.requests)
-    assert "the limit is 100,000" in ask(address, "长" * 50_000 * 1 + "x" * 50_001)[-1]["content"]
+    assert "the limit is 100,000" in ask(address, "长" * 50_000 + "x" * 50_001)["problem"]
     many = tuple({"role": "user", "content": "x"} for _ in range(500))
-    assert "start a new one" in ask(address, "?", history=many)[-1]["content"]
+    assert "start a new one" in ask(address, "?", history=many)["problem"]
     assert len(parrot.requests) == before
+    with pytest.raises(RecipeError, match="the limit is 100,000"):
+        model_messages([], "x" * 100_001)
 
 
 def test_sessions_are_isolated(address: str) -> None:
@@ -259,7 +255,9 @@ def test_sessions_are_isolated(address: str) -> None:
     def visit(word: str) -> None:
         history: list[dict[str, Any]] = []
         for turn in range(3):
-            history = ask(address, f"{word}{turn}", history=history)
+            question = {"role": "user", "content": f"{word}{turn}"}
+            said = ask(address, f"{word}{turn}", history=history)["text"]
+            history += [question, {"role": "assistant", "content": said}]
         heard[word] = json.dumps(history)
 
     words = [uuid.uuid4().hex for _ in range(4)]
@@ -271,67 +269,64 @@ def test_sessions_are_isolated(address: str) -> None:
         assert not any(other in heard[word] for other in words if other != word)
 
 
-def test_number_of_open_sessions_is_limited() -> None:
-    door = make_app(PageBackend("t", make_chat_backend(Parrot(), "m")), TOKEN, port=7860)
-    holders = [route.app.state_holder for route in door.app.routes if isinstance(route, Mount)]
-    assert len(holders) == 2
-    for holder in holders:
-        for number in range(SESSIONS + 5):
-            assert holder[f"session {number}"]
-        assert len(holder.session_data) == SESSIONS and "session 4" not in holder.session_data
+def test_page_begins_with_the_settings_of_the_command(whole: PageBackend) -> None:
+    settings = {"max_new_tokens": 10**6, "temperature": 5.0, "top_k": -1, "seed": 7, "beams": 1, "min_new_tokens": 0}
+    chat = dataclasses.replace(whole.chat, settings=settings)
+    with serving(PageBackend("t", chat)) as url, client(url) as web:
+        sampling = web.get("/en/api/state").json()["sampling"]
+        assert sampling == {
+            **{"max_new_tokens": 4096, "temperature": 2.0, "top_p": 1.0, "top_k": 0},
+            **{"repetition_penalty": 1.0, "seed": 7},
+        }
+        assert web.post("/en/api/chat", json={**CHAT, "sampling": sampling}).status_code == 200
 
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '<img src=x onerror="alert(1)">',
-    "a < b && c > d; x &lt; y &amp;lt; &copy;",
-    "<svg onload=alert(1)><iframe src='http://e.example'>",
-    "<think>想</think>好",
-    "`<b>` 和 ```\n<script>\n``` 与 <b>",
-    "\\(a<b\\) $$x<y$$ <i>",
-    "std::vector<int> v; </script><!-- ",
-    "> " * 300 + "<b>",
-]
+def test_questions_wait_and_the_next_is_refused() -> None:
+    held, codes = threading.Event(), list[int]()
 
+    def reply(*question: Any) -> Iterator[str]:
+        held.wait(60)
+        yield "x"
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_model_output_is_escaped_and_restored(text: str) -> None:
-    assert text_of(drawn(text)) == text
-    assert text_of([{"type": "text", "text": drawn(text)}]) == text
+    def visit(url: str) -> None:
+        with client(url) as web:
+            codes.append(web.post("/en/api/chat", json=CHAT, timeout=120).status_code)
 
-
-def test_escaping_round_trips_for_any_text() -> None:
-    rng = random.Random(0)
-    parts = ["<b>", "</", "&lt;", "&amp;", "&", "<", "`", "```", "\n", "$$", "\\(", "\\)", "<think>", "字", "x", " "]
-    for _ in range(3000):
-        text = "".join(rng.choice(parts) for _ in range(rng.randrange(12)))
-        assert text_of(drawn(text)) == text
-    assert drawn("x <b>") == "x &lt;b>"
-    assert "<" not in drawn("<script><img><svg>")
+    with serving(PageBackend("t", ChatBackend(list, (), lambda name, messages, options: messages, reply))) as url:
+        threads = [threading.Thread(target=visit, args=(url,)) for _ in range(24)]
+        [thread.start() for thread in threads]
+        wait_for(lambda: len(codes) == 6)
+        held.set()
+        [thread.join() for thread in threads]
+    assert codes == [503] * 6 + [200] * 18
 
 
 def test_abandoned_answer_stops_the_model() -> None:
     parrot = Parrot()
-    messages = [{"role": "user", "content": "很长" * 50}]
-    answers = [StreamedAnswer(make_chat_backend(parrot, "m"), messages, str, "m", "", {}) for _ in range(2)]
-    growing = stream(answers)
+    turns = [{"role": "user", "content": "很长" * 50}]
+    one = StreamedAnswer(make_chat_backend(parrot, "m"), "m", turns, "", {})
+    growing = one.pieces()
     next(growing)
     growing.close()
-    assert parrot.closed == 2 and all(0 < len(one.text) < 100 for one in answers)
+    assert parrot.closed == 1 and not one.problem
 
 
-def test_exported_conversation_matches_the_model_input() -> None:
-    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": drawn("<b>")}, note("no")]
-    assert json.loads(as_json(messages, "短")) == {
-        "messages": [
-            {"role": "system", "content": "短"},
-            {"role": "user", "content": "问"},
-            {"role": "assistant", "content": "<b>"},
-        ]
-    }
-    assert "## Answer\n\n<b>\n" in as_markdown(messages, "")
-    with pytest.raises(RecipeError, match="start a new one"):
-        model_messages([messages[0]] * 401, "")
+def test_a_visitor_who_leaves_stops_the_model() -> None:
+    parrot = Parrot()
+    parrot.pause = 0.02
+    body = {**CHAT, "messages": [{"role": "user", "content": "很长" * 500}]}
+    with serving(PageBackend("t", make_chat_backend(parrot, "m"))) as url:
+        with client(url) as web, web.stream("POST", "/en/api/chat", json=body) as events:
+            assert next(events.iter_lines())
+        wait_for(lambda: parrot.closed == 1)
+        assert ask(url, "下一个")["text"] == "下一个"
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not what() and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert what()
 
 
 # -- where it may look ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every function of the page, as the page itself lists them, gets foreign paths at every input: nothing is read, fetched,
+"""Every route of the page, as the page itself lists them, gets foreign paths at every input: nothing is read, fetched,
 written, started or ended."""
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
 
 import httpx
 
@@ -26,7 +26,8 @@ from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
 from tests.serving.web.page_server import Parrot, client, make_chat_backend, serving
 from tongwen.commands.web import make_backend
 from tongwen.core import allowed_paths
-from tongwen.serving.web import posted
+from tongwen.serving.web.api import routes
+from tongwen.serving.web.backend import PageBackend
 from tongwen.workflows import workspace as workspace_module
 from tongwen.workflows.workspace import Workspace
 
@@ -114,9 +115,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def address(place: Path) -> Iterator[str]:
+def page(place: Path) -> PageBackend:
     workspace = Workspace.of([str(place / "page")], uploads=str(place / "uploads"))
-    with serving(make_backend(workspace, make_chat_backend(Parrot(), "parrot", "second"))) as url:
+    return make_backend(workspace, make_chat_backend(Parrot(), "parrot", "second"))
+
+
+@pytest.fixture(scope="module")
+def address(page: PageBackend) -> Iterator[str]:
+    with serving(page) as url:
         yield url
 
 
@@ -145,56 +151,34 @@ def foreign_paths(place: Path, server: str) -> list[str]:
     ]
 
 
-def posts(kind: str, path: str) -> list[Any]:
-    """What can be posted to a component of this kind."""
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jsonl"}
-    part = {"type": "component", "component": "file", "value": file, "constructor_args": {"value": path}, "props": {}}
-    spoken: list[list[dict[str, Any]]] = [
-        [{"role": "user", "content": content}]
-        for content in (
-            [{"type": "text", "text": path}],
-            [{"type": "file", "file": file}],
-            [part],
-            [{**part, "component": "code", "value": "", "constructor_args": {"value": [path]}}],
-        )
-    ]
+def bodies(place: Path) -> dict[str, dict[str, Any]]:
+    """What the page posts to each route; names of models, recipes and runs are real."""
+    base = f"{place}/page/base"
+    question = {"model": "parrot", "system": "", "messages": [{"role": "user", "content": "你好"}], "sampling": {}}
     return {
-        "file": [file, {**file, "url": path}, {**file, "is_stream": True}, [file], path],
-        "chatbot": spoken,
-        "dropdown": [path, [path], file],
-        "textbox": [path, f"prepare.documents={path}", f"out={path}", f"sft.template={path} base={path}", file],
-        "code": [path],
-        "markdown": [path],
-        "browserstate": [[{"number": 1, "title": path, "system": path, "boards": [board, []]}] for board in spoken],
-    }.get(kind, [])
+        "chat": question,
+        "inspect": {"file": f"{place}/uploads/a.jsonl", "model": base, "template": "chatml"},
+        "vocabulary": {"base": base, "other": base, "text": "你好"},
+        "start": {"recipe": f"{place}/page/recipe.yaml", "changes": ""},
+        "stop": {"run": f"{place}/page"},
+        "resume": {"run": f"{place}/page"},
+        "compare": {"runs": [f"{place}/page"]},
+    }
 
 
-def usual(component: dict[str, Any], place: Path) -> Any:
-    """What the page posts for a component that is not attacked; names of models, recipes and runs are real."""
-    names = {"recipe": f"{place}/page/recipe.yaml", "run": f"{place}/page", "template": "chatml", "others": []}
-    kind, props = component["type"], component["props"]
-    if kind == "dropdown":
-        return names.get(props.get("elem_id"), f"{place}/page/base")
-    return {"chatbot": [], "browserstate": [], "checkbox": False, "textbox": "你好"}.get(kind, props.get("value"))
+def forms(field: str, value: Any, path: str) -> list[Any]:
+    """The forms in which a path can be posted in this field."""
+    file = {"path": path, "url": path, "meta": {"_type": "FileData"}}
+    if field == "messages":
+        return [[{"role": "user", "content": content}] for content in (path, [{"type": "file", "file": file}])]
+    if field == "changes":
+        own = path.endswith("/page/inside.txt")  # a recipe may read this one
+        named = [] if own else [f"prepare.documents={path}", f"sft.template={path} base={path}"]
+        return [*named, f"out={path}", path]
+    return [[path], [path, path], [*value, path], path] if isinstance(value, list) else [path, [path], file]
 
 
-def post(web: httpx.Client, language: str, function: dict[str, Any], data: list[Any]) -> str:
-    """All that the server answers to an event, its stream included."""
-    session = uuid.uuid4().hex
-    event = {"index": 0, "value": data[0] if data else "", "previous_value": ""}
-    body = {"data": data, "fn_index": function["id"], "session_hash": session, "event_data": event, "trigger_id": None}
-    if not function["queue"]:
-        return web.post(f"/{language}/gradio_api/run/predict", json=body).text
-    joined = web.post(f"/{language}/gradio_api/queue/join", json=body)
-    if joined.status_code != 200:
-        return joined.text
-    text = ""
-    with web.stream("GET", f"/{language}/gradio_api/queue/data", params={"session_hash": session}) as events:
-        for line in events.iter_lines():
-            text += line
-            if "process_completed" in line or "close_stream" in line:
-                break
-    return text
+QUERIES = ("recipe", "run")  # routes that take a name in the address
 
 
 def shows(answer: str) -> bool:
@@ -215,48 +199,43 @@ def state_of(folder: Path) -> list[tuple[str, float, bytes]]:
 @pytest.mark.sample("en")
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_no_function_reads_a_foreign_path(
-    language: str, address: str, place: Path, fetched: list[str], monkeypatch: pytest.MonkeyPatch
+    language: str, address: str, page: PageBackend, place: Path, fetched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(place / "home"))
     paths = foreign_paths(place, fetched[0])
     before = state_of(place / "foreign"), state_of(place / "page")
     WATCH.foreign, WATCH.seen, WATCH.on = f"{place}/foreign", [], True
-    tried: dict[int, int] = {}
+    tried: dict[str, int] = {}
     try:
         with client(address) as web:
-            config = web.get(f"/{language}/config").json()
-            components = {one["id"]: one for one in config["components"]}
-            for function in config["dependencies"]:
-                inputs = [components[number] for number in function["inputs"]]
-                attacks = [
-                    (number, form)
-                    for number, component in enumerate(inputs)
-                    for form in range(len(posts(component["type"], "")))
-                ]
-                # Every path, and every form at every input; not each with each.
-                tried[function["id"]] = 0
-                for turn in range(max(len(paths), len(attacks)) if attacks else 0):
-                    (attacked, form), path = attacks[turn % len(attacks)], paths[turn % len(paths)]
-                    data = [usual(one, place) for one in inputs]
-                    data[attacked] = posts(inputs[attacked]["type"], path)[form]
-                    answer = post(web, language, function, data)
-                    assert not shows(answer), (function["api_name"], inputs[attacked]["type"], data[attacked])
-                    tried[function["id"]] += 1
+            listed = {one.path.rpartition("/")[2] for one in routes(page) if one.path.startswith(f"/{language}/api/")}
+            asked = bodies(place)
+            assert listed == {*asked, *QUERIES, "state", "upload"}, "a new route needs its bodies here"
+            for path in paths:
+                for name in QUERIES:
+                    answer = web.get(f"/{language}/api/{name}", params={"name": path}).text
+                    assert not shows(answer), (name, path)
+                for name, body in asked.items():
+                    for field, value in body.items():
+                        for form in forms(field, value, path):
+                            answer = web.post(f"/{language}/api/{name}", json={**body, field: form}).text
+                            assert not shows(answer), (name, field, form)
+                            tried[f"{name}.{field}"] = tried.get(f"{name}.{field}", 0) + 1
     finally:
         WATCH.on = False
     opened = [seen for seen in WATCH.seen if "uploads" not in seen]
     assert not opened, opened[:5]
     assert len(fetched) == 1, fetched
     assert (state_of(place / "foreign"), state_of(place / "page")) == before
-    with_inputs = [count for number, count in tried.items() if count]
-    assert len(with_inputs) >= 20 and min(with_inputs) >= 10, tried
+    assert len(tried) >= 12 and min(tried.values()) >= len(paths), tried
 
 
 def test_uploads_and_reports_are_confined(address: str, place: Path) -> None:
     before = state_of(place / "page"), state_of(place / "foreign")
     with client(address) as web:
         for name in ("../../page/base/config.json", f"{place}/page/x.jsonl", "..\\x", ".env", "a\0b", "/", "x" * 300):
-            web.post("/en/gradio_api/upload", files={"files": (name, b"{}")})
+            answer = web.post("/en/api/upload", params={"name": name}, content=b"{}")
+            assert Path(answer.json()["file"]).parent == place / "uploads", name
         for path in foreign_paths(place, "http://127.0.0.1:9"):
             answer = web.get("/report", params={"name": path})
             assert answer.status_code == 404 and SENTINEL not in answer.text
@@ -266,26 +245,20 @@ def test_uploads_and_reports_are_confined(address: str, place: Path) -> None:
 
 def upload(web: httpx.Client, text: str) -> str:
     row = json.dumps({"instruction": "问", "output": text})
-    return str(web.post("/en/gradio_api/upload", files={"files": ("a.jsonl", row.encode())}).json()[0])
+    return str(web.post("/en/api/upload", params={"name": "a.jsonl"}, content=row.encode()).json()["file"])
 
 
-def inspected(web: httpx.Client, file: dict[str, Any]) -> str:
-    config = web.get("/en/config").json()
-    dropped = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "dropped")
-    function = next(one for one in config["dependencies"] if dropped in one["inputs"])
-    base = next(one["props"]["value"] for one in config["components"] if one["id"] == function["inputs"][1])
-    return post(web, "en", function, [file, base, "chatml"])
+def inspected(web: httpx.Client, file: str, place: Path) -> str:
+    return web.post("/en/api/inspect", json={**bodies(place)["inspect"], "file": file}).text
 
 
 def test_uploaded_file_is_read_from_the_uploads_only(address: str, place: Path) -> None:
     with client(address) as web:
         file = upload(web, SENTINEL)
-        given = {"path": file, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jsonl"}
         assert Path(file).is_relative_to(place / "uploads")
-        assert shows(inspected(web, given))
-        assert shows(inspected(web, {**given, "url": f"{address}/en/gradio_api/file={file}"}))
-        for url in ("http://elsewhere/x", f"{address}.elsewhere/x", "file:///etc/passwd", 7):
-            assert not shows(inspected(web, {**given, "url": url}))
+        assert shows(inspected(web, file, place))
+        for other in (f"{address}/en/api/upload?file={file}", f"file://{file}", f"{place}/page/inside.txt"):
+            assert not shows(inspected(web, other, place))
 
 
 def test_without_the_gate_the_foreign_file_is_read(address: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,41 +269,9 @@ def test_without_the_gate_the_foreign_file_is_read(address: str, place: Path, mo
 
     file = place / "foreign" / "rows.jsonl"
     file.write_text(json.dumps({"instruction": "问", "output": SENTINEL}) + "\n", encoding="utf-8")
-    given = {"path": str(file), "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jsonl"}
     with client(address) as web:
-        assert not shows(inspected(web, given))
-        for module in (allowed_paths, posted, workspace_module):
+        assert not shows(inspected(web, str(file), place))
+        for module in (allowed_paths, workspace_module):
             monkeypatch.setattr(module, "resolve_inside", anywhere)
-        assert shows(inspected(web, given))
+        assert shows(inspected(web, str(file), place))
     file.unlink()
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"{broken",
-        b"[" * 200_000,
-        b'{"a":' * 60 + b"1" + b"}" * 60,
-        b'{"data": [' + b"9" * 5000 + b"]}",
-        b'{"data": [{"component": "file"}]}',
-        b'{"data": [[{"x": {"constructor_args": {}}}]]}',
-        b'{"data": [{"path": 7}]}',
-        b'{"data": [{"path": "/etc/passwd"}]}',
-        b'{"data": [{"path": "\\ud800"}]}',
-        b'{"data": [{"url": "http://127.0.0.1:9/"}]}',
-        b"\xff\xfe",
-    ],
-)
-def test_refused_bodies(body: bytes, place: Path) -> None:
-    assert posted.problem_of(body, place / "uploads", "http://127.0.0.1:1")
-    assert posted.problem_of(body, None, "http://127.0.0.1:1")
-
-
-def test_usual_bodies_pass(place: Path) -> None:
-    file = place / "uploads" / "a.jsonl"
-    file.touch()
-    origin = "http://127.0.0.1:1"
-    for value in (None, [], {"data": ["text", 1.5, None, {"path": None}], "fn_index": 3}, {"path": str(file)}):
-        assert not posted.problem_of(json.dumps(value).encode(), place / "uploads", origin)
-    assert not posted.problem_of(b"", None, origin)
-    assert posted.problem_of(json.dumps({"path": str(file)}).encode(), None, origin)

@@ -49,9 +49,11 @@ class VocabularyBackend:
 
 @dataclass(frozen=True)
 class RunView:
-    """The present state of a run. curves: (title, points, whether to smooth them); log: last lines; reports: (name, file)."""
+    """The present state of a run. curves: (title, points, whether to smooth them); log: last lines; reports: (name, file);
+    finished: whether nothing is left to be resumed."""
 
     running: bool
+    finished: bool
     facts: Sequence[tuple[str, str]]
     curves: Sequence[tuple[str, list[tuple[float, float]], bool]]
     log: str

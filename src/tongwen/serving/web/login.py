@@ -1,16 +1,13 @@
 """Access control in front of the page.
 
 A page on loopback is open to every other page in the same browser and to every user of the machine. So a request must
-name this server as its host (DNS rebinding), come from this page if it changes anything (foreign origins), carry the
-token, and use a route that the page needs; its body has a limit, and what it posts is looked at (`posted`). Responses may
-load and run nothing from elsewhere.
+name this server as its host (DNS rebinding), come from this page if it changes anything (foreign origins), and carry the
+token; its body has a limit. Responses may load and run nothing from elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import re
 from dataclasses import dataclass
@@ -19,27 +16,20 @@ from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message
 
 from tongwen.core.html import render
 from tongwen.core.i18n import _
-from tongwen.serving.auth import REQUEST_SECONDS, digest, is_loopback
-from tongwen.serving.web import posted
+from tongwen.serving.auth import REQUEST_SECONDS, App, Receive, Scope, Send, digest, is_loopback
 
-# The routes that the page needs. Gradio has many more (proxy, files, histories), which are answered with 404.
-OPEN_ROUTES = re.compile(
-    r"/|/favicon\.ico|/report|/(en|zh)(/|/config|/theme\.css|/manifest\.json|/(assets|static)/[\w./-]+"
-    r"|/gradio_api/(info|startup-events|upload|upload_progress|run/predict|queue/(join|data)|cancel|reset|heartbeat/\w+))?"
-)
-ENDLESS = re.compile(r"/(en|zh)/gradio_api/heartbeat/\w+")  # a stream for each open page
-UPLOAD = re.compile(r"/(en|zh)/gradio_api/upload")
-INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
+UPLOAD = re.compile(r"/(en|zh)/api/upload")
 POLICY = (
-    "default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self'; manifest-src 'self'; frame-src 'self'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'self'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
+    "content-security-policy": POLICY,
+    "cache-control": "no-store",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
@@ -63,22 +53,22 @@ class LoginMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: UploadLimits, uploads: Path | None
+        self, app: App, token: str, *, port: int, loopback: bool, limits: UploadLimits, uploads: Path | None
     ) -> None:
         self.app, self.loopback, self.limits, self.uploads = app, loopback, limits, uploads
         self.token = digest(token)
         self.cookie = f"tongwen_{port}"  # cookies are shared by all ports of a host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            answer = self._answer(scope, Headers(scope=scope))
-            if answer is None and scope["method"] not in ("GET", "HEAD") and not UPLOAD.fullmatch(scope["path"]):
-                answer, receive = await self._look_at(scope, receive)
-            await (answer or self.app)(scope, receive, _SecuredSend(send))
+            return
+        answer = self._answer(scope, Headers(scope=scope))
+        if answer is None and scope["method"] not in ("GET", "HEAD") and not UPLOAD.fullmatch(scope["path"]):
+            answer, receive = await self._read_all(receive)
+        await (answer or self.app)(scope, receive, _secured(send))
 
-    async def _look_at(self, scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
+    async def _read_all(self, receive: Receive) -> tuple[Response | None, Receive]:
         """Read a body, and return the response that refuses it, and a `receive` that gives it once more."""
         try:
             body = await asyncio.wait_for(_read(receive, self.limits.body), REQUEST_SECONDS)
@@ -86,14 +76,12 @@ class LoginMiddleware:
             return PlainTextResponse("too slow\n", 408), receive
         if len(body) > self.limits.body:
             return PlainTextResponse(f"at most {self.limits.body} bytes\n", 413), receive
-        origin = f"http://{Headers(scope=scope).get('host', '')}"
-        problem = await asyncio.to_thread(posted.problem_of, body, self.uploads, origin)
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
             return first.pop() if first else await receive()
 
-        return (PlainTextResponse(f"{problem}\n", 422) if problem else None), receive_again
+        return None, receive_again
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
         """Return the response to a refused request or a login; None lets the request pass."""
@@ -107,8 +95,6 @@ class LoginMiddleware:
             return self._welcome(scope["path"], query_token)
         if not self._is_right(self._token_of(headers)):
             return _login_page()
-        if not OPEN_ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
-            return PlainTextResponse("there is nothing here\n", 404)
         return self._check_size(scope["path"], headers) if writes else None
 
     def _token_of(self, headers: Headers) -> str:
@@ -156,40 +142,17 @@ async def _read(receive: Receive, limit: int) -> bytes:
     return bytes(body)
 
 
-class _SecuredSend:
-    """Adds the security headers to a response. The policy lists the hashes of a page's own inline scripts, so that no other
-    script runs."""
+def _secured(send: Send) -> Send:
+    """Return a `send` that adds the security headers to a response, where it has none of its own."""
 
-    def __init__(self, send: Send) -> None:
-        self.send = send
-        self.start: Message | None = None
-        self.body = b""
-
-    async def __call__(self, message: Message) -> None:
+    async def send_secured(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message["headers"])
-            for name in [name for name in headers if name.startswith("access-control-")]:
-                del headers[name]
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
-            if "content-security-policy" not in headers and headers.get("content-type", "").startswith("text/html"):
-                self.start = message  # the policy depends on the body
-                return
-        elif self.start is not None:
-            self.body += message.get("body", b"")
-            if message.get("more_body"):
-                return
-            headers = MutableHeaders(raw=self.start["headers"])
-            headers["content-security-policy"] = POLICY.format(scripts=_hashes(self.body))
-            headers["cache-control"] = "no-store"
-            await self.send(self.start)
-            message = {**message, "body": self.body}
-        await self.send(message)
+        await send(message)
 
-
-def _hashes(page: bytes) -> str:
-    scripts = INLINE_SCRIPT.findall(page)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts)
+    return send_secured
 
 
 def _login_page() -> Response:

@@ -1,57 +1,77 @@
-"""What a request may post, whichever toolkit draws the page.
-
-A toolkit may open a file, fetch an address or build a part of its own as soon as a request names one, before any handler is
-called. So each posted object is looked at first: a file is one of the uploads, and a part is text.
-"""
+"""What a request to the page may post: one model for each route, without unknown fields."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from tongwen.core.allowed_paths import resolve_inside
-from tongwen.core.errors import RecipeError
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, Field
 
-DEPTH = 50  # of nested values
-PARTS = frozenset({"component", "constructor_args"})  # Gradio builds what they describe
-
-
-def problem_of(body: bytes, uploads: Path | None, origin: str) -> str:
-    """Return what is wrong with the body of a request, or an empty string.
-
-    uploads: the folder of uploaded files, without links; origin: the page's own, where uploaded files have their addresses.
-    """
-    try:
-        levels: list[Any] = [json.loads(body)] if body else []
-    except (ValueError, RecursionError):
-        return "this is not JSON"
-    for _depth in range(DEPTH):
-        objects = [one for one in levels if isinstance(one, dict)]
-        for one in objects:
-            if not PARTS.isdisjoint(one):
-                return "a message holds text only"
-            if not _is_upload(one.get("path"), uploads) or not _is_ours(one.get("url"), origin):
-                return "this is no uploaded file"
-        levels = [
-            inner
-            for one in levels
-            if isinstance(one, (dict, list))
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-        if not levels:
-            return ""
-    return "this is nested too deeply"
+MAX_TOKENS = 4096
+NAME = 4096  # characters of a path
+Name = Annotated[str, Field(max_length=NAME)]
 
 
-def _is_upload(path: Any, uploads: Path | None) -> bool:
-    if path is None:
-        return True
-    try:
-        return resolve_inside((uploads,) if uploads else (), path).is_file()
-    except RecipeError:
-        return False
+class Posted(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def _is_ours(url: Any, origin: str) -> bool:
-    return url is None or (isinstance(url, str) and url.startswith(f"{origin}/"))
+class Turn(Posted):
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class SamplingSettings(Posted):
+    max_new_tokens: int = Field(512, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0.05, le=1)
+    top_k: int = Field(0, ge=0, le=200)
+    repetition_penalty: float = Field(1.0, ge=1, le=2)
+    seed: int | None = Field(None, ge=0, le=2**31 - 1)
+
+
+def initial(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with which the page begins: those that it shows, within the ranges of its sliders."""
+    found = SamplingSettings().model_dump()
+    for name, field in SamplingSettings.model_fields.items():
+        value = settings.get(name, found[name])
+        for limit in field.metadata if value is not None else ():
+            if isinstance(limit, Ge):
+                value = max(value, limit.ge)
+            elif isinstance(limit, Le):
+                value = min(value, limit.le)
+        found[name] = value
+    return found
+
+
+class Question(Posted):
+    model: Name
+    system: str = ""
+    messages: list[Turn]
+    sampling: SamplingSettings
+
+
+class Inspection(Posted):
+    file: Name
+    model: Name
+    template: Name
+
+
+class Comparison(Posted):
+    base: Name
+    other: Name
+    text: str
+
+
+class Start(Posted):
+    recipe: Name
+    changes: str
+
+
+class OneRun(Posted):
+    run: Name
+
+
+class SeveralRuns(Posted):
+    runs: list[Name]
