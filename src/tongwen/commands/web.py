@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tongwen.workflows.chat_model import ChatModel
 
 MAX_OPEN_MODELS = 2  # models in memory
+_loading = threading.Lock()  # transformers imports its parts at their first use, which fails in two threads at once
 
 
 def run(
@@ -97,14 +98,13 @@ class _ModelPool:
             weights,
         )
         self.opened: dict[str, ChatModel] = {}
-        self.lock = threading.Lock()
 
     def open(self, name: str) -> ChatModel:
         """Return the model of this name; load it at the first use, because the page alone needs no torch."""
         from tongwen.workflows.chat_model import open_chat_model
 
         model = self.workspace.model(name)
-        with self.lock:
+        with _loading:
             if name not in self.opened:
                 while len(self.opened) >= MAX_OPEN_MODELS:
                     del self.opened[next(iter(self.opened))]
@@ -134,7 +134,8 @@ def _data_backend(workspace: Workspace) -> DataBackend:
         found, samples = data_preview.inspect(file), ""
         try:
             if folder and found.records:
-                samples = data_preview.samples_as_html(found, folder, template)
+                with _loading:
+                    samples = data_preview.samples_as_html(found, folder, template)
         except TongwenError as error:  # such as a base without a template: show the content of the file anyway
             samples = Markup("<p>{}</p>").format(error.text())
         return data_preview.as_html(found), samples
@@ -147,7 +148,9 @@ def _vocabulary_backend(workspace: Workspace) -> VocabularyBackend:
         if not base or not text.strip():
             raise DataError(_("this needs a model and a text"))
         names = [name for name in (base, other) if name]
-        coders = [tokenizer_files.open_tokenizer_files(workspace.model(name), to_measure=True).coder for name in names]
+        models = [workspace.model(name) for name in names]
+        with _loading:
+            coders = [tokenizer_files.open_tokenizer_files(model, to_measure=True).coder for model in models]
         report = measure.survey(coders[0], coders[1] if other else None, {_("your text"): [text]}, Script("han"))
         report["summary"] = " → ".join(names)
         tokens = [_tokens(name, coder, text) for name, coder in zip(names, coders, strict=True)]

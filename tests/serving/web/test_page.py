@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn")
 import httpx
 from starlette.testclient import TestClient
 
-from tests.conftest import byte_level_tokenizer
+from tests.conftest import byte_level_tokenizer, dialogues, write_rows
 from tests.serving.web.page_server import SECRET, TOKEN, Parrot, ask, client, make_chat_backend, serving
 from tongwen.commands.web import make_backend
 from tongwen.core.errors import RecipeError, TongwenError
@@ -30,6 +30,7 @@ from tongwen.serving.web.backend import ChatBackend, PageBackend
 from tongwen.serving.web.conversation import StreamedAnswer, model_messages
 from tongwen.serving.web.login import UploadLimits
 from tongwen.serving.web.server import make_app
+from tongwen.workflows import data_preview
 from tongwen.workflows.workspace import Workspace
 
 CHAT = {"model": "parrot", "system": "", "messages": [{"role": "user", "content": "x"}], "sampling": {}}
@@ -217,6 +218,28 @@ def test_uploads_have_a_limit_together(tmp_path: Path) -> None:
             for size in (1500, 3000, 1600, 500)
         ]
     assert sent == [200, 413, 413, 200]
+
+
+def test_two_tabs_do_not_load_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers imports its parts at their first use, which fails in two threads at once."""
+    loading, most = [0], [0]
+
+    def slow(*_: Any) -> str:
+        loading[0] += 1
+        most[0] = max(most[0], loading[0])
+        time.sleep(0.2)
+        loading[0] -= 1
+        return ""
+
+    monkeypatch.setattr(data_preview, "samples_as_html", slow)
+    rows = write_rows(tmp_path / "rows.jsonl", dialogues(2))
+    look = make_backend(Workspace.of([], ["m"], str(tmp_path)), make_chat_backend(Parrot(), "m")).data
+    assert look
+    inspect = look.inspect
+    threads = [threading.Thread(target=inspect, args=(str(rows), "m", "chatml")) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert most == [1]
 
 
 def test_page_without_uploads_takes_none() -> None:

@@ -11,7 +11,7 @@ export function Data({ state }) {
   const [seen, setSeen] = useState(null);
   const [busy, problem, run] = useWork();
   useEffect(() => {
-    if (file) run(async () => setSeen(await post("inspect", { file, model, template })));
+    if (file) run(() => post("inspect", { file, model, template }), setSeen);
   }, [file, model, template]);
   const take = (event) => {
     const [chosen] = event.target.files;
@@ -37,7 +37,7 @@ export function Vocabulary({ state }) {
   const [text, setText] = useState(state.example);
   const [seen, setSeen] = useState(null);
   const [busy, problem, run] = useWork();
-  const show = () => run(async () => setSeen(await post("vocabulary", { base, other, text })));
+  const show = () => run(() => post("vocabulary", { base, other, text }), setSeen);
   return html`<div class="row">
       <${Choice} label=${words.before} value=${base} onChange=${setBase} options=${state.found} />
       <${Choice} label=${words.after} value=${other} onChange=${setOther} options=${[["", "—"], ...state.found]} />
@@ -83,7 +83,7 @@ export function Runs({ state, shown }) {
     if (shown) api("state").then(setLists, (error) => setLost(error.message));
   }, [shown]);
   useEffect(() => {
-    if (recipe) run(async () => setText((await api("recipe", { name: recipe })).text));
+    if (recipe) run(() => api("recipe", { name: recipe }), (found) => setText(found.text));
   }, [recipe]);
   const start = () => run(async () => {
     const started = (await post("start", { recipe, changes })).run;

@@ -1,5 +1,5 @@
 // What all tabs share: requests, fields, problems.
-import { html, useState } from "./preact.js";
+import { html, useRef, useState } from "./preact.js";
 
 export const language = location.pathname.split("/")[1];
 export const words = {}; // the texts of the page, from its state
@@ -55,19 +55,23 @@ export async function* events(name, body, signal) {
   }
 }
 
-// [whether it works, the problem, run]: run does something and keeps its problem until the next try.
+// [whether it works, the problem, run]: run does something, hands over its result, and keeps its problem until the next
+// try. What was asked before the latest try comes too late and is dropped.
 export function useWork() {
   const [busy, setBusy] = useState(false);
   const [problem, setProblem] = useState("");
-  const run = async (work) => {
+  const tries = useRef(0);
+  const run = async (work, put = () => {}) => {
+    const mine = ++tries.current;
     setBusy(true);
     setProblem("");
     try {
-      await work();
+      const found = await work();
+      if (mine === tries.current) put(found);
     } catch (error) {
-      setProblem(error.message);
+      if (mine === tries.current) setProblem(error.message);
     }
-    setBusy(false);
+    if (mine === tries.current) setBusy(false);
   };
   return [busy, problem, run, setProblem];
 }
