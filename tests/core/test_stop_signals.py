@@ -14,6 +14,7 @@ from tongwen.core.stop_signals import STOP_SIGNALS, StopSignal, raise_on_stop_si
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_stop_signal_is_raised_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_nohup = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     before = signal.getsignal(number)
     with raise_on_stop_signals():
         with pytest.raises(StopSignal, match=number.name) as caught:
@@ -24,6 +25,7 @@ def test_stop_signal_is_raised_once(number: signal.Signals, monkeypatch: pytest.
         with pytest.raises(StopSignal):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+    signal.signal(number, under_nohup)
 
 
 def test_ignored_signal_stays_ignored() -> None:

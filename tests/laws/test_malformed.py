@@ -365,12 +365,11 @@ BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str
     ("DA-51 HTML", "a.json", b"\n<!DOCTYPE html><html>404", {}, "web page"),
     ("DA-51 HTML in lower case", "a.txt", b"<html lang=zh>", {}, "web page"),
     ("DA-51 XML", "a.jsonl", b'<?xml version="1.0"?><Error>', {}, "web page"),
-    ("DA-90 zip", "a.zip", zipped, {}, "ZIP archive; archives are not read"),
-    ("DA-90 zip named jsonl", "a.jsonl", zipped, {}, "ZIP archive"),
+    ("DA-90 zip in gz", "a.zip.gz", lambda: gzip.compress(zipped()), {}, "compressed with gzip.*unpack it"),
     ("DA-90 tar", "a.tar", lambda: tar("../a.jsonl"), {}, "tar archive"),
     ("DA-90 tar.gz", "a.tar.gz", lambda: gzip.compress(tar("a.jsonl")), {}, "tar archive"),
     ("7z", "a.7z", b"7z\xbc\xaf\x27\x1c" + LINES, {}, "7z archive"),
-    ("PDF", "a.txt", b"%PDF-1.7\n", {}, "PDF"),
+    ("PDF in xz", "a.txt", lambda: lzma.compress(b"%PDF-1.7\n"), {}, "compressed with xz.*unpack it"),
     ("bzip2", "a.jsonl.bz2", b"BZh91AY&SY", {}, "bzip2"),
     ("pickle", "a.json", b"\x80\x04\x95\x10\0\0\0\0\0\0\0", {}, "pickle"),
     ("DA-87 cut gz", "a.jsonl.gz", lambda: gzip.compress(LINES)[:-9], {}, "gzip data is truncated; [23] rows before"),
@@ -420,6 +419,16 @@ def test_bad_file_is_refused_by_name(
     assert not isinstance(caught.value, RowRejected)
     assert "placeholder" in text or str(file) in text
     assert re.search(expected, text), text
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.jsonl"])
+def test_zip_is_read_whatever_its_name(name: str, tmp_path: Path) -> None:
+    """DA-90. A member's name leads nowhere: it is only shown."""
+    (tmp_path / name).write_bytes(zipped())
+    good, bad = take(tmp_path / name)
+    assert len(good) == LINES.count(b"\n") and not bad
+    assert {record.origin.file for record in good} == {f"{tmp_path / name}/../a.jsonl"}
+    assert [one.name for one in tmp_path.iterdir()] == [name]
 
 
 def test_bad_csv_rows_are_rejected(tmp_path: Path) -> None:
@@ -620,8 +629,8 @@ def places(folder: Path) -> Iterator[tuple[str, str]]:
     yield str(folder / "special"), "FIFO"
     (folder / "dangling" / "a.json").symlink_to("nothing")
     yield str(folder / "dangling"), "broken link"
-    (folder / "archives" / "a.zip").write_bytes(b"PK")
-    yield str(folder / "archives"), "archives are not read; unpack a.zip"
+    (folder / "archives" / "a.7z").write_bytes(b"7z")
+    yield str(folder / "archives"), "only .zip is read; unpack a.7z"
 
 
 def test_non_file_path_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
