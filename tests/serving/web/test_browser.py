@@ -257,6 +257,7 @@ def test_text_is_tokenized(page: Any) -> None:
     assert page.frame_locator("iframe.sheet").locator("table").count() >= 1
 
 
+@pytest.mark.sample()  # a minute: with --all
 def test_run_is_started_stopped_and_resumed(page: Any, folder: Path) -> None:
     if not LONG and page.viewport_size["width"] < 1000:
         pytest.skip("make pages runs it on a narrow page too")
