@@ -119,6 +119,14 @@ def test_senders_are_refused_together_with_a_mapping_that_works(tmp_path: Path) 
     assert len(joined(tmp_path, rows, **settings)) == 2
 
 
+def test_a_log_with_the_newest_first_gets_the_mapping_of_its_order_in_time(tmp_path: Path) -> None:
+    rows = [[*HEAD, "时间"], *([*row, f"2026-01-02 10:{at:02}:00"] for at, row in reversed([*enumerate(TALK)]))]
+    assert remedied(refusal(tmp_path, rows)) == {"roles": {"坐席小李": "assistant", "坐席小王": "assistant"}}
+    for row in rows[1:]:
+        row[1] = row[1].replace("客户", "张三")
+    assert remedied(refusal(tmp_path, rows))["roles"]["张三"] == "user"
+
+
 def test_customers_by_their_names_are_any_other_name(tmp_path: Path) -> None:
     rows = [HEAD, *(row for n in range(30) for row in ([str(n), f"顾客{n}", "问"], [str(n), "阿明", "答"]))]
     settings = remedied(refusal(tmp_path, rows))
@@ -127,7 +135,8 @@ def test_customers_by_their_names_are_any_other_name(tmp_path: Path) -> None:
 
 
 def test_columns_of_other_names_are_proposed_from_what_they_hold(tmp_path: Path) -> None:
-    rows = [["batch", "ab", "words", "nr"], *([a, b, c, str(n)] for n, (a, b, c) in enumerate(TALK))]
+    long = "2026-01-02 10:00:0"  # a time is no text, however long
+    rows = [["batch", "ab", "words", "nr"], *([a, b, c, f"{long}{n}"] for n, (a, b, c) in enumerate(TALK))]
     settings = remedied(refusal(tmp_path, rows))
     assert settings == {"columns": {"session_id": "batch", "role": "ab", "content": "words"}}
     assert "坐席小王" in refusal(tmp_path, rows, **settings).rule

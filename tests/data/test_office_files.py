@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_pdf_reading_order(tmp_path: Path) -> None:
     places = [text.index(one) if one != "7" else text.rindex(one) for one in wanted]
     assert places == sorted(places), text
     assert "甲0  乙0  丙0\n甲1  乙1  丙1" in text
+
+
+def test_epub_names_lost_chapters_and_is_not_read_encrypted(tmp_path: Path) -> None:
+    file = write_epub(tmp_path / "a.epub", ["<p>一章</p>", "<p>二章</p>"])
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    write_zip(file, {name: content for name, content in parts.items() if name != "c1.xhtml"})
+    rows, notices = read(file)
+    assert "一章" in rows[0].value["text"] and any("c1.xhtml" in one for one in notices)
+    write_zip(file, {**parts, "META-INF/encryption.xml": b"<x/>"})
+    assert [row.reason for row in read(file)[0]] == ["encrypted"]
+
+
+def test_a_scan_with_its_number_is_a_scan(tmp_path: Path) -> None:
+    whole = "q 595 0 0 842 0 0 cm /I1 Do Q\n"
+    rows, _notices = read(write_pdf(tmp_path / "a.pdf", [whole + line("3", 290, 40), PICTURE + line("图一", 50, 200)]))
+    assert [row.reason for row in rows] == ["scanned_page", ""]
 
 
 def test_pages_without_text_cost_themselves(tmp_path: Path) -> None:

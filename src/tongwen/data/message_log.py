@@ -103,10 +103,11 @@ def join_messages(rows: Iterator[RawRow], source: SourceConfig, notify: Callable
             yield raw if raw.problem else replace(raw, problem=_lacking(raw.value, names), reason="missing_key")
             damaged |= {before} if before else set()
             is_after_damage = True
-    _check_senders(sessions.values(), names, source, f"{first.file}:{first.row}")
     time = next((key for key in first.value if str(key).strip().lower() in TIMES), "")
     if time and (late := [session for session, messages in sessions.items() if _sort_by_time(messages, time)]):
         notify(_("{count} sessions are not in the order of {time}: sorted by it").format(count=len(late), time=time))
+    # After the sort: who begins a session is judged by its first message.
+    _check_senders(sessions.values(), names, source, f"{first.file}:{first.row}")
     left_out = sum(_leave_out_notices(messages, names, source) for messages in sessions.values())
     if left_out:
         notify(
@@ -161,7 +162,11 @@ def _refuse_unnamed(rows: list[dict[str, Any]], source: SourceConfig, place: str
 def _propose(columns: dict[str, list[Any]]) -> Names | None:
     """Return which columns hold the session, the sender and the text: the text is the longest, senders are few and take turns, the
     rows of a session stand together. None where that is not clear."""
-    texts = {key: sum(len(str(value or "")) for value in values) for key, values in columns.items()}
+    texts = {
+        key: sum(len(str(value or "")) for value in values)
+        for key, values in columns.items()
+        if not all(map(_time_of, values))
+    }
     text = max(texts, key=lambda key: texts[key], default="")
     senders, sessions = list[tuple[int, str]](), list[tuple[int, str]]()
     for key, values in columns.items():
@@ -203,15 +208,22 @@ def _check_senders(sessions: Collection[list[RawRow]], names: Names, source: Sou
 
 def _sort_by_time(messages: list[RawRow], key: str) -> bool:
     """Sort a session's messages by their times, if each has one; return whether that moved any."""
+    times = [_time_of(raw.value.get(key)) for raw in messages]
     try:
-        times = [datetime.fromisoformat(str(raw.value[key]).strip().replace("/", "-")) for raw in messages]
-        if times == sorted(times):
+        if None in times or times == sorted(times):  # type: ignore[type-var]
             return False
-    except (KeyError, ValueError, TypeError):  # no time, or some with a zone and some without
+    except TypeError:  # some with a zone and some without
         return False
-    order = sorted(range(len(messages)), key=times.__getitem__)
+    order = sorted(range(len(messages)), key=times.__getitem__)  # type: ignore[arg-type]
     messages[:] = [messages[place] for place in order]
     return True
+
+
+def _time_of(value: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(value).strip().replace("/", "-"))
+    except ValueError:
+        return None
 
 
 def _session_of(row: Any, names: Names) -> str:

@@ -6,14 +6,17 @@ because it knows the pages. A page that holds no text is a row with its reason: 
 
 from __future__ import annotations
 
+import html
 import io
 import logging
+import posixpath
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tongwen.core.errors import MissingPackage, first_line
 from tongwen.core.i18n import _
@@ -37,12 +40,16 @@ UNREADABLE = frozenset(
 )
 SLIDE = re.compile(r"<!-- Slide number: (\d+) -->\n?")
 UNMAPPED = re.compile(r"\(cid:\d+\)")  # a glyph for which the file names no character
+CAPTION = 20  # characters beside a picture that fills a page
 MOST_UNMAPPED = 0.02  # share of a page's characters
 # The parts of a file that hold text, and the elements with it.
 TEXT_PARTS = re.compile(
-    r"word/(?:document|footnotes|endnotes|comments|header\d*|footer\d*)\.xml|ppt/(?:slides|notesSlides)/[^/]+\.xml"
+    r"word/(?:document|footnotes|endnotes|comments|header\d*|footer\d*)\.xml"
+    r"|ppt/(?:slides|notesSlides|comments)/[^/]+\.xml|(?:word|ppt)/(?:diagrams/data|charts/chart)\d+\.xml"
 )
-RUNS = re.compile(r"<(?:w|a):t(?:\s[^>]*)?>([^<]*)</(?:w|a):t>")
+RUNS = re.compile(r"<(?:w:t|a:t|p:text)(?:\s[^>]*)?>([^<]*)</(?:w:t|a:t|p:text)>")
+ENCRYPTION = "META-INF/encryption.xml"  # of an EPUB
+CHAPTER = re.compile(r"<item\b[^>]*\bhref=[\"']([^\"']+\.x?html?)[\"']")
 MARKUP = re.compile(r"[\s\\*_|#]+")
 
 
@@ -98,7 +105,7 @@ def _pdf_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Iterator
         except PageTooLarge as error:
             yield number, "", "too_large", _("page {number}: {reason}").format(number=number, reason=error)
             continue
-        if not text:
+        if len(text) < CAPTION and (not text or _has_picture(page, 0.5)):  # a scan may have its number as text
             if _has_picture(page):
                 rule = _("page {number} holds a picture and no text: it needs OCR").format(number=number)
                 yield number, "", "scanned_page", rule
@@ -130,10 +137,12 @@ def _is_vertical(text: str) -> bool:
     return len(lines) > 4 and sum(len(line) == 1 for line in lines) > 0.5 * len(lines)
 
 
-def _has_picture(part: Any) -> bool:
+def _has_picture(page: Any, share: float = 0.0) -> bool:
+    """Whether a page holds a picture that covers more than this share of it."""
     from pdfminer.layout import LTFigure, LTImage
 
-    return any(isinstance(one, (LTImage, LTFigure)) for one in part)
+    area = max(page.width * page.height, 1)
+    return any(isinstance(one, (LTImage, LTFigure)) and one.width * one.height > share * area for one in page)
 
 
 # -- the rest ------------------------------------------------------------------------------------------------------
@@ -149,6 +158,11 @@ def _markdown_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Ite
     if kind != "html":
         with zipfile.ZipFile(file) as archive:
             check_unpacked_size(file, sum(part.file_size for part in archive.infolist()))
+            if ENCRYPTION in archive.namelist():
+                yield 1, "", "encrypted", _("it is encrypted: save it without a password")
+                return
+            if kind == "epub":
+                _name_lost_chapters({*archive.namelist()}, archive, notify)
     content = file.read_bytes()
     found = converters[kind]().convert(io.BytesIO(content), StreamInfo(extension=f".{kind}", charset=encoding))
     title = (found.title or "").strip() if kind == "html" else ""
@@ -164,10 +178,19 @@ def _markdown_pages(file: Path, kind: str, encoding: str, notify: Notify) -> Ite
         yield 1, "", "no_text", _("it holds no text")
 
 
+def _name_lost_chapters(names: set[str], archive: zipfile.ZipFile, notify: Notify) -> None:
+    """Name the chapters that an EPUB lists and does not hold."""
+    for package in (name for name in names if name.endswith(".opf")):
+        text = archive.read(package).decode("utf-8", "replace")
+        folder = package.rpartition("/")[0]
+        for item in CHAPTER.findall(text):
+            place = posixpath.normpath(posixpath.join(folder, unquote(html.unescape(item))))
+            if place not in names:
+                notify(_("{chapter} is listed in the book, but the file does not hold it").format(chapter=place))
+
+
 def _name_lost_parts(file: Path, text: str, notify: Notify) -> None:
     """Name the parts of a file whose text is not in the result, such as headers and footers."""
-    import html
-
     plain = MARKUP.sub("", html.unescape(text))
     with zipfile.ZipFile(file) as archive:
         for part in sorted(filter(TEXT_PARTS.fullmatch, archive.namelist())):
